@@ -1,0 +1,31 @@
+// Every op's schema. Their semantics are told where people read them, in the docstrings of panfpn_fast/ops; the
+// Python function validates for people, upcasts half-precision boxes and masks, and makes lists of boxes one tensor.
+#include "stable_compat.h"
+
+PANFPN_LIBRARY(m) {
+  // Average of bilinear samples in each cell of each box; boxes [K, 5] with the batch index first.
+  m.def(
+      "roi_align(Tensor input, Tensor boxes, float spatial_scale, SymInt pooled_height, SymInt pooled_width, "
+      "SymInt sampling_ratio, bool aligned) -> Tensor");
+
+  // The same from the pyramid level that each box's size assigns it to.
+  m.def(
+      "multiscale_roi_align(Tensor[] features, Tensor boxes, float[] spatial_scales, SymInt pooled_height, "
+      "SymInt pooled_width, SymInt sampling_ratio, bool aligned, float canonical_box_size, SymInt canonical_level, "
+      "float level_epsilon) -> Tensor");
+
+  // Indices of the kept boxes, by descending score.
+  m.def("nms(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor");
+
+  // The same, where only boxes with equal idxs suppress each other.
+  m.def("batched_nms(Tensor boxes, Tensor scores, Tensor idxs, float iou_threshold) -> Tensor");
+
+  // [N, H, W] masks from [N, M, M] probabilities: bool, or uint8 for a negative threshold.
+  m.def("paste_masks(Tensor masks, Tensor boxes, SymInt height, SymInt width, float threshold) -> Tensor");
+
+  // Panoptic map, and an int64 table [S, 5] of id, isthing, label, area, instance.
+  m.def(
+      "panoptic_merge(Tensor masks, Tensor boxes, Tensor scores, Tensor classes, Tensor semantic, "
+      "float score_threshold, float overlap_threshold, SymInt stuff_area_threshold, float mask_threshold, "
+      "str rule) -> (Tensor, Tensor)");
+}

@@ -1,0 +1,15 @@
+#include "ops/cpu/suppress.h"
+
+namespace panfpn {
+namespace {
+
+Tensor nms(const Tensor& boxes, const Tensor& scores, double iou_threshold) {
+  check_nms_inputs(boxes, scores);
+  return suppress(boxes, scores, nullptr, iou_threshold);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(panfpn_fast, CPU, m) { m.impl("nms", TORCH_BOX(&nms)); }
+
+}  // namespace panfpn

@@ -1,0 +1,90 @@
+// Pasting: where a pixel of the image falls on an M x M mask and how it is interpolated there.
+//
+// A pixel on the rim of an object is decided by one rounding, so the float operations and their order are those of
+// detectron2's paste_masks_in_image followed by torch's grid_sample (bilinear, zeros outside, align_corners=False).
+// For the same reason the sources that include this are compiled without contraction into fused multiply-adds.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "ops/host_device.h"
+#include "stable_compat.h"
+
+namespace panfpn {
+
+// Interpolation along one axis: between mask cells `low` and `low + 1`, either of which may be just outside.
+template <typename A>
+struct PasteTaps {
+  int64_t low;
+  A low_weight, high_weight;
+  bool inside;
+};
+
+// Half-open range of pixels.
+struct PixelRange {
+  int64_t begin, end;
+};
+
+// One axis of one box.
+template <typename A>
+struct PasteAxis {
+  A low, high;
+  int64_t mask_size;
+
+  PANFPN_HOST_DEVICE bool degenerate() const {
+    return !(std::isfinite(low) && std::isfinite(high) && std::isfinite(high - low)) || high == low;
+  }
+
+  PANFPN_HOST_DEVICE PasteTaps<A> taps(int64_t pixel) const {
+    const A normalised = (static_cast<A>(pixel) + A(0.5) - low) / (high - low) * A(2) - A(1);
+    const A position = (normalised + A(1)) * (static_cast<A>(mask_size) / A(2)) - A(0.5);
+    if (!(position > A(-1) && position < static_cast<A>(mask_size))) return {-1, A(0), A(0), false};
+    const A floor = std::floor(position);
+    return {static_cast<int64_t>(floor), floor + A(1) - position, position - floor, true};
+  }
+
+  // The pixels of an image of `size` that can fall on the mask, with two to spare for rounding.
+  PANFPN_HOST_DEVICE PixelRange window(int64_t size) const {
+    if (degenerate() || mask_size == 0) return {0, 0};
+    const double extent = static_cast<double>(high) - static_cast<double>(low);
+    const double rim = std::fabs(extent) * 0.5 / static_cast<double>(mask_size);
+    const double first = std::floor((extent > 0 ? low : high) - rim) - 2.0;
+    const double last = std::ceil((extent > 0 ? high : low) + rim) + 2.0;
+    const double limit = static_cast<double>(size);
+    const double begin = first < 0 ? 0 : (first > limit ? limit : first);
+    const double end = last < begin ? begin : (last > limit ? limit : last);
+    return {static_cast<int64_t>(begin), static_cast<int64_t>(end)};
+  }
+};
+
+template <typename A>
+PANFPN_HOST_DEVICE A interpolate(A top_left, A top_right, A bottom_left, A bottom_right, const PasteTaps<A>& y,
+                                 const PasteTaps<A>& x) {
+  return top_left * (x.low_weight * y.low_weight) + top_right * (x.high_weight * y.low_weight) +
+         bottom_left * (x.low_weight * y.high_weight) + bottom_right * (x.high_weight * y.high_weight);
+}
+
+// A pasted value as a pixel: for a threshold in 0..1 whether it reaches it, for a negative one 0..255.
+template <typename A>
+PANFPN_HOST_DEVICE uint8_t paste_pixel(A value, A threshold) {
+  if (threshold >= A(0)) return value >= threshold;
+  const A scaled = value * A(255);
+  if (!(scaled > A(0))) return 0;  // NaN too
+  return scaled < A(255) ? static_cast<uint8_t>(scaled) : uint8_t{255};
+}
+
+inline void check_mask_boxes(const Tensor& masks, const Tensor& boxes, const char* op) {
+  STD_TORCH_CHECK(masks.dim() == 3, op, ": masks must be [N, M, M]");
+  STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(0) == masks.size(0) && boxes.size(1) == 4, op,
+                  ": boxes must be [N, 4]");
+  STD_TORCH_CHECK(boxes.scalar_type() == masks.scalar_type(), op, ": masks and boxes must agree in dtype");
+  STD_TORCH_CHECK(boxes.device() == masks.device(), op, ": masks and boxes must be on one device");
+}
+
+inline void check_paste_masks_inputs(const Tensor& masks, const Tensor& boxes, int64_t height, int64_t width) {
+  check_mask_boxes(masks, boxes, "paste_masks");
+  STD_TORCH_CHECK(height >= 0 && width >= 0, "paste_masks: the image size must not be negative");
+}
+
+}  // namespace panfpn

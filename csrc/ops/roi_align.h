@@ -1,0 +1,187 @@
+// ROIAlign: the geometry of boxes, cells and samples that both devices share.
+//
+// A box is cut into pooled_height x pooled_width cells; a cell is the mean of grid_h x grid_w bilinear samples spread
+// evenly over it. The semantics, edge cases included, are torchvision.ops.roi_align's.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "ops/host_device.h"
+#include "stable_compat.h"
+
+namespace panfpn {
+
+// One axis of one box: where its cells lie in feature pixels and how many samples each takes.
+template <typename A>
+struct RoiAxis {
+  A start;      // of the first cell
+  A cell;       // extent of a cell
+  int64_t grid; // samples per cell; 0 where nothing can contribute
+
+  PANFPN_HOST_DEVICE A sample(int64_t cell_index, int64_t i) const {
+    return start + static_cast<A>(cell_index) * cell + (static_cast<A>(i) + A(0.5)) * cell / static_cast<A>(grid);
+  }
+};
+
+// More samples along one axis than this are as good as infinitely many: at most a few thousand of them can lie on a
+// feature map, so the mean over all of them is below half precision's resolution and taken to be zero.
+constexpr int64_t kMaxGrid = int64_t{1} << 31;
+
+template <typename A>
+PANFPN_HOST_DEVICE RoiAxis<A> make_roi_axis(A low, A high, A scale, int64_t pooled, int64_t sampling_ratio,
+                                            bool aligned) {
+  const A offset = aligned ? A(0.5) : A(0);
+  const A start = low * scale - offset;
+  A extent = high * scale - offset - start;
+  if (!aligned && extent < A(1)) extent = A(1);
+  RoiAxis<A> axis{start, extent / static_cast<A>(pooled), sampling_ratio};
+  if (sampling_ratio <= 0) {
+    const A grid = std::ceil(extent / static_cast<A>(pooled));
+    axis.grid = grid > A(0) && grid < static_cast<A>(kMaxGrid) ? static_cast<int64_t>(grid) : 0;
+  }
+  if (!(std::isfinite(start) && std::isfinite(extent))) axis.grid = 0;
+  return axis;
+}
+
+// Half-open range of the samples of a cell that may lie on a map of `size` pixels (a superset by at most two at
+// either end): it bounds the loop for boxes that are far larger than the map.
+struct SampleRange {
+  int64_t begin, end;
+};
+
+template <typename A>
+PANFPN_HOST_DEVICE SampleRange samples_on_map(const RoiAxis<A>& axis, int64_t cell_index, int64_t size) {
+  const double step = static_cast<double>(axis.cell) / static_cast<double>(axis.grid);
+  if (!(step > 0)) return {0, axis.grid};
+  const double base = static_cast<double>(axis.start) + static_cast<double>(cell_index) * axis.cell;
+  const double grid = static_cast<double>(axis.grid);
+  double begin = std::floor((-1.0 - base) / step) - 2.0, end = std::ceil((static_cast<double>(size) - base) / step) + 2.0;
+  begin = begin < 0 ? 0 : (begin > grid ? grid : begin);
+  end = end < begin ? begin : (end > grid ? grid : end);
+  return {static_cast<int64_t>(begin), static_cast<int64_t>(end)};
+}
+
+// The two pixels that a sample at `x` interpolates between, and their weights.
+template <typename A>
+struct Taps {
+  int64_t low, high;
+  A low_weight, high_weight;
+  bool valid;
+};
+
+template <typename A>
+PANFPN_HOST_DEVICE Taps<A> bilinear_taps(A x, int64_t size) {
+  if (!(x >= A(-1) && x <= static_cast<A>(size))) return {0, 0, A(0), A(0), false};  // NaN too
+  if (x <= A(0)) x = A(0);
+  const int64_t low = static_cast<int64_t>(x);
+  if (low >= size - 1) return {size - 1, size - 1, A(1), A(0), true};
+  const A fraction = x - static_cast<A>(low);
+  return {low, low + 1, A(1) - fraction, fraction, true};
+}
+
+constexpr int kMaxLevels = 8;
+
+// The feature maps of a pyramid, finest first, as both devices hand them to their kernels.
+template <typename T>
+struct Pyramid {
+  const T* data[kMaxLevels];
+  int64_t height[kMaxLevels], width[kMaxLevels];
+  double scale[kMaxLevels];
+  int levels;
+  int64_t batch, channels;
+};
+
+// How a box chooses its level: Lin et al. 2017 (Feature Pyramid Networks), equation 1, with detectron2's epsilon.
+struct LevelRule {
+  float canonical_box_size, canonical_level, epsilon;
+  int64_t min_level;  // of the finest map: -log2 of its scale
+};
+
+inline LevelRule make_level_rule(double canonical_box_size, int64_t canonical_level, double epsilon,
+                                 double finest_scale) {
+  return {static_cast<float>(canonical_box_size), static_cast<float>(canonical_level), static_cast<float>(epsilon),
+          -std::lround(std::log2(finest_scale))};
+}
+
+template <typename A>
+PANFPN_HOST_DEVICE int level_of_box(const LevelRule& rule, int levels, A x1, A y1, A x2, A y2) {
+  if (levels == 1) return 0;
+  const float side = std::sqrt(static_cast<float>((x2 - x1) * (y2 - y1)));
+  const float level =
+      std::floor(rule.canonical_level + std::log2(side / rule.canonical_box_size + rule.epsilon)) -
+      static_cast<float>(rule.min_level);
+  if (!(level > 0.0f)) return 0;  // NaN too
+  return level < static_cast<float>(levels - 1) ? static_cast<int>(level) : levels - 1;
+}
+
+inline void check_roi_boxes(const Tensor& boxes, const Tensor& input, const char* op) {
+  STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 5, op, ": boxes must be [K, 5]");
+  STD_TORCH_CHECK(boxes.device() == input.device(), op, ": boxes and feature maps must be on one device");
+  const ScalarType expected = input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(boxes.scalar_type() == expected, op,
+                  ": boxes must be float32 (float64 for float64 feature maps)");
+}
+
+inline void check_multiscale_roi_align_inputs(const std::vector<Tensor>& features, const Tensor& boxes,
+                                              const std::vector<double>& scales, int64_t pooled_height,
+                                              int64_t pooled_width) {
+  const char* op = "multiscale_roi_align";
+  STD_TORCH_CHECK(!features.empty() && features.size() <= kMaxLevels, op, ": takes 1 to ", kMaxLevels, " feature maps");
+  STD_TORCH_CHECK(scales.size() == features.size(), op, ": takes one spatial scale per feature map");
+  STD_TORCH_CHECK(pooled_height > 0 && pooled_width > 0, op, ": the output size must be positive");
+  for (const Tensor& feature : features) {
+    STD_TORCH_CHECK(feature.dim() == 4, op, ": feature maps must be [N, C, H, W]");
+    STD_TORCH_CHECK(feature.size(0) == features[0].size(0) && feature.size(1) == features[0].size(1), op,
+                    ": feature maps must agree in N and C");
+    STD_TORCH_CHECK(feature.scalar_type() == features[0].scalar_type() && feature.device() == features[0].device(), op,
+                    ": feature maps must agree in dtype and device");
+  }
+  check_roi_boxes(boxes, features[0], op);
+}
+
+inline void check_roi_align_inputs(const Tensor& input, const Tensor& boxes, int64_t pooled_height,
+                                   int64_t pooled_width) {
+  STD_TORCH_CHECK(input.dim() == 4, "roi_align: input must be [N, C, H, W]");
+  STD_TORCH_CHECK(pooled_height > 0 && pooled_width > 0, "roi_align: the output size must be positive");
+  check_roi_boxes(boxes, input, "roi_align");
+}
+
+// Describes `features`, which must be alive, dense and all in one memory layout.
+template <typename T>
+Pyramid<T> make_pyramid(const std::vector<Tensor>& features, const std::vector<double>& scales) {
+  Pyramid<T> pyramid{};
+  pyramid.levels = static_cast<int>(features.size());
+  pyramid.batch = features[0].size(0);
+  pyramid.channels = features[0].size(1);
+  for (int level = 0; level < pyramid.levels; ++level) {
+    pyramid.data[level] = features[level].const_data_ptr<T>();
+    pyramid.height[level] = features[level].size(2);
+    pyramid.width[level] = features[level].size(3);
+    pyramid.scale[level] = scales[level];
+  }
+  return pyramid;
+}
+
+// Feature maps that a kernel can read in one layout: channels-last where all of them lie so, else NCHW.
+struct DenseFeatures {
+  std::vector<Tensor> maps;
+  bool channels_last = true;
+};
+
+inline DenseFeatures dense_features(const std::vector<Tensor>& features) {
+  DenseFeatures dense;
+  for (const Tensor& feature : features) dense.channels_last &= is_channels_last(feature);
+  for (const Tensor& feature : features) {
+    dense.maps.push_back(dense.channels_last ? feature : torch::stable::contiguous(feature));
+  }
+  return dense;
+}
+
+struct RoiAlignParams {
+  int64_t pooled_height, pooled_width, sampling_ratio;
+  bool aligned;
+  LevelRule rule;
+};
+
+}  // namespace panfpn

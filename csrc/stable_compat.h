@@ -1,0 +1,163 @@
+// The one place that reaches below torch's stable C++ API, so that everything else reads as ordinary tensor code.
+// Each helper names the change in torch that retires it.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <array>
+#include <cstdint>
+#include <initializer_list>
+#include <utility>
+#include <vector>
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+#endif
+
+namespace panfpn {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Uninitialised tensor of another shape and dtype on the device of `like`.
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()),
+                                  dtype);
+}
+
+// How the 4-D tensor lies in memory: plain NCHW wins where both readings hold (one channel, one pixel), so that the
+// fake implementation can decide by the same rule.
+inline bool is_channels_last(const Tensor& t) {
+  const int64_t channels = t.size(1), height = t.size(2), width = t.size(3);
+  return !t.is_contiguous() && t.stride(1) == 1 && t.stride(3) == channels && t.stride(2) == channels * width &&
+         t.stride(0) == channels * width * height;
+}
+
+// [N, C, H, W] output that lies in memory as channels-last or as plain NCHW.
+inline Tensor empty_nchw(std::initializer_list<int64_t> sizes, const Tensor& like, bool channels_last) {
+  return torch::stable::empty(
+      torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), like.scalar_type(), std::nullopt,
+      like.device(), std::nullopt,
+      channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
+}
+
+// Indices that sort 1-D `values`, equal ones in their given order; NaN counts as the largest value of all.
+// Retired by torch::stable::sort, should it come.
+inline Tensor argsort(const Tensor& values, bool descending) {
+  std::array<StableIValue, 4> stack{
+      torch::stable::detail::from(values), torch::stable::detail::from(std::optional<bool>(true)),
+      torch::stable::detail::from(static_cast<int64_t>(0)), torch::stable::detail::from(descending)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  const Tensor sorted = torch::stable::detail::to<Tensor>(stack[0]);  // takes ownership, so that it is freed
+  return torch::stable::detail::to<Tensor>(stack[1]);
+}
+
+// -values. Retired by torch::stable::neg, should it come.
+inline Tensor negate(const Tensor& values) {
+  std::array<StableIValue, 1> stack{torch::stable::detail::from(values)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::neg", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// values[index] for 1-D int64 `index` along dimension 0. Retired by torch::stable::index_select, should it come.
+inline Tensor index_select(const Tensor& values, const Tensor& index) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(values),
+                                    torch::stable::detail::from(static_cast<int64_t>(0)),
+                                    torch::stable::detail::from(index)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::index_select", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// Value of an int64 tensor of one element, wherever it is: a host sync for a CUDA tensor.
+// Retired by torch::stable::Tensor::item, should it come.
+inline int64_t item_int64(const Tensor& t) {
+  int64_t value = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_item_int64(t.get(), &value));
+  return value;
+}
+
+#if defined(__CUDACC__)
+// The stream that torch currently uses on the device. Retired by Stream::nativeHandle in a torch 2.13 baseline.
+inline cudaStream_t current_stream(const Tensor& t) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+using torch::stable::accelerator::DeviceGuard;
+#elif defined(PANFPN_CUDA_ON_HOST)
+// The host run of the CUDA kernels has one queue and one device.
+inline void* current_stream(const Tensor&) { return nullptr; }
+struct DeviceGuard {
+  explicit DeviceGuard(int32_t) {}
+};
+#endif
+
+template <typename T>
+struct TypeTag {
+  using type = T;
+};
+
+// Calls `f` with the TypeTag of a floating dtype. Retired by Dispatch_v2.h, whose macros the stable ABI has, once
+// they no longer need each dtype list spelled at each call.
+template <typename F>
+void dispatch_floating(ScalarType dtype, const char* op, F&& f) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return f(TypeTag<float>{});
+    case ScalarType::Half:
+      return f(TypeTag<c10::Half>{});
+    case ScalarType::BFloat16:
+      return f(TypeTag<c10::BFloat16>{});
+    case ScalarType::Double:
+      return f(TypeTag<double>{});
+    default:
+      STD_TORCH_CHECK(false, op, ": takes float32, float16, bfloat16 and float64 only");
+  }
+}
+
+template <typename F>
+void dispatch_float_or_double(ScalarType dtype, const char* op, F&& f) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return f(TypeTag<float>{});
+    case ScalarType::Double:
+      return f(TypeTag<double>{});
+    default:
+      STD_TORCH_CHECK(false, op, ": takes float32 and float64 only");
+  }
+}
+
+// What sums and coordinates are computed in: float32, or float64 for float64.
+template <typename T>
+struct Accumulate {
+  using type = float;
+};
+template <>
+struct Accumulate<double> {
+  using type = double;
+};
+template <typename T>
+using accumulate_t = typename Accumulate<T>::type;
+
+template <typename T>
+constexpr ScalarType scalar_type_of() {
+  return std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+}
+
+}  // namespace panfpn
+
+// A CUDA source registers its host functions once: on the GPU under the library's own namespace, and when it is
+// compiled for the host (csrc/testing) under one of its own, whose ops take CPU tensors.
+#if defined(PANFPN_CUDA_ON_HOST)
+#define PANFPN_LIBRARY(m) STABLE_TORCH_LIBRARY(panfpn_fast_cuda_on_host, m)
+#define PANFPN_LIBRARY_IMPL_CUDA(m) STABLE_TORCH_LIBRARY_IMPL(panfpn_fast_cuda_on_host, CPU, m)
+#else
+#define PANFPN_LIBRARY(m) STABLE_TORCH_LIBRARY(panfpn_fast, m)
+#define PANFPN_LIBRARY_IMPL_CUDA(m) STABLE_TORCH_LIBRARY_IMPL(panfpn_fast, CUDA, m)
+#endif

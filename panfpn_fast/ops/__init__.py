@@ -1,0 +1,23 @@
+"""The ops: detection and panoptic segmentation primitives for CPU and CUDA.
+
+Each is a function here, a dispatcher op `torch.ops.panfpn_fast.<op>` and a plain-PyTorch twin in `ops.reference`.
+"""
+
+from __future__ import annotations
+
+from panfpn_fast.ops.batched_nms import batched_nms
+from panfpn_fast.ops.multiscale_roi_align import multiscale_roi_align
+from panfpn_fast.ops.nms import nms
+from panfpn_fast.ops.panoptic_merge import PanopticSegments, panoptic_merge
+from panfpn_fast.ops.paste_masks import paste_masks
+from panfpn_fast.ops.roi_align import roi_align
+
+__all__ = [
+    "PanopticSegments",
+    "batched_nms",
+    "multiscale_roi_align",
+    "nms",
+    "panoptic_merge",
+    "paste_masks",
+    "roi_align",
+]

@@ -1,0 +1,139 @@
+"""Checks that several ops share. Each message names the argument, what it takes and what it got."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INTEGER = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def check_tensor(
+    name: str, value: Any, dtypes: Sequence[torch.dtype], shape: str, dims: Sequence[int]
+) -> None:
+    """Checks kind, dtype and number of dimensions; `shape` is how the message spells what is taken."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        raise TypeError(
+            f"{name}: expected dtype {_names(dtypes)}, got {str(value.dtype).removeprefix('torch.')}"
+        )
+    if value.dim() not in dims:
+        raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
+
+
+def check_boxes(name: str, boxes: Any, rows: int | None = None) -> None:
+    """Checks a [N, 4] tensor of boxes."""
+    check_tensor(name, boxes, FLOATING, "[N, 4]", (2,))
+    if boxes.shape[1] != 4 or (rows is not None and boxes.shape[0] != rows):
+        raise ValueError(
+            f"{name}: expected shape [{'N' if rows is None else rows}, 4], got {list(boxes.shape)}"
+        )
+
+
+def check_rows(name: str, value: Tensor, rows: int, counted: str) -> None:
+    """Checks that a 1-D tensor has one value for each of `rows` things, which `counted` names."""
+    if value.shape[0] != rows:
+        raise ValueError(
+            f"{name}: expected shape [{rows}], one for each of {counted}, got {list(value.shape)}"
+        )
+
+
+def check_device(name: str, value: Tensor, device: torch.device, other: str) -> None:
+    """Checks that a tensor is on the device of another argument."""
+    if value.device != device:
+        raise ValueError(f"{name}: expected device {device}, as {other}, got {value.device}")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Checks that a value is a number other than NaN."""
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if isinstance(value, float) and math.isnan(value):
+        raise ValueError(f"{name}: expected a number, got nan")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Checks that a value is a finite number above zero."""
+    check_number(name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number above 0, got {value}")
+
+
+def check_int(name: str, value: Any) -> None:
+    """Checks that a value is an integer."""
+    if not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+
+
+def int_pair(name: str, value: Any, minimum: int) -> tuple[int, int]:
+    """Reads one integer, or a (height, width) of two, each at least `minimum`."""
+    pair = (value, value) if isinstance(value, (int, torch.SymInt)) else value
+    if not isinstance(pair, Sequence):
+        raise TypeError(f"{name}: expected an integer or (height, width), got {type(value).__name__}")
+    if len(pair) != 2:
+        raise ValueError(f"{name}: expected (height, width), got {len(pair)} values")
+    for side in pair:
+        check_int(name, side)
+        if side < minimum:
+            raise ValueError(f"{name}: expected integers of at least {minimum}, got {tuple(pair)}")
+    return pair[0], pair[1]
+
+
+def image_size_pair(image_size: Any) -> tuple[int, int]:
+    """Reads an image's (height, width)."""
+    if not isinstance(image_size, Sequence):
+        raise TypeError(f"image_size: expected (height, width), got {type(image_size).__name__}")
+    return int_pair("image_size", image_size, 0)
+
+
+def full_precision(value: Tensor) -> Tensor:
+    """Upcasts float16 and bfloat16 to float32: what decides positions is small, and its rounding is not."""
+    return value if value.dtype == torch.float64 else value.to(torch.float32)
+
+
+def check_masks(masks: Any) -> Tensor:
+    """Checks masks and returns them as [N, M_h, M_w]."""
+    check_tensor("masks", masks, (*FLOATING, torch.bool), "[N, M, M] or [N, 1, M, M]", (3, 4))
+    if masks.dim() == 4:
+        if masks.shape[1] != 1:
+            raise ValueError(f"masks: expected shape [N, M, M] or [N, 1, M, M], got {list(masks.shape)}")
+        return masks[:, 0]
+    return masks
+
+
+def batched_boxes(boxes: Any, batch: int, like: Tensor) -> Tensor:
+    """Checks boxes, [K, 5] or a list of [L, 4] for each image; returns [K, 5] in the precision of coordinates."""
+    if isinstance(boxes, Tensor):
+        check_tensor("boxes", boxes, FLOATING, "[K, 5] or a list of [L, 4]", (2,))
+        if boxes.shape[1] != 5:
+            raise ValueError(f"boxes: expected shape [K, 5] or a list of [L, 4], got {list(boxes.shape)}")
+        check_device("boxes", boxes, like.device, "the feature maps")
+        rois = boxes
+    elif isinstance(boxes, (list, tuple)):
+        if len(boxes) != batch:
+            raise ValueError(f"boxes: expected one tensor for each of {batch} images, got {len(boxes)}")
+        parts = []
+        for i, of_image in enumerate(boxes):
+            check_boxes(f"boxes[{i}]", of_image)
+            check_device(f"boxes[{i}]", of_image, like.device, "the feature maps")
+            of_image = full_precision(of_image)
+            parts.append(torch.cat([of_image.new_full((of_image.shape[0], 1), i), of_image], dim=1))
+        rois = torch.cat(parts) if parts else like.new_zeros((0, 5), dtype=torch.float32)
+    else:
+        raise TypeError(f"boxes: expected a tensor [K, 5] or a list of [L, 4], got {type(boxes).__name__}")
+    return rois.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+
+def channels_last_only(x: Tensor) -> bool:
+    """Whether a feature map lies channels-last and not NCHW as well: the native ops' rule for their output."""
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,155 @@
+"""ROIAlign over a feature pyramid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from panfpn_fast import _load
+from panfpn_fast.ops import _checks, reference
+
+_MAX_LEVELS = 8
+
+
+def multiscale_roi_align(
+    features: Sequence[Tensor],
+    boxes: Tensor | Sequence[Tensor],
+    output_size: int | Sequence[int],
+    spatial_scales: Sequence[float],
+    sampling_ratio: int = 0,
+    aligned: bool = True,
+    canonical_box_size: float = 224,
+    canonical_level: int = 4,
+    level_epsilon: float = 1e-8,
+) -> Tensor:
+    """Resamples the region of each box, from the pyramid level that fits its size, in one pass over all levels.
+
+    A box with the sides (w, h) belongs to level floor(canonical_level + log2(sqrt(w h) / canonical_box_size +
+    level_epsilon)), clamped to the levels there are: 224 x 224 belongs to level 4, of scale 1/16.
+
+    Args:
+        features: Feature maps [N, C, H_l, W_l], finest first, 1 to 8 of them; float32, float16, bfloat16, or
+            float64 on the CPU. NCHW or channels-last.
+        boxes: [K, 5] rows of (index in the batch, x1, y1, x2, y2), or a list of N tensors [L, 4]; any floating dtype.
+        output_size: Cells along height and width, or one number for both.
+        spatial_scales: Feature pixels per unit of the boxes' coordinates for each map: consecutive powers of two,
+            for example (1/4, 1/8, 1/16, 1/32).
+        sampling_ratio: Samples along each side of a cell; 0 or less means as many as it spans pixels, rounded up.
+        aligned: Whether pixel centres lie at half coordinates, as in `roi_align`.
+        canonical_box_size: Side of the box that belongs to `canonical_level`.
+        canonical_level: Level k has the scale 2**-k.
+        level_epsilon: 1e-8 is detectron2's. torchvision and mmdetection add 1e-6, torchvision after the logarithm.
+
+    Returns:
+        [K, C, height, width] in the dtype and on the device of the features; channels-last where all of them are.
+
+    Raises:
+        TypeError: An argument is of the wrong kind or dtype.
+        ValueError: An argument has the wrong shape, device or value.
+
+    Note:
+        Equals detectron2's ROIPooler (ROIAlignV2 for `aligned=True`); the level rule is equation 1 of Feature Pyramid
+        Networks (Lin et al. 2017). Boxes with NaN or infinite coordinates give zeros. Deterministic; no host sync;
+        forward only.
+
+    Example:
+        >>> import torch
+        >>> from panfpn_fast import ops
+        >>> pyramid = [torch.ones(1, 8, 64, 64), torch.ones(1, 8, 32, 32)]
+        >>> ops.multiscale_roi_align(pyramid, [torch.tensor([[8.0, 8.0, 40.0, 40.0]])], 7, (1 / 4, 1 / 8)).shape
+        torch.Size([1, 8, 7, 7])
+    """
+    _check_features(features)
+    _check_scales(spatial_scales, len(features))
+    rois = _checks.batched_boxes(boxes, features[0].shape[0], features[0])
+    height, width = _checks.int_pair("output_size", output_size, 1)
+    _checks.check_int("sampling_ratio", sampling_ratio)
+    _checks.check_positive("canonical_box_size", canonical_box_size)
+    _checks.check_int("canonical_level", canonical_level)
+    _checks.check_number("level_epsilon", level_epsilon)
+    if not _load.native(features[0].device):
+        return reference.multiscale_roi_align(
+            features,
+            rois,
+            (height, width),
+            spatial_scales,
+            sampling_ratio,
+            aligned,
+            canonical_box_size,
+            canonical_level,
+            level_epsilon,
+        )
+    return torch.ops.panfpn_fast.multiscale_roi_align(
+        features,
+        rois,
+        spatial_scales,
+        height,
+        width,
+        sampling_ratio,
+        aligned,
+        canonical_box_size,
+        canonical_level,
+        level_epsilon,
+    )
+
+
+def _check_features(features: Sequence[Tensor]) -> None:
+    if isinstance(features, Tensor) or not isinstance(features, Sequence):
+        raise TypeError(f"features: expected a list of tensors [N, C, H, W], got {type(features).__name__}")
+    if not 1 <= len(features) <= _MAX_LEVELS:
+        raise ValueError(f"features: expected 1 to {_MAX_LEVELS} feature maps, got {len(features)}")
+    for i, feature in enumerate(features):
+        _checks.check_tensor(f"features[{i}]", feature, _checks.FLOATING, "[N, C, H, W]", (4,))
+        _checks.check_device(f"features[{i}]", feature, features[0].device, "features[0]")
+        if feature.dtype != features[0].dtype:
+            raise TypeError(
+                f"features[{i}]: expected {features[0].dtype}, as features[0], got {feature.dtype}"
+            )
+        if feature.shape[:2] != features[0].shape[:2]:
+            raise ValueError(
+                f"features[{i}]: expected N and C of {list(features[0].shape[:2])}, as features[0], "
+                f"got {list(feature.shape[:2])}"
+            )
+
+
+def _check_scales(spatial_scales: Sequence[float], levels: int) -> None:
+    if not isinstance(spatial_scales, Sequence):
+        raise TypeError(f"spatial_scales: expected a list of numbers, got {type(spatial_scales).__name__}")
+    if len(spatial_scales) != levels:
+        raise ValueError(
+            f"spatial_scales: expected {levels}, one for each feature map, got {len(spatial_scales)}"
+        )
+    for i, scale in enumerate(spatial_scales):
+        _checks.check_positive(f"spatial_scales[{i}]", scale)
+        if math.frexp(scale)[0] != 0.5 or scale != spatial_scales[0] / 2**i:
+            raise ValueError(
+                f"spatial_scales: expected consecutive powers of two, finest first, got {tuple(spatial_scales)}"
+            )
+
+
+@_load.register_fake("multiscale_roi_align")
+def _fake(
+    features: Sequence[Tensor],
+    boxes: Tensor,
+    spatial_scales: Sequence[float],
+    pooled_height: int,
+    pooled_width: int,
+    sampling_ratio: int,
+    aligned: bool,
+    canonical_box_size: float,
+    canonical_level: int,
+    level_epsilon: float,
+) -> Tensor:
+    channels_last = all(_checks.channels_last_only(feature) for feature in features)
+    return torch.empty(
+        (boxes.shape[0], features[0].shape[1], pooled_height, pooled_width),
+        dtype=features[0].dtype,
+        device=features[0].device,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )
+
+
+_load.register_forward_only("multiscale_roi_align")

@@ -1,0 +1,24 @@
+"""Plain-PyTorch twins of the native ops: slow, obvious and exact.
+
+Tests compare the native ops with them, benchmarks measure against them, and devices without a native kernel
+fall back to them. Each has the public signature of its op. Arguments are checked by the public functions.
+"""
+
+from __future__ import annotations
+
+from panfpn_fast.ops.reference.batched_nms import batched_nms
+from panfpn_fast.ops.reference.multiscale_roi_align import multiscale_roi_align
+from panfpn_fast.ops.reference.nms import nms
+from panfpn_fast.ops.reference.panoptic_merge import PanopticSegments, panoptic_merge
+from panfpn_fast.ops.reference.paste_masks import paste_masks
+from panfpn_fast.ops.reference.roi_align import roi_align
+
+__all__ = [
+    "PanopticSegments",
+    "batched_nms",
+    "multiscale_roi_align",
+    "nms",
+    "panoptic_merge",
+    "paste_masks",
+    "roi_align",
+]
