@@ -1,5 +1,6 @@
-// Every op's schema. Their semantics are told where people read them, in the docstrings of panfpn_fast/ops; the
-// Python function validates for people, upcasts half-precision boxes and masks, and makes lists of boxes one tensor.
+// Every op's schema. Their semantics are told where people read them, in the docstrings of panfpn_fast/ops;
+// the Python function validates for people, upcasts half-precision boxes and masks, and makes lists of boxes
+// one tensor.
 #include "stable_compat.h"
 
 PANFPN_LIBRARY(m) {
@@ -11,7 +12,8 @@ PANFPN_LIBRARY(m) {
   // The same from the pyramid level that each box's size assigns it to.
   m.def(
       "multiscale_roi_align(Tensor[] features, Tensor boxes, float[] spatial_scales, SymInt pooled_height, "
-      "SymInt pooled_width, SymInt sampling_ratio, bool aligned, float canonical_box_size, SymInt canonical_level, "
+      "SymInt pooled_width, SymInt sampling_ratio, bool aligned, float canonical_box_size, SymInt "
+      "canonical_level, "
       "float level_epsilon) -> Tensor");
 
   // Indices of the kept boxes, by descending score.

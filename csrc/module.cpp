@@ -1,5 +1,6 @@
-// The Python module `_C`. Importing it registers the CPU ops; what it offers itself is what no tensor op can carry.
-// pybind11 and the stable ABI live side by side: pybind11 binds to the interpreter, the ops bind to torch's C API.
+// The Python module `_C`. Importing it registers the CPU ops; what it offers itself is what no tensor op can
+// carry. pybind11 and the stable ABI live side by side: pybind11 binds to the interpreter, the ops bind to
+// torch's C API.
 #include <pybind11/pybind11.h>
 
 namespace py = pybind11;

@@ -1,5 +1,5 @@
-// The one place that reaches below torch's stable C++ API, so that everything else reads as ordinary tensor code.
-// Each helper names the change in torch that retires it.
+// The one place that reaches below torch's stable C++ API, so that everything else reads as ordinary tensor
+// code. Each helper names the change in torch that retires it.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -18,6 +18,8 @@
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
+#elif defined(PANFPN_CUDA_ON_HOST)
+#include "testing/cuda_types.h"
 #endif
 
 namespace panfpn {
@@ -31,20 +33,20 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, cons
                                   dtype);
 }
 
-// How the 4-D tensor lies in memory: plain NCHW wins where both readings hold (one channel, one pixel), so that the
-// fake implementation can decide by the same rule.
+// How the 4-D tensor lies in memory: plain NCHW wins where both readings hold (one channel, one pixel), so
+// that the fake implementation can decide by the same rule.
 inline bool is_channels_last(const Tensor& t) {
   const int64_t channels = t.size(1), height = t.size(2), width = t.size(3);
-  return !t.is_contiguous() && t.stride(1) == 1 && t.stride(3) == channels && t.stride(2) == channels * width &&
-         t.stride(0) == channels * width * height;
+  return !t.is_contiguous() && t.stride(1) == 1 && t.stride(3) == channels &&
+         t.stride(2) == channels * width && t.stride(0) == channels * width * height;
 }
 
 // [N, C, H, W] output that lies in memory as channels-last or as plain NCHW.
 inline Tensor empty_nchw(std::initializer_list<int64_t> sizes, const Tensor& like, bool channels_last) {
-  return torch::stable::empty(
-      torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), like.scalar_type(), std::nullopt,
-      like.device(), std::nullopt,
-      channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()),
+                              like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                              channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
+                                            : torch::headeronly::MemoryFormat::Contiguous);
 }
 
 // Indices that sort 1-D `values`, equal ones in their given order; NaN counts as the largest value of all.
@@ -65,7 +67,8 @@ inline Tensor negate(const Tensor& values) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// values[index] for 1-D int64 `index` along dimension 0. Retired by torch::stable::index_select, should it come.
+// values[index] for 1-D int64 `index` along dimension 0. Retired by torch::stable::index_select, should it
+// come.
 inline Tensor index_select(const Tensor& values, const Tensor& index) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(values),
                                     torch::stable::detail::from(static_cast<int64_t>(0)),
@@ -83,7 +86,8 @@ inline int64_t item_int64(const Tensor& t) {
 }
 
 #if defined(__CUDACC__)
-// The stream that torch currently uses on the device. Retired by Stream::nativeHandle in a torch 2.13 baseline.
+// The stream that torch currently uses on the device. Retired by Stream::nativeHandle in a torch 2.13
+// baseline.
 inline cudaStream_t current_stream(const Tensor& t) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
@@ -92,7 +96,9 @@ inline cudaStream_t current_stream(const Tensor& t) {
 using torch::stable::accelerator::DeviceGuard;
 #elif defined(PANFPN_CUDA_ON_HOST)
 // The host run of the CUDA kernels has one queue and one device.
-inline void* current_stream(const Tensor&) { return nullptr; }
+inline cudaStream_t current_stream(const Tensor&) {
+  return nullptr;
+}
 struct DeviceGuard {
   explicit DeviceGuard(int32_t) {}
 };
@@ -103,8 +109,8 @@ struct TypeTag {
   using type = T;
 };
 
-// Calls `f` with the TypeTag of a floating dtype. Retired by Dispatch_v2.h, whose macros the stable ABI has, once
-// they no longer need each dtype list spelled at each call.
+// Calls `f` with the TypeTag of a floating dtype. Retired by Dispatch_v2.h, whose macros the stable ABI has,
+// once they no longer need each dtype list spelled at each call.
 template <typename F>
 void dispatch_floating(ScalarType dtype, const char* op, F&& f) {
   switch (dtype) {
@@ -152,8 +158,8 @@ constexpr ScalarType scalar_type_of() {
 
 }  // namespace panfpn
 
-// A CUDA source registers its host functions once: on the GPU under the library's own namespace, and when it is
-// compiled for the host (csrc/testing) under one of its own, whose ops take CPU tensors.
+// A CUDA source registers its host functions once: on the GPU under the library's own namespace, and when it
+// is compiled for the host (csrc/testing) under one of its own, whose ops take CPU tensors.
 #if defined(PANFPN_CUDA_ON_HOST)
 #define PANFPN_LIBRARY(m) STABLE_TORCH_LIBRARY(panfpn_fast_cuda_on_host, m)
 #define PANFPN_LIBRARY_IMPL_CUDA(m) STABLE_TORCH_LIBRARY_IMPL(panfpn_fast_cuda_on_host, CPU, m)

@@ -1,4 +1,5 @@
-// Marks the maths that the C++ compiler (CPU ops), nvcc (CUDA ops) and the host run of the CUDA kernels share.
+// Marks the maths that the C++ compiler (CPU ops), nvcc (CUDA ops) and the host run of the CUDA kernels
+// share.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -19,19 +19,23 @@ struct MergeParams {
   double mask_threshold;
 };
 
-// The share of an instance that others claimed before, compared as detectron2 does: integers divided in double.
+// The share of an instance that others claimed before, compared as detectron2 does: integers divided in
+// double.
 PANFPN_HOST_DEVICE bool overlaps_too_much(int64_t claimed, int64_t area, double overlap_threshold) {
   return static_cast<double>(claimed) / static_cast<double>(area) > overlap_threshold;
 }
 
 inline void check_panoptic_merge_inputs(const Tensor& masks, const Tensor& boxes, const Tensor& scores,
-                                        const Tensor& classes, const Tensor& semantic, const std::string& rule) {
+                                        const Tensor& classes, const Tensor& semantic,
+                                        const std::string& rule) {
   const char* op = "panoptic_merge";
   check_mask_boxes(masks, boxes, op);
-  STD_TORCH_CHECK(scores.dim() == 1 && scores.size(0) == masks.size(0) && scores.scalar_type() == ScalarType::Float, op,
-                  ": scores must be float32 [N]");
-  STD_TORCH_CHECK(classes.dim() == 1 && classes.size(0) == masks.size(0) && classes.scalar_type() == ScalarType::Long,
-                  op, ": classes must be int64 [N]");
+  STD_TORCH_CHECK(
+      scores.dim() == 1 && scores.size(0) == masks.size(0) && scores.scalar_type() == ScalarType::Float, op,
+      ": scores must be float32 [N]");
+  STD_TORCH_CHECK(
+      classes.dim() == 1 && classes.size(0) == masks.size(0) && classes.scalar_type() == ScalarType::Long, op,
+      ": classes must be int64 [N]");
   STD_TORCH_CHECK(semantic.dim() == 2, op, ": semantic must be [H, W]");
   STD_TORCH_CHECK(scores.device() == masks.device() && classes.device() == masks.device() &&
                       semantic.device() == masks.device(),

@@ -1,8 +1,9 @@
 // Pasting: where a pixel of the image falls on an M x M mask and how it is interpolated there.
 //
-// A pixel on the rim of an object is decided by one rounding, so the float operations and their order are those of
-// detectron2's paste_masks_in_image followed by torch's grid_sample (bilinear, zeros outside, align_corners=False).
-// For the same reason the sources that include this are compiled without contraction into fused multiply-adds.
+// A pixel on the rim of an object is decided by one rounding, so the float operations and their order are
+// those of detectron2's paste_masks_in_image followed by torch's grid_sample (bilinear, zeros outside,
+// align_corners=False). For the same reason the sources that include this are compiled without contraction
+// into fused multiply-adds.
 #pragma once
 
 #include <cmath>
@@ -59,8 +60,8 @@ struct PasteAxis {
 };
 
 template <typename A>
-PANFPN_HOST_DEVICE A interpolate(A top_left, A top_right, A bottom_left, A bottom_right, const PasteTaps<A>& y,
-                                 const PasteTaps<A>& x) {
+PANFPN_HOST_DEVICE A interpolate(A top_left, A top_right, A bottom_left, A bottom_right,
+                                 const PasteTaps<A>& y, const PasteTaps<A>& x) {
   return top_left * (x.low_weight * y.low_weight) + top_right * (x.high_weight * y.low_weight) +
          bottom_left * (x.low_weight * y.high_weight) + bottom_right * (x.high_weight * y.high_weight);
 }
@@ -82,7 +83,8 @@ inline void check_mask_boxes(const Tensor& masks, const Tensor& boxes, const cha
   STD_TORCH_CHECK(boxes.device() == masks.device(), op, ": masks and boxes must be on one device");
 }
 
-inline void check_paste_masks_inputs(const Tensor& masks, const Tensor& boxes, int64_t height, int64_t width) {
+inline void check_paste_masks_inputs(const Tensor& masks, const Tensor& boxes, int64_t height,
+                                     int64_t width) {
   check_mask_boxes(masks, boxes, "paste_masks");
   STD_TORCH_CHECK(height >= 0 && width >= 0, "paste_masks: the image size must not be negative");
 }

@@ -1,7 +1,7 @@
 // ROIAlign: the geometry of boxes, cells and samples that both devices share.
 //
-// A box is cut into pooled_height x pooled_width cells; a cell is the mean of grid_h x grid_w bilinear samples spread
-// evenly over it. The semantics, edge cases included, are torchvision.ops.roi_align's.
+// A box is cut into pooled_height x pooled_width cells; a cell is the mean of grid_h x grid_w bilinear
+// samples spread evenly over it. The semantics, edge cases included, are torchvision.ops.roi_align's.
 #pragma once
 
 #include <cmath>
@@ -15,17 +15,19 @@ namespace panfpn {
 // One axis of one box: where its cells lie in feature pixels and how many samples each takes.
 template <typename A>
 struct RoiAxis {
-  A start;      // of the first cell
-  A cell;       // extent of a cell
-  int64_t grid; // samples per cell; 0 where nothing can contribute
+  A start;       // of the first cell
+  A cell;        // extent of a cell
+  int64_t grid;  // samples per cell; 0 where nothing can contribute
 
   PANFPN_HOST_DEVICE A sample(int64_t cell_index, int64_t i) const {
-    return start + static_cast<A>(cell_index) * cell + (static_cast<A>(i) + A(0.5)) * cell / static_cast<A>(grid);
+    return start + static_cast<A>(cell_index) * cell +
+           (static_cast<A>(i) + A(0.5)) * cell / static_cast<A>(grid);
   }
 };
 
-// More samples along one axis than this are as good as infinitely many: at most a few thousand of them can lie on a
-// feature map, so the mean over all of them is below half precision's resolution and taken to be zero.
+// More samples along one axis than this are as good as infinitely many: at most a few thousand of them can
+// lie on a feature map, so the mean over all of them is below half precision's resolution and taken to be
+// zero.
 constexpr int64_t kMaxGrid = int64_t{1} << 31;
 
 template <typename A>
@@ -44,8 +46,8 @@ PANFPN_HOST_DEVICE RoiAxis<A> make_roi_axis(A low, A high, A scale, int64_t pool
   return axis;
 }
 
-// Half-open range of the samples of a cell that may lie on a map of `size` pixels (a superset by at most two at
-// either end): it bounds the loop for boxes that are far larger than the map.
+// Half-open range of the samples of a cell that may lie on a map of `size` pixels (a superset by at most two
+// at either end): it bounds the loop for boxes that are far larger than the map.
 struct SampleRange {
   int64_t begin, end;
 };
@@ -56,7 +58,8 @@ PANFPN_HOST_DEVICE SampleRange samples_on_map(const RoiAxis<A>& axis, int64_t ce
   if (!(step > 0)) return {0, axis.grid};
   const double base = static_cast<double>(axis.start) + static_cast<double>(cell_index) * axis.cell;
   const double grid = static_cast<double>(axis.grid);
-  double begin = std::floor((-1.0 - base) / step) - 2.0, end = std::ceil((static_cast<double>(size) - base) / step) + 2.0;
+  double begin = std::floor((-1.0 - base) / step) - 2.0,
+         end = std::ceil((static_cast<double>(size) - base) / step) + 2.0;
   begin = begin < 0 ? 0 : (begin > grid ? grid : begin);
   end = end < begin ? begin : (end > grid ? grid : end);
   return {static_cast<int64_t>(begin), static_cast<int64_t>(end)};
@@ -92,7 +95,8 @@ struct Pyramid {
   int64_t batch, channels;
 };
 
-// How a box chooses its level: Lin et al. 2017 (Feature Pyramid Networks), equation 1, with detectron2's epsilon.
+// How a box chooses its level: Lin et al. 2017 (Feature Pyramid Networks), equation 1, with detectron2's
+// epsilon.
 struct LevelRule {
   float canonical_box_size, canonical_level, epsilon;
   int64_t min_level;  // of the finest map: -log2 of its scale
@@ -100,8 +104,8 @@ struct LevelRule {
 
 inline LevelRule make_level_rule(double canonical_box_size, int64_t canonical_level, double epsilon,
                                  double finest_scale) {
-  return {static_cast<float>(canonical_box_size), static_cast<float>(canonical_level), static_cast<float>(epsilon),
-          -std::lround(std::log2(finest_scale))};
+  return {static_cast<float>(canonical_box_size), static_cast<float>(canonical_level),
+          static_cast<float>(epsilon), -std::lround(std::log2(finest_scale))};
 }
 
 template <typename A>
@@ -118,7 +122,8 @@ PANFPN_HOST_DEVICE int level_of_box(const LevelRule& rule, int levels, A x1, A y
 inline void check_roi_boxes(const Tensor& boxes, const Tensor& input, const char* op) {
   STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 5, op, ": boxes must be [K, 5]");
   STD_TORCH_CHECK(boxes.device() == input.device(), op, ": boxes and feature maps must be on one device");
-  const ScalarType expected = input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType expected =
+      input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   STD_TORCH_CHECK(boxes.scalar_type() == expected, op,
                   ": boxes must be float32 (float64 for float64 feature maps)");
 }
@@ -127,15 +132,17 @@ inline void check_multiscale_roi_align_inputs(const std::vector<Tensor>& feature
                                               const std::vector<double>& scales, int64_t pooled_height,
                                               int64_t pooled_width) {
   const char* op = "multiscale_roi_align";
-  STD_TORCH_CHECK(!features.empty() && features.size() <= kMaxLevels, op, ": takes 1 to ", kMaxLevels, " feature maps");
+  STD_TORCH_CHECK(!features.empty() && features.size() <= kMaxLevels, op, ": takes 1 to ", kMaxLevels,
+                  " feature maps");
   STD_TORCH_CHECK(scales.size() == features.size(), op, ": takes one spatial scale per feature map");
   STD_TORCH_CHECK(pooled_height > 0 && pooled_width > 0, op, ": the output size must be positive");
   for (const Tensor& feature : features) {
     STD_TORCH_CHECK(feature.dim() == 4, op, ": feature maps must be [N, C, H, W]");
     STD_TORCH_CHECK(feature.size(0) == features[0].size(0) && feature.size(1) == features[0].size(1), op,
                     ": feature maps must agree in N and C");
-    STD_TORCH_CHECK(feature.scalar_type() == features[0].scalar_type() && feature.device() == features[0].device(), op,
-                    ": feature maps must agree in dtype and device");
+    STD_TORCH_CHECK(
+        feature.scalar_type() == features[0].scalar_type() && feature.device() == features[0].device(), op,
+        ": feature maps must agree in dtype and device");
   }
   check_roi_boxes(boxes, features[0], op);
 }

@@ -11,6 +11,8 @@ Tensor batched_nms(const Tensor& boxes, const Tensor& scores, const Tensor& idxs
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(panfpn_fast, CPU, m) { m.impl("batched_nms", TORCH_BOX(&batched_nms)); }
+STABLE_TORCH_LIBRARY_IMPL(panfpn_fast, CPU, m) {
+  m.impl("batched_nms", TORCH_BOX(&batched_nms));
+}
 
 }  // namespace panfpn

@@ -39,8 +39,8 @@ class MaskWindow {
     for (int64_t i = 0; i < width(); ++i) {
       const PasteTaps<A>& column = taps_[i];
       const bool inside = row.inside && column.inside;
-      f(i, inside ? interpolate(top[column.low], top[column.low + 1], bottom[column.low], bottom[column.low + 1], row,
-                                column)
+      f(i, inside ? interpolate(top[column.low], top[column.low + 1], bottom[column.low],
+                                bottom[column.low + 1], row, column)
                   : A(0));
     }
   }

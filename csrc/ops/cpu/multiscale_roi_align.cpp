@@ -4,9 +4,9 @@ namespace panfpn {
 namespace {
 
 Tensor multiscale_roi_align(const std::vector<Tensor>& features, const Tensor& boxes,
-                            const std::vector<double>& spatial_scales, int64_t pooled_height, int64_t pooled_width,
-                            int64_t sampling_ratio, bool aligned, double canonical_box_size, int64_t canonical_level,
-                            double level_epsilon) {
+                            const std::vector<double>& spatial_scales, int64_t pooled_height,
+                            int64_t pooled_width, int64_t sampling_ratio, bool aligned,
+                            double canonical_box_size, int64_t canonical_level, double level_epsilon) {
   check_multiscale_roi_align_inputs(features, boxes, spatial_scales, pooled_height, pooled_width);
   const RoiAlignParams params{
       pooled_height, pooled_width, sampling_ratio, aligned,
@@ -16,6 +16,8 @@ Tensor multiscale_roi_align(const std::vector<Tensor>& features, const Tensor& b
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(panfpn_fast, CPU, m) { m.impl("multiscale_roi_align", TORCH_BOX(&multiscale_roi_align)); }
+STABLE_TORCH_LIBRARY_IMPL(panfpn_fast, CPU, m) {
+  m.impl("multiscale_roi_align", TORCH_BOX(&multiscale_roi_align));
+}
 
 }  // namespace panfpn

@@ -10,6 +10,8 @@ Tensor nms(const Tensor& boxes, const Tensor& scores, double iou_threshold) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(panfpn_fast, CPU, m) { m.impl("nms", TORCH_BOX(&nms)); }
+STABLE_TORCH_LIBRARY_IMPL(panfpn_fast, CPU, m) {
+  m.impl("nms", TORCH_BOX(&nms));
+}
 
 }  // namespace panfpn

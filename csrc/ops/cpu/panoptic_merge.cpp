@@ -1,6 +1,7 @@
-// The map itself records who claimed a pixel. Instances come in score order; each is evaluated once within its box
-// into a scratch bitmap while its area and the part that others hold are counted, then written where the pixel is
-// still free. What stays free is stuff: one pass counts its labels, one writes the ids of those that are large enough.
+// The map itself records who claimed a pixel. Instances come in score order; each is evaluated once within
+// its box into a scratch bitmap while its area and the part that others hold are counted, then written where
+// the pixel is still free. What stays free is stuff: one pass counts its labels, one writes the ids of those
+// that are large enough.
 #include <algorithm>
 #include <atomic>
 #include <mutex>
@@ -22,7 +23,8 @@ struct Map {
   int64_t height, width;
 };
 
-// Claims the free pixels of one instance for `id` and returns how many; 0 where it is empty or too much overlapped.
+// Claims the free pixels of one instance for `id` and returns how many; 0 where it is empty or too much
+// overlapped.
 template <typename A>
 int64_t claim_instance(const Map& map, const MaskWindow<A>& window, const MergeParams& params, int32_t id,
                        std::vector<uint8_t>& scratch) {
@@ -71,8 +73,8 @@ void merge_things(const Map& map, const Tensor& masks, const Tensor& boxes, cons
   for (int64_t rank = 0; rank < masks.size(0); ++rank) {
     const int64_t n = order[rank];
     if (static_cast<double>(scores.const_data_ptr<float>()[n]) < params.score_threshold) break;
-    const MaskWindow<A> window(masks.const_data_ptr<A>() + n * mask_height * mask_width, mask_height, mask_width,
-                               boxes.const_data_ptr<A>() + n * 4, map.height, map.width);
+    const MaskWindow<A> window(masks.const_data_ptr<A>() + n * mask_height * mask_width, mask_height,
+                               mask_width, boxes.const_data_ptr<A>() + n * 4, map.height, map.width);
     const int64_t id = static_cast<int64_t>(table.size()) + 1;
     const int64_t area = claim_instance(map, window, params, static_cast<int32_t>(id), scratch);
     if (area > 0) table.push_back({id, 1, classes.const_data_ptr<int64_t>()[n], area, n});
@@ -80,7 +82,8 @@ void merge_things(const Map& map, const Tensor& masks, const Tensor& boxes, cons
 }
 
 template <typename L>
-void fill_stuff(const Map& map, const L* semantic, const MergeParams& params, std::vector<SegmentRow>& table) {
+void fill_stuff(const Map& map, const L* semantic, const MergeParams& params,
+                std::vector<SegmentRow>& table) {
   const int64_t pixels = map.height * map.width;
   std::vector<int64_t> areas(kMaxLabels, 0);
   std::mutex areas_mutex;
@@ -109,8 +112,9 @@ void fill_stuff(const Map& map, const L* semantic, const MergeParams& params, st
   });
 }
 
-std::tuple<Tensor, Tensor> panoptic_merge(const Tensor& masks_in, const Tensor& boxes_in, const Tensor& scores_in,
-                                          const Tensor& classes_in, const Tensor& semantic_in, double score_threshold,
+std::tuple<Tensor, Tensor> panoptic_merge(const Tensor& masks_in, const Tensor& boxes_in,
+                                          const Tensor& scores_in, const Tensor& classes_in,
+                                          const Tensor& semantic_in, double score_threshold,
                                           double overlap_threshold, int64_t stuff_area_threshold,
                                           double mask_threshold, const std::string& rule) {
   check_panoptic_merge_inputs(masks_in, boxes_in, scores_in, classes_in, semantic_in, rule);
@@ -138,6 +142,8 @@ std::tuple<Tensor, Tensor> panoptic_merge(const Tensor& masks_in, const Tensor& 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(panfpn_fast, CPU, m) { m.impl("panoptic_merge", TORCH_BOX(&panoptic_merge)); }
+STABLE_TORCH_LIBRARY_IMPL(panfpn_fast, CPU, m) {
+  m.impl("panoptic_merge", TORCH_BOX(&panoptic_merge));
+}
 
 }  // namespace panfpn

@@ -12,6 +12,8 @@ Tensor roi_align(const Tensor& input, const Tensor& boxes, double spatial_scale,
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(panfpn_fast, CPU, m) { m.impl("roi_align", TORCH_BOX(&roi_align)); }
+STABLE_TORCH_LIBRARY_IMPL(panfpn_fast, CPU, m) {
+  m.impl("roi_align", TORCH_BOX(&roi_align));
+}
 
 }  // namespace panfpn

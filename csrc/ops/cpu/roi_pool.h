@@ -1,6 +1,6 @@
-// A cell's grid of samples is a product of its rows and columns, and so are the bilinear weights. So each axis is
-// folded first: the samples that touch one row (or column) of pixels add up to one weight for it, and a cell becomes
-// a weighted sum over its few pixels, each read once instead of once per sample.
+// A cell's grid of samples is a product of its rows and columns, and so are the bilinear weights. So each
+// axis is folded first: the samples that touch one row (or column) of pixels add up to one weight for it, and
+// a cell becomes a weighted sum over its few pixels, each read once instead of once per sample.
 #pragma once
 
 #include <algorithm>
@@ -59,8 +59,8 @@ class AxisWeights {
 // Pools one box into `out`, channels-last: [pooled_height, pooled_width, C].
 template <typename T, typename A>
 void pool_box_channels_last(const T* map, int64_t width, int64_t channels, const RoiAlignParams& params,
-                            const AxisWeights<A>& rows, const AxisWeights<A>& columns, A scale, std::vector<A>& sum,
-                            T* out) {
+                            const AxisWeights<A>& rows, const AxisWeights<A>& columns, A scale,
+                            std::vector<A>& sum, T* out) {
   for (int64_t ph = 0; ph < params.pooled_height; ++ph) {
     for (int64_t pw = 0; pw < params.pooled_width; ++pw) {
       std::fill(sum.begin(), sum.end(), A(0));
@@ -78,8 +78,9 @@ void pool_box_channels_last(const T* map, int64_t width, int64_t channels, const
 
 // Pools one box into `out`, NCHW: [C, pooled_height, pooled_width].
 template <typename T, typename A>
-void pool_box_nchw(const T* map, int64_t height, int64_t width, int64_t channels, const RoiAlignParams& params,
-                   const AxisWeights<A>& rows, const AxisWeights<A>& columns, A scale, T* out) {
+void pool_box_nchw(const T* map, int64_t height, int64_t width, int64_t channels,
+                   const RoiAlignParams& params, const AxisWeights<A>& rows, const AxisWeights<A>& columns,
+                   A scale, T* out) {
   for (int64_t c = 0; c < channels; ++c, map += height * width) {
     for (int64_t ph = 0; ph < params.pooled_height; ++ph) {
       for (int64_t pw = 0; pw < params.pooled_width; ++pw) {
@@ -99,8 +100,8 @@ void pool_box_nchw(const T* map, int64_t height, int64_t width, int64_t channels
 }
 
 template <typename T>
-void pool_boxes(const Pyramid<T>& pyramid, const accumulate_t<T>* boxes, int64_t count, const RoiAlignParams& params,
-                bool channels_last, T* out) {
+void pool_boxes(const Pyramid<T>& pyramid, const accumulate_t<T>* boxes, int64_t count,
+                const RoiAlignParams& params, bool channels_last, T* out) {
   using A = accumulate_t<T>;
   const int64_t out_size = pyramid.channels * params.pooled_height * params.pooled_width;
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
@@ -117,10 +118,10 @@ void pool_boxes(const Pyramid<T>& pyramid, const accumulate_t<T>* boxes, int64_t
         continue;
       }
       const A map_scale = static_cast<A>(pyramid.scale[level]);
-      const RoiAxis<A> y =
-          make_roi_axis(box[2], box[4], map_scale, params.pooled_height, params.sampling_ratio, params.aligned);
-      const RoiAxis<A> x =
-          make_roi_axis(box[1], box[3], map_scale, params.pooled_width, params.sampling_ratio, params.aligned);
+      const RoiAxis<A> y = make_roi_axis(box[2], box[4], map_scale, params.pooled_height,
+                                         params.sampling_ratio, params.aligned);
+      const RoiAxis<A> x = make_roi_axis(box[1], box[3], map_scale, params.pooled_width,
+                                         params.sampling_ratio, params.aligned);
       rows.fold(y, params.pooled_height, height);
       columns.fold(x, params.pooled_width, width);
       const A samples = static_cast<A>(y.grid) * static_cast<A>(x.grid);
@@ -136,16 +137,16 @@ void pool_boxes(const Pyramid<T>& pyramid, const accumulate_t<T>* boxes, int64_t
 }
 
 // Pools checked inputs of any floating dtype; what both ops' host functions end in.
-inline Tensor pool_features(const std::vector<Tensor>& features, const std::vector<double>& scales, const Tensor& boxes_in,
-                            const RoiAlignParams& params, const char* op) {
+inline Tensor pool_features(const std::vector<Tensor>& features, const std::vector<double>& scales,
+                            const Tensor& boxes_in, const RoiAlignParams& params, const char* op) {
   const DenseFeatures dense = dense_features(features);
   const Tensor boxes = torch::stable::contiguous(boxes_in);
-  Tensor out = empty_nchw({boxes.size(0), features[0].size(1), params.pooled_height, params.pooled_width}, features[0],
-                          dense.channels_last);
+  Tensor out = empty_nchw({boxes.size(0), features[0].size(1), params.pooled_height, params.pooled_width},
+                          features[0], dense.channels_last);
   dispatch_floating(features[0].scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    pool_boxes<T>(make_pyramid<T>(dense.maps, scales), boxes.const_data_ptr<accumulate_t<T>>(), boxes.size(0), params,
-                  dense.channels_last, out.mutable_data_ptr<T>());
+    pool_boxes<T>(make_pyramid<T>(dense.maps, scales), boxes.const_data_ptr<accumulate_t<T>>(), boxes.size(0),
+                  params, dense.channels_last, out.mutable_data_ptr<T>());
   });
   return out;
 }

@@ -1,5 +1,6 @@
-// Boxes in score order are resolved 64 at a time: first among themselves, one after the other, then the survivors
-// strike out everything behind them in parallel. Coordinates lie in separate arrays, so the inner loop vectorises.
+// Boxes in score order are resolved 64 at a time: first among themselves, one after the other, then the
+// survivors strike out everything behind them in parallel. Coordinates lie in separate arrays, so the inner
+// loop vectorises.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +11,8 @@
 namespace panfpn {
 
 inline constexpr int64_t kBlock = 64;
-inline constexpr int64_t kGrain = 512;  // boxes struck out per task: below that a task costs more than it saves
+inline constexpr int64_t kGrain =
+    512;  // boxes struck out per task: below that a task costs more than it saves
 
 template <typename T>
 struct SortedBoxes {
@@ -55,17 +57,19 @@ void suppress_group(const T* boxes, const int64_t* order, int64_t count, T thres
   for (int64_t i = 0; i < count; ++i) keep[order[i]] = !sorted.suppressed[i];
 }
 
-// The comparison `float32 IoU > double threshold` of the peer's CPU op, as a comparison in T: the threshold rounded
-// down, since a T above the largest T not over the threshold is above the threshold itself.
+// The comparison `float32 IoU > double threshold` of the peer's CPU op, as a comparison in T: the threshold
+// rounded down, since a T above the largest T not over the threshold is above the threshold itself.
 template <typename T>
 T round_down(double threshold) {
   const T rounded = static_cast<T>(threshold);
-  return static_cast<double>(rounded) > threshold ? std::nextafter(rounded, -std::numeric_limits<T>::infinity())
-                                                  : rounded;
+  return static_cast<double>(rounded) > threshold
+             ? std::nextafter(rounded, -std::numeric_limits<T>::infinity())
+             : rounded;
 }
 
 // `idxs` may be null: one group.
-inline Tensor suppress(const Tensor& boxes_in, const Tensor& scores, const int64_t* idxs, double iou_threshold) {
+inline Tensor suppress(const Tensor& boxes_in, const Tensor& scores, const int64_t* idxs,
+                       double iou_threshold) {
   const Tensor boxes = torch::stable::contiguous(boxes_in);
   const Tensor order_tensor = argsort(scores, /*descending=*/true);
   const int64_t count = boxes.size(0);
@@ -101,7 +105,8 @@ inline Tensor suppress(const Tensor& boxes_in, const Tensor& scores, const int64
 
   const int64_t kept = std::count(keep.begin(), keep.end(), uint8_t{1});
   Tensor out = empty({kept}, ScalarType::Long, boxes);
-  std::copy_if(order, order + count, out.mutable_data_ptr<int64_t>(), [&](int64_t i) { return keep[i] != 0; });
+  std::copy_if(order, order + count, out.mutable_data_ptr<int64_t>(),
+               [&](int64_t i) { return keep[i] != 0; });
   return out;
 }
 

@@ -1,20 +1,21 @@
-// What a kernel source needs to be compiled by nvcc and, for the host run of csrc/testing/, by the C++ compiler: the launch,
-// shared memory and loop unrolling. Every .cu file includes this first.
+// What a kernel source needs to be compiled by nvcc and, for the host run of csrc/testing/, by the C++
+// compiler: the launch, shared memory and loop unrolling. Every .cu file includes this first.
 //
 //   PANFPN_LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...)
-//       Launches, and throws std::runtime_error with the kernel's name when the launch fails. An empty grid launches
-//       nothing. A kernel with commas in its template arguments goes in parentheses: PANFPN_LAUNCH((f<float, 4>), ...).
-//       Where shared_bytes exceeds 32 KiB the kernel is allowed more than the usual 48 KiB in all.
+//       Launches, and throws std::runtime_error with the kernel's name when the launch fails. An empty grid
+//       launches nothing. A kernel with commas in its template arguments goes in parentheses:
+//       PANFPN_LAUNCH((f<float, 4>), ...). Where shared_bytes exceeds 32 KiB the kernel is allowed more than
+//       the usual 48 KiB in all.
 //   PANFPN_SHARED(type, name, count)
-//       __shared__ type name[count]. A type with commas or further dimensions needs an alias: using Row = float[33].
-//       Only the alignment of `type` is promised: for 16-byte accesses declare float4, not float.
+//       __shared__ type name[count]. A type with commas or further dimensions needs an alias: using Row =
+//       float[33]. Only the alignment of `type` is promised: for 16-byte accesses declare float4, not float.
 //   PANFPN_DYNAMIC_SHARED(type, name)
 //       type* name: the launch's shared_bytes, aligned to 16 bytes.
 //   PANFPN_UNROLL, PANFPN_UNROLL_BY(n)
 //       #pragma unroll, which g++ would refuse.
 //   PANFPN_LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, arguments...)
-//       As PANFPN_LAUNCH, with all blocks resident at once, so that the kernel may call panfpn::grid_sync(). At most
-//       panfpn::cooperative_blocks(kernel, threads, shared_bytes) blocks.
+//       As PANFPN_LAUNCH, with all blocks resident at once, so that the kernel may call panfpn::grid_sync().
+//       At most panfpn::cooperative_blocks(kernel, threads, shared_bytes) blocks.
 #pragma once
 
 #if defined(PANFPN_CUDA_ON_HOST)
@@ -24,14 +25,15 @@
 #define PANFPN_UNROLL
 #define PANFPN_UNROLL_BY(n)
 
-#define PANFPN_SHARED(type, name, ...)                                         \
-  static ::panfpn::cuda_on_host::SharedSite panfpn_site_of_##name{#name};      \
+#define PANFPN_SHARED(type, name, ...)                                    \
+  static ::panfpn::cuda_on_host::SharedSite panfpn_site_of_##name{#name}; \
   auto& name = ::panfpn::cuda_on_host::shared_array<type, (__VA_ARGS__)>(panfpn_site_of_##name)
 #define PANFPN_DYNAMIC_SHARED(type, name) \
   type* const name = static_cast<type*>(::panfpn::cuda_on_host::dynamic_shared(alignof(type)))
 
 #define PANFPN_LAUNCH(kernel, ...) ::panfpn::cuda_on_host::launch(#kernel, false, kernel, __VA_ARGS__)
-#define PANFPN_LAUNCH_COOPERATIVE(kernel, ...) ::panfpn::cuda_on_host::launch(#kernel, true, kernel, __VA_ARGS__)
+#define PANFPN_LAUNCH_COOPERATIVE(kernel, ...) \
+  ::panfpn::cuda_on_host::launch(#kernel, true, kernel, __VA_ARGS__)
 
 namespace panfpn {
 
@@ -62,9 +64,9 @@ int cooperative_blocks(void (*)(Parameters...), int, size_t) {
 #define PANFPN_UNROLL_BY(n) PANFPN_PRAGMA(unroll n)
 
 #define PANFPN_SHARED(type, name, ...) __shared__ type name[__VA_ARGS__]
-#define PANFPN_DYNAMIC_SHARED(type, name)                                                                 \
-  extern __shared__ __align__(16) unsigned char panfpn_dynamic_shared[];                                  \
-  static_assert(alignof(type) <= 16, "dynamic shared memory is aligned to 16 bytes");                     \
+#define PANFPN_DYNAMIC_SHARED(type, name)                                             \
+  extern __shared__ __align__(16) unsigned char panfpn_dynamic_shared[];              \
+  static_assert(alignof(type) <= 16, "dynamic shared memory is aligned to 16 bytes"); \
   type* const name = reinterpret_cast<type*>(panfpn_dynamic_shared)
 
 #define PANFPN_LAUNCH(kernel, ...) ::panfpn::launch_kernel(#kernel, false, kernel, __VA_ARGS__)
@@ -81,7 +83,8 @@ template <typename Kernel>
 void allow_shared_bytes(const char* name, Kernel* kernel, size_t shared_bytes) {
   constexpr size_t kAlwaysAllowed = 32 * 1024;
   if (shared_bytes <= kAlwaysAllowed) return;
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(shared_bytes)),
              name);
 }
 
@@ -106,7 +109,9 @@ void launch_kernel(const char* name, bool cooperative, void (*kernel)(Parameters
   check_cuda(error != cudaSuccess ? error : last, name);
 }
 
-__device__ __forceinline__ void grid_sync() { cooperative_groups::this_grid().sync(); }
+__device__ __forceinline__ void grid_sync() {
+  cooperative_groups::this_grid().sync();
+}
 
 // How many blocks of `threads` threads the current device holds at once.
 template <typename... Parameters>

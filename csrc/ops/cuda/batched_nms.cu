@@ -1,0 +1,17 @@
+#include "ops/cuda/suppress.cuh"
+
+namespace panfpn {
+namespace {
+
+Tensor batched_nms(const Tensor& boxes, const Tensor& scores, const Tensor& idxs, double iou_threshold) {
+  check_batched_nms_inputs(boxes, scores, idxs);
+  return suppress(boxes, scores, &idxs, iou_threshold);
+}
+
+}  // namespace
+
+PANFPN_LIBRARY_IMPL_CUDA(m) {
+  m.impl("batched_nms", TORCH_BOX(&batched_nms));
+}
+
+}  // namespace panfpn

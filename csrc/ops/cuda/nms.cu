@@ -1,0 +1,17 @@
+#include "ops/cuda/suppress.cuh"
+
+namespace panfpn {
+namespace {
+
+Tensor nms(const Tensor& boxes, const Tensor& scores, double iou_threshold) {
+  check_nms_inputs(boxes, scores);
+  return suppress(boxes, scores, nullptr, iou_threshold);
+}
+
+}  // namespace
+
+PANFPN_LIBRARY_IMPL_CUDA(m) {
+  m.impl("nms", TORCH_BOX(&nms));
+}
+
+}  // namespace panfpn

@@ -1,0 +1,88 @@
+// The words in which misuse is reported.
+#include <sstream>
+#include <string_view>
+
+#include "testing/scheduler_state.h"
+
+namespace panfpn::cuda_on_host {
+
+const char* name_of(BarrierKind kind) {
+  switch (kind) {
+    case BarrierKind::sync:
+      return "__syncthreads";
+    case BarrierKind::sync_or:
+      return "__syncthreads_or";
+    case BarrierKind::sync_and:
+      return "__syncthreads_and";
+    case BarrierKind::sync_count:
+      return "__syncthreads_count";
+  }
+  return "?";
+}
+
+const char* name_of(WarpOp op) {
+  constexpr const char* kNames[] = {"__syncwarp",       "__ballot_sync",   "__any_sync",
+                                    "__all_sync",       "__shfl_sync",     "__shfl_up_sync",
+                                    "__shfl_down_sync", "__shfl_xor_sync", "__match_any_sync",
+                                    "__match_all_sync", "__reduce_*_sync"};
+  return kNames[static_cast<size_t>(op)];
+}
+
+std::string text(uint3 v) {
+  std::ostringstream out;
+  out << "(" << v.x << ", " << v.y << ", " << v.z << ")";
+  return out.str();
+}
+
+std::string text(const Location& where) {
+  const std::string_view path = where.file_name();
+  std::ostringstream out;
+  out << path.substr(path.rfind('/') + 1) << ":" << where.line();
+  return out.str();
+}
+
+std::string hex(uint32_t mask) {
+  std::ostringstream out;
+  out << "0x" << std::hex << mask;
+  return out.str();
+}
+
+std::string deadlock_report(const char* kernel, const std::vector<Thread>& threads) {
+  std::ostringstream out;
+  out << "kernel " << kernel << ": deadlock, no thread can run:";
+  // One line per place where threads wait, with the first of them.
+  struct Place {
+    const Thread* first;
+    size_t count;
+  };
+  std::vector<Place> places;
+  for (const Thread& thread : threads) {
+    if (thread.finished) continue;
+    bool known = false;
+    for (Place& place : places) {
+      if (place.first->block == thread.block && place.first->wait == thread.wait &&
+          place.first->group == thread.group && place.first->where.line() == thread.where.line()) {
+        ++place.count;
+        known = true;
+        break;
+      }
+    }
+    if (!known) places.push_back({&thread, 1});
+  }
+  constexpr size_t kShown = 8;
+  for (size_t i = 0; i < places.size() && i < kShown; ++i) {
+    const Thread& thread = *places[i].first;
+    out << "\n  block " << text(thread.block->index) << ": " << places[i].count << " from thread "
+        << text(thread.index) << " on wait at " << text(thread.where) << " in ";
+    if (thread.wait == Wait::warp) {
+      out << name_of(thread.group->op) << " with mask " << hex(thread.group->mask) << " for lanes "
+          << hex(thread.group->mask & ~thread.group->arrived);
+    } else {
+      out << (thread.wait == Wait::grid ? "grid_sync" : name_of(thread.block->kind));
+    }
+  }
+  if (places.size() > kShown) out << "\n  and at " << places.size() - kShown << " more places";
+  return out.str();
+}
+
+}  // namespace panfpn::cuda_on_host
