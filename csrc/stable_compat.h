@@ -109,10 +109,11 @@ struct TypeTag {
   using type = T;
 };
 
-// Calls `f` with the TypeTag of a floating dtype. Retired by Dispatch_v2.h, whose macros the stable ABI has,
-// once they no longer need each dtype list spelled at each call.
+// Calls `f` with the TypeTag of a floating dtype: those of feature maps on a GPU, all that the CPU takes, and
+// those of boxes and masks. Retired by Dispatch_v2.h, once its macros no longer need each dtype list spelled
+// at each call.
 template <typename F>
-void dispatch_floating(ScalarType dtype, const char* op, F&& f) {
+void dispatch_feature_type(ScalarType dtype, const char* op, F&& f) {
   switch (dtype) {
     case ScalarType::Float:
       return f(TypeTag<float>{});
@@ -120,11 +121,15 @@ void dispatch_floating(ScalarType dtype, const char* op, F&& f) {
       return f(TypeTag<c10::Half>{});
     case ScalarType::BFloat16:
       return f(TypeTag<c10::BFloat16>{});
-    case ScalarType::Double:
-      return f(TypeTag<double>{});
     default:
-      STD_TORCH_CHECK(false, op, ": takes float32, float16, bfloat16 and float64 only");
+      STD_TORCH_CHECK(false, op, ": takes float32, float16 and bfloat16 only");
   }
+}
+
+template <typename F>
+void dispatch_floating(ScalarType dtype, const char* op, F&& f) {
+  if (dtype == ScalarType::Double) return f(TypeTag<double>{});
+  dispatch_feature_type(dtype, op, f);
 }
 
 template <typename F>
@@ -150,11 +155,6 @@ struct Accumulate<double> {
 };
 template <typename T>
 using accumulate_t = typename Accumulate<T>::type;
-
-template <typename T>
-constexpr ScalarType scalar_type_of() {
-  return std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
-}
 
 }  // namespace panfpn
 

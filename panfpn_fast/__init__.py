@@ -9,14 +9,14 @@ photographs into panoptic results.
 
 from __future__ import annotations
 
-from importlib.metadata import version
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from panfpn_fast import ops
-from panfpn_fast.checkpoints import load
-from panfpn_fast.inference import PanopticResult, Predictor, Segment
-from panfpn_fast.models import PanopticFPN, PanopticFPNConfig
-
-__version__ = version("panfpn_fast")
+if TYPE_CHECKING:
+    from panfpn_fast import ops
+    from panfpn_fast.checkpoints import load
+    from panfpn_fast.inference import PanopticResult, Predictor, Segment
+    from panfpn_fast.models import PanopticFPN, PanopticFPNConfig
 
 __all__ = [
     "PanopticFPN",
@@ -28,3 +28,32 @@ __all__ = [
     "load",
     "ops",
 ]
+
+# Where each public name lives. They are imported at their first use (PEP 562), so that the command line answers
+# `--help` without waiting for torch.
+_HOMES = {
+    "PanopticFPN": "panfpn_fast.models",
+    "PanopticFPNConfig": "panfpn_fast.models",
+    "PanopticResult": "panfpn_fast.inference",
+    "Predictor": "panfpn_fast.inference",
+    "Segment": "panfpn_fast.inference",
+    "load": "panfpn_fast.checkpoints",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("panfpn_fast")
+    if name == "ops":
+        return importlib.import_module("panfpn_fast.ops")
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'panfpn_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -37,26 +37,14 @@ inline void check_panoptic_merge_inputs(const Tensor& masks, const Tensor& boxes
       classes.dim() == 1 && classes.size(0) == masks.size(0) && classes.scalar_type() == ScalarType::Long, op,
       ": classes must be int64 [N]");
   STD_TORCH_CHECK(semantic.dim() == 2, op, ": semantic must be [H, W]");
+  const ScalarType labels = semantic.scalar_type();
+  STD_TORCH_CHECK(labels == ScalarType::Byte || labels == ScalarType::Short || labels == ScalarType::Int ||
+                      labels == ScalarType::Long,
+                  op, ": semantic must be uint8, int16, int32 or int64");
   STD_TORCH_CHECK(scores.device() == masks.device() && classes.device() == masks.device() &&
                       semantic.device() == masks.device(),
                   op, ": all inputs must be on one device");
   STD_TORCH_CHECK(rule == "detectron2", op, ": unknown rule ", rule);
-}
-
-template <typename F>
-void dispatch_label_type(ScalarType dtype, F&& f) {
-  switch (dtype) {
-    case ScalarType::Byte:
-      return f(TypeTag<uint8_t>{});
-    case ScalarType::Short:
-      return f(TypeTag<int16_t>{});
-    case ScalarType::Int:
-      return f(TypeTag<int32_t>{});
-    case ScalarType::Long:
-      return f(TypeTag<int64_t>{});
-    default:
-      STD_TORCH_CHECK(false, "panoptic_merge: semantic must be uint8, int16, int32 or int64");
-  }
 }
 
 }  // namespace panfpn

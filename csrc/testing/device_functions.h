@@ -159,18 +159,23 @@ inline double min(double a, float b) {
 inline double max(double a, float b) {
   return ::fmax(a, b);
 }
-inline unsigned int min(unsigned int a, int b) {
-  return min(a, static_cast<unsigned int>(b));
-}
-inline unsigned int max(unsigned int a, int b) {
-  return max(a, static_cast<unsigned int>(b));
-}
-inline unsigned int min(int a, unsigned int b) {
-  return min(static_cast<unsigned int>(a), b);
-}
-inline unsigned int max(int a, unsigned int b) {
-  return max(static_cast<unsigned int>(a), b);
-}
+#define PANFPN_MIN_MAX_MIXED(signed_type, unsigned_type)     \
+  inline unsigned_type min(unsigned_type a, signed_type b) { \
+    return min(a, static_cast<unsigned_type>(b));            \
+  }                                                          \
+  inline unsigned_type max(unsigned_type a, signed_type b) { \
+    return max(a, static_cast<unsigned_type>(b));            \
+  }                                                          \
+  inline unsigned_type min(signed_type a, unsigned_type b) { \
+    return min(static_cast<unsigned_type>(a), b);            \
+  }                                                          \
+  inline unsigned_type max(signed_type a, unsigned_type b) { \
+    return max(static_cast<unsigned_type>(a), b);            \
+  }
+PANFPN_MIN_MAX_MIXED(int, unsigned int)
+PANFPN_MIN_MAX_MIXED(long, unsigned long)
+PANFPN_MIN_MAX_MIXED(long long, unsigned long long)
+#undef PANFPN_MIN_MAX_MIXED
 
 namespace panfpn::cuda_on_host {
 

@@ -21,10 +21,9 @@ const char* name_of(BarrierKind kind) {
 }
 
 const char* name_of(WarpOp op) {
-  constexpr const char* kNames[] = {"__syncwarp",       "__ballot_sync",   "__any_sync",
-                                    "__all_sync",       "__shfl_sync",     "__shfl_up_sync",
-                                    "__shfl_down_sync", "__shfl_xor_sync", "__match_any_sync",
-                                    "__match_all_sync", "__reduce_*_sync"};
+  constexpr const char* kNames[] = {
+      "__syncwarp",     "__ballot_sync",    "__any_sync",      "__all_sync",       "__shfl_sync",
+      "__shfl_up_sync", "__shfl_down_sync", "__shfl_xor_sync", "__match_any_sync", "__reduce_*_sync"};
   return kNames[static_cast<size_t>(op)];
 }
 

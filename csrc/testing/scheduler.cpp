@@ -37,7 +37,7 @@ namespace {
 
 constexpr int64_t kAtomicsPerTurn = 1 << 16;
 // So many atomics without an exit or a completed barrier mean that all threads spin.
-constexpr int64_t kAtomicsWithoutProgress = int64_t{1} << 27;
+constexpr int64_t kAtomicsWithoutProgress = int64_t{1} << 24;
 
 // Never destroyed: a host thread may still launch while the process exits.
 Scheduler& scheduler() {
@@ -307,7 +307,9 @@ void Scheduler::exit_thread() {
            &group->where);
     }
   }
-  if (grid_waiting_ > 0) fail("exits, but other threads wait for it in grid_sync", nullptr);
+  if (grid_waiting_ > 0) {
+    fail("exits, but other threads wait for it in grid_sync", &grid_where_);
+  }
   warp.exited |= bit;
   thread.finished = true;
   ready_.erase(position(index_of(thread)));
@@ -357,6 +359,7 @@ void Scheduler::grid_barrier(const Location& where) {
          &where);
   }
   wait(Wait::grid, where, nullptr);
+  grid_where_ = where;
   if (++grid_waiting_ == threads_.size()) {
     grid_waiting_ = 0;
     for (size_t i = 0; i < threads_.size(); ++i) set_ready(i);

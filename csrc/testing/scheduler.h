@@ -43,19 +43,7 @@ enum class BarrierKind : uint8_t { sync, sync_or, sync_and, sync_count };
 int block_barrier(BarrierKind kind, bool predicate, const Location& where, int* live);
 void grid_barrier(const Location& where);
 
-enum class WarpOp : uint8_t {
-  sync,
-  ballot,
-  any,
-  all,
-  shfl,
-  shfl_up,
-  shfl_down,
-  shfl_xor,
-  match_any,
-  match_all,
-  reduce
-};
+enum class WarpOp : uint8_t { sync, ballot, any, all, shfl, shfl_up, shfl_down, shfl_xor, match_any, reduce };
 
 // What the lanes of one warp function brought: its payload per lane of `mask`.
 struct WarpGroup {

@@ -166,6 +166,7 @@ class Scheduler {
   std::vector<WarpGroup*> free_groups_;
   size_t live_ = 0;
   size_t grid_waiting_ = 0;
+  Location grid_where_;
   int64_t atomics_granted_ = 0;
   int64_t atomics_without_progress_ = 0;
 

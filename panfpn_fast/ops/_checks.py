@@ -31,6 +31,18 @@ def check_tensor(
         raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
 
 
+def check_feature_map(name: str, value: Any) -> None:
+    """Checks a feature map [N, C, H, W]."""
+    check_tensor(name, value, FLOATING, "[N, C, H, W]", (4,))
+    check_gpu_precision(name, value)
+
+
+def check_gpu_precision(name: str, value: Tensor) -> None:
+    """Refuses float64 on a GPU, for which most have no arithmetic worth the name: its place is in checks on the CPU."""
+    if value.dtype == torch.float64 and value.device.type == "cuda":
+        raise TypeError(f"{name}: expected float32 or narrower on a GPU, got float64")
+
+
 def check_boxes(name: str, boxes: Any, rows: int | None = None) -> None:
     """Checks a [N, 4] tensor of boxes."""
     check_tensor(name, boxes, FLOATING, "[N, 4]", (2,))
@@ -58,7 +70,7 @@ def check_number(name: str, value: Any) -> None:
     """Checks that a value is a number other than NaN."""
     if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if isinstance(value, float) and math.isnan(value):
+    if value != value:  # NaN; math.isnan would stop torch.compile
         raise ValueError(f"{name}: expected a number, got nan")
 
 
@@ -77,8 +89,8 @@ def check_int(name: str, value: Any) -> None:
 
 def int_pair(name: str, value: Any, minimum: int) -> tuple[int, int]:
     """Reads one integer, or a (height, width) of two, each at least `minimum`."""
-    pair = (value, value) if isinstance(value, (int, torch.SymInt)) else value
-    if not isinstance(pair, Sequence):
+    pair: Any = (value, value) if isinstance(value, (int, torch.SymInt)) else value
+    if not isinstance(pair, Sequence) or isinstance(pair, str):
         raise TypeError(f"{name}: expected an integer or (height, width), got {type(value).__name__}")
     if len(pair) != 2:
         raise ValueError(f"{name}: expected (height, width), got {len(pair)} values")
@@ -86,7 +98,8 @@ def int_pair(name: str, value: Any, minimum: int) -> tuple[int, int]:
         check_int(name, side)
         if side < minimum:
             raise ValueError(f"{name}: expected integers of at least {minimum}, got {tuple(pair)}")
-    return pair[0], pair[1]
+    height, width = pair
+    return height, width
 
 
 def image_size_pair(image_size: Any) -> tuple[int, int]:
@@ -104,6 +117,7 @@ def full_precision(value: Tensor) -> Tensor:
 def check_masks(masks: Any) -> Tensor:
     """Checks masks and returns them as [N, M_h, M_w]."""
     check_tensor("masks", masks, (*FLOATING, torch.bool), "[N, M, M] or [N, 1, M, M]", (3, 4))
+    check_gpu_precision("masks", masks)
     if masks.dim() == 4:
         if masks.shape[1] != 1:
             raise ValueError(f"masks: expected shape [N, M, M] or [N, 1, M, M], got {list(masks.shape)}")

@@ -54,10 +54,10 @@ def batched_nms(
     _checks.check_device("idxs", idxs, boxes.device, "boxes")
     if exact not in ("class", "torchvision"):
         raise ValueError(f'exact: expected "class" or "torchvision", got {exact!r}')
+    boxes = _checks.full_precision(boxes)
     if exact == "torchvision":
         shift = boxes.max() + 1 if boxes.shape[0] > 0 else boxes.new_ones(())
         return nms(boxes + (idxs.to(boxes) * shift)[:, None], scores, iou_threshold)
-    boxes = _checks.full_precision(boxes)
     if not _load.native(boxes.device):
         return reference.batched_nms(boxes, scores, idxs, iou_threshold)
     return torch.ops.panfpn_fast.batched_nms(boxes, scores, idxs.to(torch.int64), iou_threshold)

@@ -102,7 +102,7 @@ def _check_features(features: Sequence[Tensor]) -> None:
     if not 1 <= len(features) <= _MAX_LEVELS:
         raise ValueError(f"features: expected 1 to {_MAX_LEVELS} feature maps, got {len(features)}")
     for i, feature in enumerate(features):
-        _checks.check_tensor(f"features[{i}]", feature, _checks.FLOATING, "[N, C, H, W]", (4,))
+        _checks.check_feature_map(f"features[{i}]", feature)
         _checks.check_device(f"features[{i}]", feature, features[0].device, "features[0]")
         if feature.dtype != features[0].dtype:
             raise TypeError(
@@ -124,7 +124,7 @@ def _check_scales(spatial_scales: Sequence[float], levels: int) -> None:
         )
     for i, scale in enumerate(spatial_scales):
         _checks.check_positive(f"spatial_scales[{i}]", scale)
-        if math.frexp(scale)[0] != 0.5 or scale != spatial_scales[0] / 2**i:
+        if scale * 2**i != spatial_scales[0] or (i == 0 and math.frexp(scale)[0] != 0.5):
             raise ValueError(
                 f"spatial_scales: expected consecutive powers of two, finest first, got {tuple(spatial_scales)}"
             )

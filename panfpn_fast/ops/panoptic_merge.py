@@ -12,6 +12,8 @@ from panfpn_fast import _load
 from panfpn_fast.ops import _checks, reference
 from panfpn_fast.ops.reference import PanopticSegments
 
+__all__ = ["PanopticSegments", "panoptic_merge"]
+
 _LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 

@@ -51,7 +51,7 @@ def roi_align(
         >>> ops.roi_align(x, [torch.tensor([[0.0, 0.0, 2.0, 2.0]])], 1, aligned=True)
         tensor([[[[2.5000]]]])
     """
-    _checks.check_tensor("input", input, _checks.FLOATING, "[N, C, H, W]", (4,))
+    _checks.check_feature_map("input", input)
     rois = _checks.batched_boxes(boxes, input.shape[0], input)
     height, width = _checks.int_pair("output_size", output_size, 1)
     _checks.check_positive("spatial_scale", spatial_scale)

@@ -10,13 +10,14 @@ namespace panfpn {
 template <typename A>
 class MaskWindow {
  public:
+  // `whole_image`: the window is the image even where the box is not, for a threshold that zero reaches.
   MaskWindow(const A* mask, int64_t mask_height, int64_t mask_width, const A* box, int64_t image_height,
-             int64_t image_width)
+             int64_t image_width, bool whole_image)
       : y_axis_{box[1], box[3], mask_height}, stride_(mask_width + 2) {
     const PasteAxis<A> x_axis{box[0], box[2], mask_width};
-    rows_ = y_axis_.window(image_height);
-    columns_ = x_axis.window(image_width);
-    if (x_axis.degenerate() || y_axis_.degenerate()) rows_.end = rows_.begin;
+    rows_ = whole_image ? PixelRange{0, image_height} : y_axis_.window(image_height);
+    columns_ = whole_image ? PixelRange{0, image_width} : x_axis.window(image_width);
+    if (!whole_image && x_axis.degenerate()) rows_.end = rows_.begin;
     if (rows_.begin == rows_.end) return;
     // A rim of zeros stands for everything outside the mask, so that no tap needs a test.
     padded_.assign((mask_height + 2) * stride_, A(0));

@@ -74,7 +74,8 @@ void merge_things(const Map& map, const Tensor& masks, const Tensor& boxes, cons
     const int64_t n = order[rank];
     if (static_cast<double>(scores.const_data_ptr<float>()[n]) < params.score_threshold) break;
     const MaskWindow<A> window(masks.const_data_ptr<A>() + n * mask_height * mask_width, mask_height,
-                               mask_width, boxes.const_data_ptr<A>() + n * 4, map.height, map.width);
+                               mask_width, boxes.const_data_ptr<A>() + n * 4, map.height, map.width,
+                               /*whole_image=*/params.mask_threshold <= 0);
     const int64_t id = static_cast<int64_t>(table.size()) + 1;
     const int64_t area = claim_instance(map, window, params, static_cast<int32_t>(id), scratch);
     if (area > 0) table.push_back({id, 1, classes.const_data_ptr<int64_t>()[n], area, n});
@@ -112,6 +113,20 @@ void fill_stuff(const Map& map, const L* semantic, const MergeParams& params,
   });
 }
 
+void fill_stuff_of_any_dtype(const Map& map, const Tensor& semantic, const MergeParams& params,
+                             std::vector<SegmentRow>& table) {
+  switch (semantic.scalar_type()) {
+    case ScalarType::Byte:
+      return fill_stuff(map, semantic.const_data_ptr<uint8_t>(), params, table);
+    case ScalarType::Short:
+      return fill_stuff(map, semantic.const_data_ptr<int16_t>(), params, table);
+    case ScalarType::Int:
+      return fill_stuff(map, semantic.const_data_ptr<int32_t>(), params, table);
+    default:
+      return fill_stuff(map, semantic.const_data_ptr<int64_t>(), params, table);
+  }
+}
+
 std::tuple<Tensor, Tensor> panoptic_merge(const Tensor& masks_in, const Tensor& boxes_in,
                                           const Tensor& scores_in, const Tensor& classes_in,
                                           const Tensor& semantic_in, double score_threshold,
@@ -130,9 +145,7 @@ std::tuple<Tensor, Tensor> panoptic_merge(const Tensor& masks_in, const Tensor& 
   dispatch_float_or_double(masks.scalar_type(), "panoptic_merge", [&](auto tag) {
     merge_things<typename decltype(tag)::type>(map, masks, boxes, scores, classes, params, table);
   });
-  dispatch_label_type(semantic.scalar_type(), [&](auto tag) {
-    fill_stuff(map, semantic.const_data_ptr<typename decltype(tag)::type>(), params, table);
-  });
+  fill_stuff_of_any_dtype(map, semantic, params, table);
 
   Tensor segments = empty({static_cast<int64_t>(table.size()), kSegmentColumns}, ScalarType::Long, masks);
   int64_t* out = segments.mutable_data_ptr<int64_t>();

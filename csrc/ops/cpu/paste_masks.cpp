@@ -14,7 +14,7 @@ void paste(const A* masks, const A* boxes, int64_t count, int64_t mask_height, i
       uint8_t* image = out + n * height * width;
       std::memset(image, outside, height * width);
       const MaskWindow<A> window(masks + n * mask_height * mask_width, mask_height, mask_width, boxes + n * 4,
-                                 height, width);
+                                 height, width, /*whole_image=*/false);
       for (int64_t y = window.rows().begin; y < window.rows().end; ++y) {
         uint8_t* line = image + y * width + window.columns().begin;
         window.for_row(y, [&](int64_t i, A value) { line[i] = paste_pixel(value, threshold); });

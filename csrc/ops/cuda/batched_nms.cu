@@ -1,4 +1,4 @@
-#include "ops/cuda/suppress.cuh"
+#include "ops/cuda/suppress.h"
 
 namespace panfpn {
 namespace {

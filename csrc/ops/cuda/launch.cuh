@@ -13,9 +13,6 @@
 //       type* name: the launch's shared_bytes, aligned to 16 bytes.
 //   PANFPN_UNROLL, PANFPN_UNROLL_BY(n)
 //       #pragma unroll, which g++ would refuse.
-//   PANFPN_LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, arguments...)
-//       As PANFPN_LAUNCH, with all blocks resident at once, so that the kernel may call panfpn::grid_sync().
-//       At most panfpn::cooperative_blocks(kernel, threads, shared_bytes) blocks.
 #pragma once
 
 #if defined(PANFPN_CUDA_ON_HOST)
@@ -32,27 +29,9 @@
   type* const name = static_cast<type*>(::panfpn::cuda_on_host::dynamic_shared(alignof(type)))
 
 #define PANFPN_LAUNCH(kernel, ...) ::panfpn::cuda_on_host::launch(#kernel, false, kernel, __VA_ARGS__)
-#define PANFPN_LAUNCH_COOPERATIVE(kernel, ...) \
-  ::panfpn::cuda_on_host::launch(#kernel, true, kernel, __VA_ARGS__)
-
-namespace panfpn {
-
-inline void grid_sync(const std::source_location& where = std::source_location::current()) {
-  cuda_on_host::grid_barrier(where);
-}
-
-template <typename... Parameters>
-int cooperative_blocks(void (*)(Parameters...), int, size_t) {
-  return cuda_on_host::kMultiprocessors * cuda_on_host::kBlocksPerMultiprocessor;
-}
-
-}  // namespace panfpn
 
 #else
 
-#include <cooperative_groups.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <stdexcept>
@@ -70,7 +49,6 @@ int cooperative_blocks(void (*)(Parameters...), int, size_t) {
   type* const name = reinterpret_cast<type*>(panfpn_dynamic_shared)
 
 #define PANFPN_LAUNCH(kernel, ...) ::panfpn::launch_kernel(#kernel, false, kernel, __VA_ARGS__)
-#define PANFPN_LAUNCH_COOPERATIVE(kernel, ...) ::panfpn::launch_kernel(#kernel, true, kernel, __VA_ARGS__)
 
 namespace panfpn {
 
@@ -107,22 +85,6 @@ void launch_kernel(const char* name, bool cooperative, void (*kernel)(Parameters
   // Also clears an error of the launch itself, so that it is not reported once more by whoever asks next.
   const cudaError_t last = cudaGetLastError();
   check_cuda(error != cudaSuccess ? error : last, name);
-}
-
-__device__ __forceinline__ void grid_sync() {
-  cooperative_groups::this_grid().sync();
-}
-
-// How many blocks of `threads` threads the current device holds at once.
-template <typename... Parameters>
-int cooperative_blocks(void (*kernel)(Parameters...), int threads, size_t shared_bytes) {
-  constexpr const char* kAsked = "cooperative_blocks";
-  allow_shared_bytes(kAsked, kernel, shared_bytes);
-  int device = 0, multiprocessors = 0, blocks = 0;
-  check_cuda(cudaGetDevice(&device), kAsked);
-  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), kAsked);
-  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes), kAsked);
-  return multiprocessors * blocks;
 }
 
 }  // namespace panfpn

@@ -1,4 +1,4 @@
-#include "ops/cuda/roi_pool.cuh"
+#include "ops/cuda/roi_pool.h"
 
 namespace panfpn {
 namespace {

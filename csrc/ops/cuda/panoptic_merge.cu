@@ -5,6 +5,7 @@
 // follows the same way: count labels, agree on ids, write them.
 #include <tuple>
 
+#include "ops/cuda/cooperative.cuh"
 #include "ops/cuda/mask_sample.cuh"
 #include "ops/panoptic_merge.h"
 
@@ -15,12 +16,30 @@ constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr int kLabelsPerThread = kMaxLabels / kThreads;
 
-template <typename A, typename L>
+// A label map of any of the integer dtypes; a template would multiply the kernel for the sake of one load.
+struct Labels {
+  const void* data;
+  ScalarType dtype;
+
+  __device__ int64_t operator[](int64_t i) const {
+    switch (dtype) {
+      case ScalarType::Byte:
+        return static_cast<const uint8_t*>(data)[i];
+      case ScalarType::Short:
+        return static_cast<const int16_t*>(data)[i];
+      case ScalarType::Int:
+        return static_cast<const int32_t*>(data)[i];
+      default:
+        return static_cast<const int64_t*>(data)[i];
+    }
+  }
+};
+
 struct MergeArguments {
-  const A *masks, *boxes;
+  const float *masks, *boxes;
   const float* scores;
   const int64_t *classes, *order;
-  const L* semantic;
+  Labels semantic;
   int64_t count, mask_height, mask_width, height, width;
   MergeParams params;
   int32_t* panoptic;                // [height, width], zeros
@@ -47,15 +66,17 @@ __device__ void write_row(int64_t* table, int64_t index, bool isthing, int64_t l
   row[0] = index + 1, row[1] = isthing, row[2] = label, row[3] = area, row[4] = instance;
 }
 
-// Calls f(pixel, on) for each pixel of the instance's box that this thread owns; f is called by whole warps.
-template <typename A, typename F>
-__device__ void for_own_pixels(const MaskSampler<A>& sampler, int64_t height, int64_t width, A threshold,
+// Calls f(pixel, on) for each pixel of the instance's box that this thread owns, or of the whole image where
+// the threshold is such that zero reaches it; f is called by whole warps.
+template <typename F>
+__device__ void for_own_pixels(const MaskSampler& sampler, int64_t height, int64_t width, float threshold,
                                F&& f) {
-  if (sampler.degenerate()) return;
-  const PixelRange columns = sampler.x.window(width);
-  const OwnRows rows = own_rows(sampler.y.window(height));
+  const bool whole_image = threshold <= 0.0f;
+  if (!whole_image && sampler.degenerate()) return;
+  const PixelRange columns = whole_image ? PixelRange{0, width} : sampler.x.window(width);
+  const OwnRows rows = own_rows(whole_image ? PixelRange{0, height} : sampler.y.window(height));
   for (int64_t y = rows.first; y < rows.end; y += rows.step) {
-    const PasteTaps<A> row = sampler.y.taps(y);
+    const PasteTaps<float> row = sampler.y.taps(y);
     for (int64_t base = columns.begin - columns.begin % kWarp; base < columns.end; base += kWarp) {
       const int64_t x = base + threadIdx.x % kWarp;
       const bool on =
@@ -66,14 +87,13 @@ __device__ void for_own_pixels(const MaskSampler<A>& sampler, int64_t height, in
 }
 
 // Places the instances and returns how many segments they became.
-template <typename A, typename L>
-__device__ int64_t place_things(const MergeArguments<A, L>& args) {
-  const A threshold = static_cast<A>(args.params.mask_threshold);
+__device__ int64_t place_things(const MergeArguments& args) {
+  const float threshold = static_cast<float>(args.params.mask_threshold);
   int64_t segments = 0;
   for (int64_t rank = 0; rank < args.count; ++rank) {
     const int64_t n = args.order[rank];
     if (static_cast<double>(args.scores[n]) < args.params.score_threshold) break;
-    const MaskSampler<A> sampler(args.masks, args.boxes, n, args.mask_height, args.mask_width);
+    const MaskSampler sampler(args.masks, args.boxes, n, args.mask_height, args.mask_width);
     int64_t own_area = 0, own_claimed = 0;
     for_own_pixels(sampler, args.height, args.width, threshold, [&](int64_t pixel, bool on) {
       own_area += __popc(__ballot_sync(0xffffffff, on));
@@ -100,8 +120,8 @@ __device__ int64_t place_things(const MergeArguments<A, L>& args) {
 }
 
 // Calls f(pixel, label) for each free pixel of stuff that this thread owns.
-template <typename A, typename L, typename F>
-__device__ void for_own_stuff(const MergeArguments<A, L>& args, F&& f) {
+template <typename F>
+__device__ void for_own_stuff(const MergeArguments& args, F&& f) {
   const OwnRows rows = own_rows({0, args.height});
   for (int64_t y = rows.first; y < rows.end; y += rows.step) {
     for (int64_t x = threadIdx.x % kWarp; x < args.width; x += kWarp) {
@@ -111,8 +131,7 @@ __device__ void for_own_stuff(const MergeArguments<A, L>& args, F&& f) {
   }
 }
 
-template <typename A, typename L>
-__global__ void __launch_bounds__(kThreads) merge(MergeArguments<A, L> args) {
+__global__ void __launch_bounds__(kThreads) merge(MergeArguments args) {
   PANFPN_SHARED(int32_t, labels,
                 kMaxLabels);  // pixels of each label in this block's rows, then the label's id
   PANFPN_SHARED(int32_t, found_before, kThreads);
@@ -158,12 +177,11 @@ __global__ void __launch_bounds__(kThreads) merge(MergeArguments<A, L> args) {
   for_own_stuff(args, [&](int64_t pixel, int64_t label) { args.panoptic[pixel] = labels[label]; });
 }
 
-template <typename A, typename L>
-void launch_merge(const MergeArguments<A, L>& args, const Tensor& like) {
-  const int64_t resident = cooperative_blocks(merge<A, L>, kThreads, 0);
+void launch_merge(const MergeArguments& args, const Tensor& like) {
+  const int64_t resident = cooperative_blocks(merge, kThreads, 0);
   const int64_t wanted = (args.height + kThreads / kWarp - 1) / (kThreads / kWarp);
   const int64_t blocks = wanted < 1 ? 1 : (wanted < resident ? wanted : resident);
-  PANFPN_LAUNCH_COOPERATIVE((merge<A, L>), dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0,
+  PANFPN_LAUNCH_COOPERATIVE(merge, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0,
                             current_stream(like), args);
 }
 
@@ -179,6 +197,7 @@ std::tuple<Tensor, Tensor> panoptic_merge(const Tensor& masks_in, const Tensor& 
                                           double overlap_threshold, int64_t stuff_area_threshold,
                                           double mask_threshold, const std::string& rule) {
   check_panoptic_merge_inputs(masks_in, boxes_in, scores_in, classes_in, semantic_in, rule);
+  STD_TORCH_CHECK(masks_in.scalar_type() == ScalarType::Float, "panoptic_merge: takes float32 only on a GPU");
   const DeviceGuard guard(masks_in.get_device_index());
   const Tensor masks = torch::stable::contiguous(masks_in), boxes = torch::stable::contiguous(boxes_in),
                scores = torch::stable::contiguous(scores_in), classes = torch::stable::contiguous(classes_in),
@@ -189,22 +208,17 @@ std::tuple<Tensor, Tensor> panoptic_merge(const Tensor& masks_in, const Tensor& 
   const Tensor sums = zeros({count * 2 + kMaxLabels}, ScalarType::Long, masks);
   Tensor table = empty({count + kMaxLabels, kSegmentColumns}, ScalarType::Long, masks);
   const Tensor segments = empty({1}, ScalarType::Long, masks);
-  dispatch_float_or_double(masks.scalar_type(), "panoptic_merge", [&](auto mask_tag) {
-    dispatch_label_type(semantic.scalar_type(), [&](auto label_tag) {
-      using A = typename decltype(mask_tag)::type;
-      using L = typename decltype(label_tag)::type;
-      auto* counters = static_cast<unsigned long long*>(sums.mutable_data_ptr());
-      launch_merge(
-          MergeArguments<A, L>{
-              masks.const_data_ptr<A>(), boxes.const_data_ptr<A>(), scores.const_data_ptr<float>(),
-              classes.const_data_ptr<int64_t>(), order.const_data_ptr<int64_t>(),
-              semantic.const_data_ptr<L>(), count, masks.size(1), masks.size(2), height, width,
-              MergeParams{score_threshold, overlap_threshold, stuff_area_threshold, mask_threshold},
-              panoptic.mutable_data_ptr<int32_t>(), counters, counters + count * 2,
-              table.mutable_data_ptr<int64_t>(), segments.mutable_data_ptr<int64_t>()},
-          masks);
-    });
-  });
+  auto* counters = static_cast<unsigned long long*>(sums.mutable_data_ptr());
+  launch_merge(
+      MergeArguments{masks.const_data_ptr<float>(), boxes.const_data_ptr<float>(),
+                     scores.const_data_ptr<float>(), classes.const_data_ptr<int64_t>(),
+                     order.const_data_ptr<int64_t>(),
+                     Labels{semantic.const_data_ptr(), semantic.scalar_type()}, count, masks.size(1),
+                     masks.size(2), height, width,
+                     MergeParams{score_threshold, overlap_threshold, stuff_area_threshold, mask_threshold},
+                     panoptic.mutable_data_ptr<int32_t>(), counters, counters + count * 2,
+                     table.mutable_data_ptr<int64_t>(), segments.mutable_data_ptr<int64_t>()},
+      masks);
   return {panoptic, torch::stable::narrow(table, 0, 0, item_int64(segments))};
 }
 

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from panfpn_fast.ops.reference.paste_masks import paste_values
 
+# Stuff labels are below this.
+_LABELS = 4096
+
 
 class PanopticSegments(NamedTuple):
     """Segments of a panoptic map, things first; S rows.
@@ -52,7 +55,7 @@ def panoptic_merge(
         boxes: [N, 4] rows of (x1, y1, x2, y2) in pixels of the image.
         scores: [N].
         classes: Integer thing class of each instance [N].
-        semantic: Integer label map [height, width]; 0 = things and other, the rest stuff.
+        semantic: Integer label map [height, width]; 1..4095 are stuff, the rest void.
         image_size: (height, width).
         score_threshold: Instances from the first one below this on are dropped.
         overlap_threshold: An instance is dropped when more than this share of its mask is taken.
@@ -61,13 +64,13 @@ def panoptic_merge(
         rule: "detectron2".
 
     Returns:
-        The panoptic map, int32 [height, width] with 0 = void, and its segments.
+        The panoptic map, int32 [height, width] with 0 = void, and its segments, none of them without pixels.
     """
     if rule != "detectron2":
         raise ValueError(f'rule: expected "detectron2", got {rule!r}')
     dtype = torch.float64 if masks.dtype == torch.float64 else torch.float32
     masks = masks.reshape(masks.shape[0], *masks.shape[-2:]).to(dtype)
-    boxes = boxes.to(dtype)
+    boxes, scores = boxes.to(dtype), scores.float()
     panoptic = torch.zeros(*image_size, dtype=torch.int32, device=semantic.device)
     # Of each segment: isthing, label, score, area, instance.
     found: list[tuple[bool, int, float, int, int]] = []
@@ -83,17 +86,17 @@ def panoptic_merge(
             continue
         free = mask & (panoptic == 0)
         free_area = int(free.sum())
-        if (area - free_area) / area > overlap_threshold:
+        if free_area == 0 or (area - free_area) / area > overlap_threshold:
             continue
         found.append((True, int(classes[instance]), score, free_area, instance))
         panoptic[free] = len(found)
 
     for label in torch.unique(semantic).tolist():
-        if label == 0:
+        if not 0 < label < _LABELS:
             continue
         free = (semantic == label) & (panoptic == 0)
         area = int(free.sum())
-        if area < stuff_area_threshold:
+        if area == 0 or area < stuff_area_threshold:
             continue
         found.append((False, label, 0.0, area, -1))
         panoptic[free] = len(found)

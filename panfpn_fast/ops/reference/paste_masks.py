@@ -50,7 +50,8 @@ def paste_values(mask: Tensor, box: Tensor, image_size: Sequence[int]) -> Tensor
         Values [height, width], zero outside the box and everywhere if the box is empty or not finite.
     """
     height, width = image_size
-    if not bool(torch.isfinite(box).all()):
+    extent = box[2:] - box[:2]
+    if not bool(torch.isfinite(box).all() and torch.isfinite(extent).all()):
         return mask.new_zeros(height, width)
     y = _locate(box[1], box[3], height, mask.shape[0])
     x = _locate(box[0], box[2], width, mask.shape[1])
@@ -81,5 +82,5 @@ def paste_masks(masks: Tensor, boxes: Tensor, image_size: Sequence[int], thresho
     pasted = torch.empty(len(masks), *image_size, dtype=out_dtype, device=masks.device)
     for n in range(len(masks)):
         value = paste_values(masks[n], boxes[n], image_size)
-        pasted[n] = (value * 255).to(torch.uint8) if threshold < 0 else value >= threshold
+        pasted[n] = (value * 255).clamp(0, 255).to(torch.uint8) if threshold < 0 else value >= threshold
     return pasted

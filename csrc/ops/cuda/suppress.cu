@@ -1,11 +1,9 @@
 // Suppression wholly on the device: a bit mask of who strikes whom in 64 x 64 tiles, upper triangle only,
 // then one block that walks it in score order. The host reads one number, how many boxes were kept.
-#pragma once
-
-#include "ops/cuda/launch.cuh"
-#include "ops/nms.h"
+#include "ops/cuda/suppress.h"
 
 namespace panfpn {
+namespace {
 
 constexpr int kTile = 64;  // boxes in a tile: the bits of one mask word
 
@@ -45,7 +43,7 @@ constexpr int kResolveThreads = 256;
 
 // One block. Tile by tile: one thread settles the 64 boxes among themselves, then all threads strike out what
 // the kept ones reach in later tiles. `removed` [words] starts as zeros; `keep` receives original indices.
-static __global__ void __launch_bounds__(kResolveThreads)
+__global__ void __launch_bounds__(kResolveThreads)
     resolve_suppression(const uint64_t* mask, const int64_t* order, int64_t count, uint64_t* removed,
                         int64_t* keep, int64_t* kept_count) {
   const int64_t words = (count + kTile - 1) / kTile;
@@ -90,9 +88,9 @@ static __global__ void __launch_bounds__(kResolveThreads)
 // The largest grid dimension along y; boxes beyond 64 times this would need a mask of more than 64 GiB.
 constexpr int64_t kMaxTiles = 65535;
 
-// `idxs` may be null: one group.
-static Tensor suppress(const Tensor& boxes_in, const Tensor& scores, const Tensor* idxs,
-                       double iou_threshold) {
+}  // namespace
+
+Tensor suppress(const Tensor& boxes_in, const Tensor& scores, const Tensor* idxs, double iou_threshold) {
   const int64_t count = boxes_in.size(0), words = (count + kTile - 1) / kTile;
   STD_TORCH_CHECK(words <= kMaxTiles, "nms: at most ", kMaxTiles * kTile, " boxes fit on a GPU, got ", count);
   if (count == 0) return empty({0}, ScalarType::Long, boxes_in);

@@ -1,11 +1,11 @@
 // One kernel for one level and for many. Channels-last: the threads of a block share a cell and split its
 // channels, so that each sample reads consecutive memory. NCHW: a thread per output value.
-#pragma once
+#include "ops/cuda/roi_pool.h"
 
 #include "ops/cuda/launch.cuh"
-#include "ops/roi_align.h"
 
 namespace panfpn {
+namespace {
 
 constexpr int kPoolThreads = 256;
 constexpr int64_t kMaxBlocks = int64_t{1} << 30;
@@ -96,9 +96,10 @@ __global__ void __launch_bounds__(kPoolThreads) pool_nchw(Pyramid<T> pyramid, co
   }
 }
 
-// Pools checked inputs of any floating dtype; what both ops' host functions end in.
-inline Tensor pool_features(const std::vector<Tensor>& features, const std::vector<double>& scales,
-                            const Tensor& boxes_in, const RoiAlignParams& params, const char* op) {
+}  // namespace
+
+Tensor pool_features(const std::vector<Tensor>& features, const std::vector<double>& scales,
+                     const Tensor& boxes_in, const RoiAlignParams& params, const char* op) {
   const DeviceGuard guard(features[0].get_device_index());
   const DenseFeatures dense = dense_features(features);
   const Tensor boxes = torch::stable::contiguous(boxes_in);
@@ -107,7 +108,7 @@ inline Tensor pool_features(const std::vector<Tensor>& features, const std::vect
   Tensor out = empty_nchw({boxes.size(0), channels, params.pooled_height, params.pooled_width}, features[0],
                           dense.channels_last);
   const auto stream = current_stream(out);
-  dispatch_floating(features[0].scalar_type(), op, [&](auto tag) {
+  dispatch_feature_type(features[0].scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Pyramid<T> pyramid = make_pyramid<T>(dense.maps, scales);
     const auto* boxes_data = boxes.const_data_ptr<accumulate_t<T>>();

@@ -1,0 +1,8 @@
+"""The network: thin modules around the project's own ops."""
+
+from __future__ import annotations
+
+from panfpn_fast.models.config import PanopticFPNConfig, get_preset, presets
+from panfpn_fast.models.panoptic_fpn import PanopticFPN, PanopticOutput
+
+__all__ = ["PanopticFPN", "PanopticFPNConfig", "PanopticOutput", "get_preset", "presets"]

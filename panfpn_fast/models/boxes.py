@@ -1,0 +1,59 @@
+"""Arithmetic on boxes (x1, y1, x2, y2), in pixels of the image they belong to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MAX_LOG_SIZE = math.log(1000.0 / 16)
+"""Greatest dw and dh: beyond it exp() would make boxes absurdly large (Detectron's constant)."""
+
+
+def decode_boxes(deltas: Tensor, boxes: Tensor, weights: Sequence[float]) -> Tensor:
+    """Moves and scales boxes by what a head predicted (R-CNN's parametrisation).
+
+    A delta of (0.1, 0, 0, log 2) with weights of 1 moves a 10 x 10 box right by 1 and doubles its width.
+
+    Args:
+        deltas: [..., 4] (dx, dy, dw, dh), float32 or float64.
+        boxes: [..., 4], broadcast against ``deltas``.
+        weights: what each of the four is divided by.
+
+    Returns:
+        Boxes of ``deltas``'s shape and dtype.
+
+    Note:
+        dw and dh are clamped on their upper side only, as detectron2's Box2BoxTransform does.
+    """
+    x1, y1, x2, y2 = boxes.to(deltas.dtype).unbind(dim=-1)
+    dx, dy, dw, dh = (delta / weight for delta, weight in zip(deltas.unbind(dim=-1), weights, strict=True))
+    width, height = x2 - x1, y2 - y1
+    centre_x = dx * width + (x1 + 0.5 * width)
+    centre_y = dy * height + (y1 + 0.5 * height)
+    half_width = 0.5 * (dw.clamp(max=MAX_LOG_SIZE).exp() * width)
+    half_height = 0.5 * (dh.clamp(max=MAX_LOG_SIZE).exp() * height)
+    return torch.stack(
+        (centre_x - half_width, centre_y - half_height, centre_x + half_width, centre_y + half_height), dim=-1
+    )
+
+
+def clip_boxes(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Cuts boxes [..., 4] to an image of ``size`` (height, width); NaN stays NaN."""
+    height, width = size
+    x = boxes[..., 0::2].clamp(min=0, max=width)
+    y = boxes[..., 1::2].clamp(min=0, max=height)
+    return torch.stack((x, y), dim=-1).flatten(-2)
+
+
+def nonempty(boxes: Tensor) -> Tensor:
+    """Returns bool [...]: the box [..., 4] has a width and a height above zero."""
+    return (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
+
+
+def scale_boxes(boxes: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Carries boxes [N, 4] from an image of size ``old`` (height, width) over to its resized copy ``new``."""
+    scale_y, scale_x = new[0] / old[0], new[1] / old[1]
+    return torch.stack((boxes[:, 0::2] * scale_x, boxes[:, 1::2] * scale_y), dim=-1).flatten(-2)

@@ -1,0 +1,216 @@
+"""The network's settings: one frozen dataclass, checked when it is made, and the presets by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+BACKBONES: dict[str, tuple[int, int, int, int]] = {
+    "resnet50": (3, 4, 6, 3),
+    "resnet101": (3, 4, 23, 3),
+    "resnet152": (3, 8, 36, 3),
+}
+"""Bottleneck blocks per stage (He et al. 2016, table 1)."""
+
+FPN_STRIDES = (4, 8, 16, 32, 64)
+"""Strides of P2..P6."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PanopticFPNConfig:
+    """Everything that decides what a :class:`PanopticFPN` is and how it predicts.
+
+    The defaults are detectron2's ``COCO-PanopticSegmentation/panoptic_fpn_R_50_3x``.
+
+    Attributes:
+        backbone: ``"resnet50"``, ``"resnet101"`` or ``"resnet152"``.
+        stride_in_1x1: where a bottleneck that halves the resolution has its stride: in the first 1x1
+            convolution (True; Caffe, MSRA, detectron2's COCO models) or in the 3x3 one (False; torchvision,
+            mmdetection). The weights do not show it, and the wrong choice ruins the result.
+        num_things: thing classes (with instances).
+        num_stuff: stuff classes; the semantic head has one more channel, channel 0, for all things.
+        dataset: whose class names and colours the predictions carry (``panfpn_fast.data.get_categories``).
+        pixel_mean: subtracted from 0..255 values, in ``channel_order``.
+        pixel_std: then divided by, in ``channel_order``.
+        channel_order: the order in which the backbone wants colours: ``"BGR"`` or ``"RGB"``.
+        size_divisibility: images are zero-padded right and bottom to a multiple of this; a multiple of 32.
+        fpn_channels: channels of P2..P6.
+        anchor_sizes: side of the square anchor, in pixels of the input, at each of P2..P6.
+        anchor_ratios: anchors' height / width.
+        rpn_pre_nms_topk: best anchors per level that enter NMS.
+        rpn_post_nms_topk: proposals per image that leave it, over all levels.
+        rpn_nms_threshold: IoU above which, within a level, the lower scored proposal is dropped.
+        box_pool_size: ROIAlign's output side for the box head.
+        box_head_channels: width of the box head's two linear layers.
+        box_weights: scale of the box head's (dx, dy, dw, dh).
+        score_threshold: a class of a proposal is a candidate if its probability is above this.
+        nms_threshold: IoU above which, within a class, the lower scored box is dropped.
+        detections_per_image: best detections per image that are kept.
+        mask_pool_size: ROIAlign's output side for the mask head; masks have twice this side.
+        mask_head_channels: channels of the mask head's convolutions.
+        mask_head_convs: their number.
+        semantic_channels: channels of the semantic head (64, 128 or 256 in the paper).
+        semantic_groups: groups of its GroupNorm.
+        mask_threshold: a pixel belongs to an instance if its mask probability is at least this.
+        instance_score_threshold: instances scored below this do not enter the panoptic map.
+        overlap_threshold: an instance of whose mask more than this share is already taken is dropped.
+        stuff_area_threshold: stuff segments with fewer pixels than this are dropped.
+
+    Raises:
+        ValueError: a field has a value it cannot take; the message names the field.
+    """
+
+    backbone: str = "resnet50"
+    stride_in_1x1: bool = True
+    num_things: int = 80
+    num_stuff: int = 53
+    dataset: str = "coco_panoptic"
+    pixel_mean: tuple[float, float, float] = (103.53, 116.28, 123.675)
+    pixel_std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    channel_order: str = "BGR"
+    size_divisibility: int = 32
+    fpn_channels: int = 256
+    anchor_sizes: tuple[float, ...] = (32.0, 64.0, 128.0, 256.0, 512.0)
+    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    rpn_pre_nms_topk: int = 1000
+    rpn_post_nms_topk: int = 1000
+    rpn_nms_threshold: float = 0.7
+    box_pool_size: int = 7
+    box_head_channels: int = 1024
+    box_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
+    score_threshold: float = 0.05
+    nms_threshold: float = 0.5
+    detections_per_image: int = 100
+    mask_pool_size: int = 14
+    mask_head_channels: int = 256
+    mask_head_convs: int = 4
+    semantic_channels: int = 128
+    semantic_groups: int = 32
+    mask_threshold: float = 0.5
+    instance_score_threshold: float = 0.5
+    overlap_threshold: float = 0.5
+    stuff_area_threshold: int = 4096
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_things",
+            "num_stuff",
+            "size_divisibility",
+            "fpn_channels",
+            "rpn_pre_nms_topk",
+            "rpn_post_nms_topk",
+            "box_pool_size",
+            "box_head_channels",
+            "detections_per_image",
+            "mask_pool_size",
+            "mask_head_channels",
+            "mask_head_convs",
+            "semantic_channels",
+            "semantic_groups",
+        ):
+            self._check_int(name, least=1)
+        self._check_int("stuff_area_threshold", least=0)
+        for name in (
+            "rpn_nms_threshold",
+            "score_threshold",
+            "nms_threshold",
+            "mask_threshold",
+            "instance_score_threshold",
+            "overlap_threshold",
+        ):
+            value = self._check_number(name, getattr(self, name))
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name}: expected a number from 0 to 1, got {value!r}")
+        self._check_numbers("pixel_mean", length=3, positive=False)
+        self._check_numbers("pixel_std", length=3, positive=True)
+        self._check_numbers("anchor_sizes", length=len(FPN_STRIDES), positive=True)
+        self._check_numbers("anchor_ratios", length=None, positive=True)
+        self._check_numbers("box_weights", length=4, positive=True)
+        if self.backbone not in BACKBONES:
+            raise ValueError(f"backbone: expected one of {', '.join(BACKBONES)}, got {self.backbone!r}")
+        if self.stride_in_1x1 not in (True, False):
+            raise ValueError(f"stride_in_1x1: expected True or False, got {self.stride_in_1x1!r}")
+        if self.channel_order not in ("BGR", "RGB"):
+            raise ValueError(f"channel_order: expected 'BGR' or 'RGB', got {self.channel_order!r}")
+        if not isinstance(self.dataset, str) or not self.dataset:
+            raise ValueError(f"dataset: expected a data set's name, got {self.dataset!r}")
+        if self.num_stuff > 4095:
+            raise ValueError(f"num_stuff: panoptic_merge takes labels below 4096, got {self.num_stuff}")
+        if self.size_divisibility % 32:
+            raise ValueError(f"size_divisibility: expected a multiple of 32, got {self.size_divisibility}")
+        if self.semantic_channels % self.semantic_groups:
+            raise ValueError(
+                f"semantic_channels: expected a multiple of semantic_groups ({self.semantic_groups}), "
+                f"got {self.semantic_channels}"
+            )
+
+    def _check_int(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+
+    @staticmethod
+    def _check_number(name: str, value: object) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{name}: expected a finite number, got {value!r}")
+        return float(value)
+
+    def _check_numbers(self, name: str, length: int | None, positive: bool) -> None:
+        value = getattr(self, name)
+        wanted = f"{length} numbers" if length else "one number or more"
+        if not isinstance(value, list | tuple) or not value or (length and len(value) != length):
+            raise ValueError(f"{name}: expected {wanted}, got {value!r}")
+        numbers = tuple(self._check_number(name, v) for v in value)
+        if positive and min(numbers) <= 0:
+            raise ValueError(f"{name}: expected numbers above 0, got {value!r}")
+        # A list (from JSON or a command line) becomes a tuple, so that equal settings compare and hash equal.
+        object.__setattr__(self, name, numbers)
+
+    def replace(self, **overrides: Any) -> PanopticFPNConfig:
+        """Returns a copy with some fields changed.
+
+        Args:
+            **overrides: fields of this class and their new values.
+
+        Returns:
+            A new, checked configuration.
+
+        Raises:
+            TypeError: a name that is no field.
+            ValueError: a value the field cannot take.
+        """
+        known = {f.name for f in dataclasses.fields(self)}
+        unknown = sorted(set(overrides) - known)
+        if unknown:
+            raise TypeError(
+                f"unknown setting {', '.join(unknown)}; PanopticFPNConfig has {', '.join(sorted(known))}"
+            )
+        return dataclasses.replace(self, **overrides)
+
+
+_CITYSCAPES: dict[str, Any] = {"num_things": 8, "num_stuff": 11, "dataset": "cityscapes"}
+
+presets: dict[str, PanopticFPNConfig] = {
+    "panoptic_fpn_r50": PanopticFPNConfig(),
+    "panoptic_fpn_r101": PanopticFPNConfig(backbone="resnet101"),
+    "panoptic_fpn_r50_cityscapes": PanopticFPNConfig(**_CITYSCAPES),
+    "panoptic_fpn_r101_cityscapes": PanopticFPNConfig(backbone="resnet101", **_CITYSCAPES),
+}
+
+
+def get_preset(name: str) -> PanopticFPNConfig:
+    """Returns the configuration of a preset.
+
+    Args:
+        name: a key of :data:`presets`, for example ``"panoptic_fpn_r50"``.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: no preset has that name; the message lists those there are.
+    """
+    if name not in presets:
+        raise ValueError(f"unknown preset {name!r}; known presets: {', '.join(presets)}")
+    return presets[name]

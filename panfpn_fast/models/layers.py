@@ -1,0 +1,100 @@
+"""Small pieces that several parts of the network share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Batch normalisation with fixed statistics and a fixed affine transform.
+
+    All four vectors are buffers, so that no optimiser touches them and they are not counted as parameters.
+
+    Args:
+        channels: C.
+        eps: added to the variance.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises ``x`` [N, C, H, W]."""
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+        )
+
+    def extra_repr(self) -> str:
+        """Says the number of channels and eps when the network is printed."""
+        return f"{self.weight.numel()}, eps={self.eps}"
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Returns the type for coordinates and scores: float32, or float64 where the features are float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class ExactConstants(nn.Module):
+    """A module with constants: buffers that move with it, but that half precision never rounds.
+
+    No checkpoint holds them. So they exist even in a module built under ``torch.device("meta")``, whose
+    parameters a loader then replaces by a checkpoint's.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._constants: dict[str, Sequence[object]] = {}
+
+    def add_constant(self, name: str, values: Sequence[object]) -> None:
+        """Registers ``values`` (nested sequences of numbers) as the buffer ``name``."""
+        self._constants[name] = values
+        device = torch.get_default_device()
+        if device.type == "meta":
+            device = torch.device("cpu")
+        self.register_buffer(name, torch.tensor(values, dtype=torch.float32, device=device), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExactConstants:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, values in self._constants.items():
+            moved = self.get_buffer(name)
+            exact = torch.tensor(values, dtype=at_least_float32(moved.dtype), device=moved.device)
+            setattr(self, name, exact)
+        return self
+
+
+def init_msra(module: nn.Module) -> None:
+    """He initialisation for layers that a ReLU follows: normal, fan out; the bias is zero."""
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def init_xavier(module: nn.Module) -> None:
+    """Caffe2's Xavier initialisation: uniform with variance 1 / fan in; the bias is zero."""
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.kaiming_uniform_(module.weight, a=1)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def init_normal(module: nn.Module, std: float) -> None:
+    """Normal initialisation with a standard deviation of ``std``; the bias is zero."""
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.normal_(module.weight, std=std)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,234 @@
+"""Panoptic FPN (Kirillov et al., CVPR 2019): one feature pyramid, an instance and a semantic branch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from panfpn_fast import ops
+from panfpn_fast.models.backbone import ResNet
+from panfpn_fast.models.boxes import clip_boxes, nonempty, scale_boxes
+from panfpn_fast.models.config import PanopticFPNConfig, get_preset
+from panfpn_fast.models.fpn import FPN
+from panfpn_fast.models.layers import ExactConstants, at_least_float32
+from panfpn_fast.models.roi_heads import BoxHead, Detections, MaskHead
+from panfpn_fast.models.rpn import RPN
+from panfpn_fast.models.semantic_head import SemanticHead
+from panfpn_fast.ops import PanopticSegments
+
+
+class PanopticOutput(NamedTuple):
+    """One image's prediction, at the output size [H, W]."""
+
+    panoptic: Tensor
+    """int32 [H, W]: each pixel's segment id, 0 = void."""
+    segments: PanopticSegments
+    """The table of segments that the ids refer to."""
+    boxes: Tensor
+    """[N, 4] in pixels of the output, by descending score."""
+    scores: Tensor
+    """[N], probabilities."""
+    classes: Tensor
+    """int64 [N], contiguous thing classes from 0."""
+    mask_probs: Tensor
+    """[N, 28, 28], the instance's probability inside its box."""
+    semantic: Tensor
+    """uint8 [H, W]: 0 = "other" (all things), 1.. = stuff."""
+
+
+class ImageBatch(NamedTuple):
+    """Normalised images, padded right and bottom to one size."""
+
+    images: Tensor  # [N, 3, H, W]
+    sizes: list[tuple[int, int]]  # height and width of each without padding
+
+
+class PanopticFPN(ExactConstants):
+    """Predicts panoptic segmentation.
+
+    Args:
+        **settings: fields of :class:`PanopticFPNConfig`; its defaults make detectron2's R-50 COCO network.
+
+    Raises:
+        TypeError: a setting that the configuration does not have.
+        ValueError: a value that a setting cannot take.
+
+    Example:
+        >>> model = PanopticFPN(num_things=2, num_stuff=3).eval()
+        >>> [output] = model([torch.zeros(3, 40, 60, dtype=torch.uint8)])
+        >>> output.panoptic.shape
+        torch.Size([40, 60])
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        config = PanopticFPNConfig().replace(**settings)
+        self.config = config
+        self.backbone = ResNet(config.backbone, config.stride_in_1x1)
+        self.fpn = FPN(ResNet.out_channels, config.fpn_channels)
+        self.rpn = RPN(config)
+        self.box_head = BoxHead(config)
+        self.mask_head = MaskHead(config)
+        self.semantic_head = SemanticHead(config)
+        self.add_constant("pixel_mean", config.pixel_mean)
+        self.add_constant("pixel_std", config.pixel_std)
+
+    @classmethod
+    def from_config(cls, config: PanopticFPNConfig | str) -> PanopticFPN:
+        """Builds the network, with untrained weights.
+
+        Args:
+            config: the settings, or a preset's name: ``"panoptic_fpn_r50"``.
+
+        Returns:
+            A network in training mode, as PyTorch makes modules; call ``.eval()`` to predict.
+
+        Raises:
+            TypeError: ``config`` is something else.
+            ValueError: no preset has that name.
+        """
+        if isinstance(config, str):
+            config = get_preset(config)
+        if not isinstance(config, PanopticFPNConfig):
+            raise TypeError(
+                f"config: expected a PanopticFPNConfig or a preset's name, got {type(config).__name__}"
+            )
+        return cls(**vars(config))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.backbone.conv1.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' type."""
+        return self.backbone.conv1.weight.dtype
+
+    def prepare(self, images: Sequence[Tensor]) -> ImageBatch:
+        """Orders the channels, normalises, and pads to one batch.
+
+        Args:
+            images: RGB images [3, h, w] with values from 0 to 255, uint8 or floating, of any sizes.
+
+        Returns:
+            The batch, in the network's dtype and on its device.
+
+        Raises:
+            TypeError: an image is no tensor, or neither uint8 nor floating.
+            ValueError: an image has another shape or no pixels.
+        """
+        for i, image in enumerate(images):
+            _check_image(i, image)
+        sizes = [(int(image.shape[1]), int(image.shape[2])) for image in images]
+        multiple = self.config.size_divisibility
+        height, width = (-(-max(side) // multiple) * multiple for side in zip(*sizes, strict=True))
+        dtype = at_least_float32(self.dtype)
+        mean, std = self.pixel_mean[:, None, None], self.pixel_std[:, None, None]
+        batch = torch.zeros(len(images), 3, height, width, dtype=self.dtype, device=self.device)
+        for i, image in enumerate(images):
+            x = image.to(self.device, non_blocking=True).to(dtype)
+            if self.config.channel_order == "BGR":
+                x = x.flip(0)
+            batch[i, :, : x.shape[1], : x.shape[2]] = (x - mean) / std
+        return ImageBatch(batch, sizes)
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Returns P2..P6 of prepared images [N, 3, H, W]."""
+        pyramid: list[Tensor] = self.fpn(self.backbone(images))
+        return pyramid
+
+    @torch.no_grad()
+    def forward(
+        self, images: Sequence[Tensor], output_sizes: Sequence[tuple[int, int]] | None = None
+    ) -> list[PanopticOutput]:
+        """Predicts.
+
+        Args:
+            images: RGB images [3, h, w] with values from 0 to 255, uint8 or floating, already resized to what
+                the network should see; they may differ in size.
+            output_sizes: height and width of each result, usually the size of the photograph before it was
+                resized; None: the size of the image given.
+
+        Returns:
+            One :class:`PanopticOutput` per image.
+
+        Raises:
+            TypeError: an image is no tensor, or neither uint8 nor floating.
+            ValueError: an image has another shape; ``output_sizes`` has another length or a size below 1.
+
+        Note:
+            Inference semantics are detectron2's (``PanopticFPN.inference``), with one difference: NMS compares
+            classes by id, where torchvision's batched_nms, if boxes are few, shifts each class's boxes apart.
+        """
+        if len(images) == 0:
+            return []
+        batch = self.prepare(images)
+        sizes = batch.sizes if output_sizes is None else _check_output_sizes(output_sizes, len(images))
+        features = self.features(batch.images)
+
+        objectness, moves = self.rpn(features)
+        proposals = self.rpn.propose(self.rpn.anchors(features), objectness, moves, batch.sizes)
+        class_logits, deltas = self.box_head(features, proposals)
+        detections = self.box_head.detect(class_logits, deltas, proposals, batch.sizes)
+        masks = self.mask_head(
+            features, [d.boxes for d in detections], torch.cat([d.classes for d in detections])
+        ).sigmoid()
+        labels = self.semantic_head.label(self.semantic_head(features), batch.sizes, sizes)
+
+        per_image = torch.split(masks, [len(d.boxes) for d in detections])
+        return [
+            self._combine(*each)
+            for each in zip(detections, per_image, labels, batch.sizes, sizes, strict=True)
+        ]
+
+    def _combine(
+        self,
+        detections: Detections,
+        mask_probs: Tensor,
+        semantic: Tensor,
+        size: tuple[int, int],
+        output_size: tuple[int, int],
+    ) -> PanopticOutput:
+        """Carries one image's detections over to the output's size and merges them with the stuff."""
+        boxes = clip_boxes(scale_boxes(detections.boxes, size, output_size), output_size)
+        keep = nonempty(boxes)
+        boxes, mask_probs = boxes[keep], mask_probs[keep]
+        scores, classes = detections.scores[keep], detections.classes[keep]
+        panoptic, segments = ops.panoptic_merge(
+            mask_probs,
+            boxes,
+            scores,
+            classes,
+            semantic,
+            output_size,
+            score_threshold=self.config.instance_score_threshold,
+            overlap_threshold=self.config.overlap_threshold,
+            stuff_area_threshold=self.config.stuff_area_threshold,
+            mask_threshold=self.config.mask_threshold,
+        )
+        return PanopticOutput(panoptic, segments, boxes, scores, classes, mask_probs, semantic)
+
+
+def _check_image(index: int, image: object) -> None:
+    if not isinstance(image, Tensor):
+        raise TypeError(f"images[{index}]: expected a tensor, got {type(image).__name__}")
+    if image.dtype != torch.uint8 and not image.is_floating_point():
+        raise TypeError(f"images[{index}]: expected uint8 or a floating dtype, got {image.dtype}")
+    if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
+        raise ValueError(f"images[{index}]: expected shape [3, h, w], got {list(image.shape)}")
+
+
+def _check_output_sizes(sizes: Sequence[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    if len(sizes) != count:
+        raise ValueError(f"output_sizes: expected {count} sizes, one per image, got {len(sizes)}")
+    for i, size in enumerate(sizes):
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(f"output_sizes[{i}]: expected (height, width) of at least 1, got {tuple(size)}")
+    return [(int(height), int(width)) for height, width in sizes]

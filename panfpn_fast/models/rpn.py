@@ -1,0 +1,145 @@
+"""Region proposal network (Ren et al. 2015) over a feature pyramid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from panfpn_fast import ops
+from panfpn_fast.models.boxes import clip_boxes, decode_boxes, nonempty
+from panfpn_fast.models.config import FPN_STRIDES, PanopticFPNConfig
+from panfpn_fast.models.layers import ExactConstants, at_least_float32, init_normal
+
+_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
+
+
+def cell_anchors(size: float, ratios: Sequence[float]) -> list[list[float]]:
+    """Returns one position's anchors, centred on (0, 0).
+
+    Each has the area ``size**2`` and one of ``ratios`` as its height / width: size 32 and ratio 1 is
+    (-16, -16, 16, 16).
+    """
+    anchors = []
+    for ratio in ratios:
+        width = math.sqrt(size**2 / ratio)
+        height = ratio * width
+        anchors.append([-width / 2, -height / 2, width / 2, height / 2])
+    return anchors
+
+
+def grid_anchors(cell: Tensor, shape: tuple[int, int], stride: int) -> Tensor:
+    """Places one position's anchors on every position of a feature map.
+
+    The first position's centre is the image's corner (0, 0), as in detectron2 (offset 0).
+
+    Args:
+        cell: [A, 4] anchors around (0, 0).
+        shape: height and width of the map.
+        stride: pixels of the image per position.
+
+    Returns:
+        [height * width * A, 4] in the order row, column, anchor; ``cell``'s dtype and device.
+    """
+    height, width = shape
+    y = torch.arange(height, dtype=cell.dtype, device=cell.device) * stride
+    x = torch.arange(width, dtype=cell.dtype, device=cell.device) * stride
+    shift_y, shift_x = torch.meshgrid(y, x, indexing="ij")
+    shifts = torch.stack((shift_x, shift_y, shift_x, shift_y), dim=-1)  # [H, W, 4]
+    return (shifts[:, :, None] + cell).reshape(-1, 4)
+
+
+class RPN(ExactConstants):
+    """Scores every anchor and predicts how to move it.
+
+    Args:
+        config: the network's settings.
+    """
+
+    cells: Tensor  # [levels, A, 4]
+
+    def __init__(self, config: PanopticFPNConfig) -> None:
+        super().__init__()
+        self.pre_nms_topk = config.rpn_pre_nms_topk
+        self.post_nms_topk = config.rpn_post_nms_topk
+        self.nms_threshold = config.rpn_nms_threshold
+        anchors = len(config.anchor_ratios)
+        self.conv = nn.Conv2d(config.fpn_channels, config.fpn_channels, 3, padding=1)
+        self.objectness = nn.Conv2d(config.fpn_channels, anchors, 1)
+        self.deltas = nn.Conv2d(config.fpn_channels, anchors * 4, 1)
+        self.apply(partial(init_normal, std=0.01))
+        self.add_constant("cells", [cell_anchors(size, config.anchor_ratios) for size in config.anchor_sizes])
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Predicts on every level.
+
+        Args:
+            features: P2..P6, each [N, C, h, w].
+
+        Returns:
+            Per level, objectness logits [N, h * w * A] and deltas [N, h * w * A, 4], in the order of
+            :func:`grid_anchors`, in float32 (float64 for float64 features).
+        """
+        logits, deltas = [], []
+        for feature in features:
+            hidden = F.relu_(self.conv(feature))
+            objectness: Tensor = self.objectness(hidden)  # [N, A, h, w]
+            moves: Tensor = self.deltas(hidden)  # [N, A * 4, h, w]
+            dtype = at_least_float32(objectness.dtype)
+            logits.append(objectness.permute(0, 2, 3, 1).flatten(1).to(dtype))
+            deltas.append(moves.permute(0, 2, 3, 1).reshape(len(moves), -1, 4).to(dtype))
+        return logits, deltas
+
+    def anchors(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Returns each level's anchors [h * w * A, 4] for feature maps of these shapes."""
+        return [
+            grid_anchors(cell, (feature.shape[-2], feature.shape[-1]), stride)
+            for cell, feature, stride in zip(self.cells, features, FPN_STRIDES, strict=True)
+        ]
+
+    def propose(
+        self,
+        anchors: Sequence[Tensor],
+        logits: Sequence[Tensor],
+        deltas: Sequence[Tensor],
+        sizes: Sequence[tuple[int, int]],
+    ) -> list[Tensor]:
+        """Turns predictions into proposals.
+
+        The best anchors of each level are decoded, cut to the image and thinned by NMS within their level.
+
+        Args:
+            anchors: per level, [M, 4].
+            logits: per level, [N, M].
+            deltas: per level, [N, M, 4].
+            sizes: each image's height and width without padding.
+
+        Returns:
+            Per image, boxes [at most ``rpn_post_nms_topk``, 4] by descending score.
+        """
+        boxes, scores, levels = [], [], []
+        for level, (anchor, logit, delta) in enumerate(zip(anchors, logits, deltas, strict=True)):
+            score, index = logit.topk(min(self.pre_nms_topk, logit.shape[1]), dim=1)  # [N, k]
+            chosen = delta.gather(1, index[..., None].expand(-1, -1, 4))
+            boxes.append(decode_boxes(chosen, anchor[index], _WEIGHTS))
+            scores.append(score)
+            levels.append(torch.full_like(score[0], level, dtype=torch.int64))
+        return [
+            self._select(image_boxes, image_scores, torch.cat(levels), size)
+            for image_boxes, image_scores, size in zip(
+                torch.cat(boxes, dim=1), torch.cat(scores, dim=1), sizes, strict=True
+            )
+        ]
+
+    def _select(self, boxes: Tensor, scores: Tensor, levels: Tensor, size: tuple[int, int]) -> Tensor:
+        """Drops what is not finite or empty, then applies NMS within each level."""
+        clipped = clip_boxes(boxes, size)
+        # Looked up before clipping, which would hide an infinite coordinate.
+        valid = boxes.isfinite().all(dim=1) & scores.isfinite() & nonempty(clipped)
+        clipped, scores, levels = clipped[valid], scores[valid], levels[valid]
+        keep = ops.batched_nms(clipped, scores, levels, self.nms_threshold)
+        return clipped[keep[: self.post_nms_topk]]

@@ -1,0 +1,103 @@
+"""Checkpoints for tests: a small network's in detectron2's layout, and ways to write them."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from panfpn_fast.checkpoints import detectron2
+from panfpn_fast.models import PanopticFPN
+
+Weights = dict[str, npt.NDArray[np.float32]]
+
+SMALL: dict[str, Any] = {
+    "num_things": 3,
+    "num_stuff": 4,
+    "fpn_channels": 32,
+    "box_head_channels": 16,
+    "mask_head_channels": 8,
+    "semantic_channels": 32,
+}
+
+
+@functools.cache
+def small_network() -> PanopticFPN:
+    """A network that the tests must not change."""
+    torch.manual_seed(0)
+    model = PanopticFPN(**SMALL).eval()
+    for buffer in model.backbone.buffers():
+        buffer.uniform_(0.5, 1.5)
+    return model
+
+
+def small_weights() -> Weights:
+    """Its tensors by detectron2's names; the dictionary may be changed, the arrays not."""
+    return {detectron2.key(name): value.numpy() for name, value in small_network().state_dict().items()}
+
+
+def save_pickle(path: Path, content: Any, protocol: int = 4) -> Path:
+    """Writes what detectron2's checkpointer writes to a .pkl file."""
+    path.write_bytes(pickle.dumps(content, protocol))
+    return path
+
+
+def save_torch(path: Path, weights: Weights, legacy: bool = False, **extra: Any) -> Path:
+    """Writes what detectron2's checkpointer writes to a .pth file; ``legacy``: as PyTorch did before 1.6."""
+    tensors = {name: torch.from_numpy(value) for name, value in weights.items()}
+    content = {"model": OrderedDict(tensors), **extra}
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    return path
+
+
+def shared_folder() -> Path:
+    """The folder with photographs and goldens: $PANFPN_SHARED, else beside the repository; skips without it."""
+    folder = Path(os.environ.get("PANFPN_SHARED") or Path(__file__).resolve().parents[2] / "shared")
+    if not (folder / "goldens").is_dir():
+        pytest.skip(f"{folder} holds no goldens; PANFPN_SHARED may name the folder that does")
+    return folder
+
+
+def seeded_weights(case: str, deeper: bool = False) -> Weights:
+    """The stand-in weights of a golden case by the framework's names.
+
+    Args:
+        case: a folder of ``goldens``.
+        deeper: whether res4 gets the 23 blocks of an R-101 instead of 6. They are filled by the same rules,
+            but each adds half as much, so that scores do not saturate at 1, where their order means nothing.
+    """
+    goldens = shared_folder() / "goldens"
+    spec = json.loads((goldens / case / "keys.json").read_text())
+    keys: dict[str, list[int]] = dict(spec["keys"])
+    prefix = "backbone.bottom_up.res4."
+    if deeper:
+        for name, shape in spec["keys"].items():
+            if name.startswith(f"{prefix}1."):
+                keys |= {name.replace(f"{prefix}1.", f"{prefix}{block}."): shape for block in range(6, 23)}
+    fill = _module(goldens / "seeded_weights.py").fill
+    weights = {name: fill(name, tuple(shape), spec["rules"]) for name, shape in keys.items()}
+    if deeper:
+        for name in weights:
+            if name.startswith(prefix) and name.endswith("conv3.norm.weight"):
+                weights[name] *= np.float32(0.5)
+    return weights
+
+
+def _module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

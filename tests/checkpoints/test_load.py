@@ -1,0 +1,224 @@
+"""load(): both of detectron2's file formats, what it says of files that do not fit."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoint_samples import SMALL, Weights, save_pickle, save_torch, small_network, small_weights
+
+import panfpn_fast
+from panfpn_fast.checkpoints import CheckpointError, detectron2, load
+from panfpn_fast.models import PanopticFPN
+
+
+@pytest.fixture
+def original() -> PanopticFPN:
+    return small_network()
+
+
+@pytest.fixture
+def weights() -> Weights:
+    return small_weights()
+
+
+def _assert_equal(model: PanopticFPN, original: PanopticFPN) -> None:
+    assert not model.training
+    state, expected = model.state_dict(), original.state_dict()
+    assert state.keys() == expected.keys()
+    for name, value in state.items():
+        assert value.dtype == torch.float32, name
+        assert value.device.type == "cpu", name
+        assert torch.equal(value, expected[name]), name
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        assert not tensor.is_meta, name
+    assert all(p.requires_grad for p in model.parameters())
+    assert torch.equal(model.rpn.cells, original.rpn.cells)
+
+
+def test_pickle(tmp_path: Path, weights: Weights, original: PanopticFPN) -> None:
+    content = {"model": weights, "__author__": "Detectron2 Model Zoo", "matching_heuristics": True}
+    model = load(save_pickle(tmp_path / "model_final.pkl", content))
+    _assert_equal(model, original)
+    assert model.config == original.config
+    [output] = model([torch.zeros(3, 40, 60, dtype=torch.uint8)])
+    assert output.panoptic.shape == (40, 60)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_torch_file_with_training_state(
+    tmp_path: Path, weights: Weights, original: PanopticFPN, legacy: bool
+) -> None:
+    training = {"optimizer": {"state": {0: torch.ones(2)}}, "scheduler": {"last_epoch": 5}, "iteration": 9}
+    _assert_equal(load(save_torch(tmp_path / "model.pth", weights, legacy, **training)), original)
+
+
+def test_the_content_tells_the_format(tmp_path: Path, weights: Weights, original: PanopticFPN) -> None:
+    _assert_equal(load(save_torch(tmp_path / "a.pkl", weights)), original)
+    _assert_equal(load(str(save_pickle(tmp_path / "b.pth", {"model": weights}))), original)
+    _assert_equal(load(save_pickle(tmp_path / "weights without extension", weights)), original)
+
+
+def test_the_public_name(tmp_path: Path, weights: Weights, original: PanopticFPN) -> None:
+    _assert_equal(panfpn_fast.load(save_pickle(tmp_path / "a.pkl", {"model": weights})), original)
+
+
+def test_changes_to_the_network_do_not_reach_the_callers_arrays(
+    tmp_path: Path, weights: Weights, original: PanopticFPN
+) -> None:
+    path = save_pickle(tmp_path / "a.pkl", {"model": weights})
+    with torch.no_grad():
+        for parameter in load(path).parameters():
+            parameter.zero_()
+    _assert_equal(load(path), original)
+
+
+def test_old_and_harmless_extras(tmp_path: Path, weights: Weights, original: PanopticFPN) -> None:
+    extras: dict[str, Any] = {
+        "pixel_mean": np.array([[[1.0]], [[2.0]], [[3.0]]], np.float32),
+        "pixel_std": np.ones((3, 1, 1), np.float32),
+        "backbone.bottom_up.stem.conv1.norm.num_batches_tracked": np.int64(7),
+    }
+    for level, cells in enumerate(original.rpn.cells):
+        extras[f"proposal_generator.anchor_generator.cell_anchors.{level}"] = cells.numpy()
+    model = load(save_pickle(tmp_path / "a.pkl", {"model": {**weights, **extras}}))
+    _assert_equal(model, original)
+    assert model.config.pixel_mean == (1, 2, 3)
+    assert model.pixel_mean.tolist() == [1, 2, 3]
+
+
+def test_other_anchors_are_refused(tmp_path: Path, weights: Weights) -> None:
+    name = "proposal_generator.anchor_generator.cell_anchors.0"
+    extras = {name: np.zeros((3, 4), np.float32)}
+    with pytest.raises(CheckpointError, match=name):
+        load(save_pickle(tmp_path / "a.pkl", {"model": {**weights, **extras}}))
+
+
+def test_weights_saved_from_data_parallel(tmp_path: Path, weights: Weights, original: PanopticFPN) -> None:
+    prefixed = {f"module.{name}": value for name, value in weights.items()}
+    _assert_equal(load(save_pickle(tmp_path / "a.pkl", {"model": prefixed})), original)
+
+
+def test_other_float_types_become_float32(tmp_path: Path, weights: Weights, original: PanopticFPN) -> None:
+    wide = {name: value.astype(">f8") for name, value in weights.items()}
+    _assert_equal(load(save_pickle(tmp_path / "a.pkl", {"model": wide})), original)
+
+
+def test_overrides(tmp_path: Path, weights: Weights) -> None:
+    path = save_pickle(tmp_path / "a.pkl", {"model": weights})
+    model = load(path, score_threshold=0.2, stride_in_1x1=False)
+    assert model.config.score_threshold == model.box_head.score_threshold == 0.2
+    assert model.backbone.get_submodule("layer2.0.conv1").stride == (1, 1)
+    with pytest.raises(ValueError, match=r"nms_threshold: .*got 2"):
+        load(path, nms_threshold=2)
+    with pytest.raises(TypeError, match="nms_treshold"):
+        load(tmp_path / "not even there", nms_treshold=0.5)
+
+
+def test_the_depth_is_read_off_the_names(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        shapes = PanopticFPN(
+            **{**SMALL, "backbone": "resnet101", "num_things": 8, "num_stuff": 11}
+        ).state_dict()
+    zeros = {detectron2.key(name): np.zeros(value.shape, np.float16) for name, value in shapes.items()}
+    model = load(save_pickle(tmp_path / "a.pkl", {"model": zeros}))
+    assert model.config.backbone == "resnet101"
+    assert model.config.dataset == "cityscapes"
+
+
+def test_everything_that_does_not_fit_is_named_in_one_error(tmp_path: Path, weights: Weights) -> None:
+    del weights["roi_heads.mask_head.deconv.bias"]
+    del weights["backbone.bottom_up.res4.3.conv2.norm.running_mean"]
+    weights["sem_seg_head.p5.0.weight"] = np.zeros((32, 31, 3, 3), np.float32)
+    weights["roi_heads.box_predictor.bbox_pred.weight"] = np.zeros((4, 16), np.float32)
+    weights["roi_heads.keypoint_head.conv_fcn1.weight"] = np.zeros((2, 2), np.float32)
+    path = save_pickle(tmp_path / "a.pkl", {"model": weights})
+    with pytest.raises(CheckpointError) as info:
+        load(path)
+    lines = str(info.value).splitlines()
+    assert lines[0].startswith(f"{path}: 5 tensors do not fit a resnet50 network with 3 thing and 4 stuff")
+    assert {line.strip() for line in lines[1:]} == {
+        "missing: roi_heads.mask_head.deconv.bias [8]",
+        "missing: backbone.bottom_up.res4.3.conv2.norm.running_mean [256]",
+        "unexpected: roi_heads.keypoint_head.conv_fcn1.weight [2, 2]",
+        "wrong shape: sem_seg_head.p5.0.weight is [32, 31, 3, 3], this network needs [32, 32, 3, 3]",
+        "wrong shape: roi_heads.box_predictor.bbox_pred.weight is [4, 16], this network needs [12, 16]",
+    }
+
+
+def test_a_tensor_of_integers_is_named(tmp_path: Path, weights: Weights) -> None:
+    name = "sem_seg_head.predictor.bias"
+    content = {"model": {**weights, name: np.zeros(5, np.int64)}}
+    with pytest.raises(CheckpointError, match=f"{name}: expected a floating-point tensor, got int64"):
+        load(save_pickle(tmp_path / "a.pkl", content))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model": {"conv1_w": np.zeros(3, np.float32)}}, "a backbone alone"),
+        ({"state_dict": {"neck.lateral_convs.0.conv.weight": np.zeros(3)}}, "mmdetection.*not supported yet"),
+        (
+            {"model": {"transformer.weight": np.zeros(3)}},
+            "not the layout of a detectron2.*transformer.weight",
+        ),
+        ({"model": {"backbone.fpn_lateral2.weight": np.zeros(3)}}, r"backbone of \(0, 0, 0, 0\) blocks"),
+        ({}, "not the layout"),
+        ([1, 2], "no dictionary of tensors by name, but list"),
+        ({"model": 3}, "not the layout"),
+        ({3: np.zeros(3)}, "no dictionary of tensors by name"),
+    ],
+)
+def test_other_layouts_are_explained(tmp_path: Path, content: Any, message: str) -> None:
+    path = save_pickle(tmp_path / "a.pkl", content)
+    with pytest.raises(CheckpointError, match=message) as info:
+        load(path)
+    assert str(path) in str(info.value)
+
+
+def test_files_that_are_no_checkpoint(tmp_path: Path, weights: Weights) -> None:
+    header = json.dumps({"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}).encode()
+    whole = save_torch(tmp_path / "whole.pth", {"a": np.zeros(1000, np.float32)}).read_bytes()
+    legacy = save_torch(tmp_path / "old.pth", {"a": np.zeros(1000, np.float32)}, legacy=True).read_bytes()
+    plain = pickle.dumps({"model": {"a": np.zeros(1000, np.float32)}})
+    for content, message in [
+        (b"", "neither a pickle nor"),
+        (b"<html>404</html>", "neither a pickle nor"),
+        (len(header).to_bytes(8, "little") + header, "safetensors"),
+        (whole[: len(whole) // 2], "not a readable checkpoint"),
+        (legacy[: len(legacy) // 2], "not a readable checkpoint"),
+        (plain[: len(plain) // 2], "not a readable checkpoint"),
+        (b"PK\x03\x04 and then something else", "not a readable checkpoint"),
+    ]:
+        path = tmp_path / "a.pkl"
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=message) as info:
+            load(path)
+        assert str(path) in str(info.value)
+
+
+def test_names_that_lead_nowhere(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no such file.*detectron2://COCO-Panoptic"):
+        load(tmp_path / "missing.pkl")
+    with pytest.raises(FileNotFoundError, match=r"PanopticFPN.from_config\('panoptic_fpn_r50'\)"):
+        load("panoptic_fpn_r50")
+    with pytest.raises(ValueError, match="mmdetection checkpoints are not supported yet"):
+        load("mmdetection://panoptic_fpn_r50_fpn_1x_coco")
+    with pytest.raises(ValueError, match=r"unknown checkpoint 'detectron2://COCO.*panoptic_fpn_R_101_3x"):
+        load("detectron2://COCO-PanopticSegmentation/panoptic_fpn_R_18_1x")
+    with pytest.raises(TypeError, match="path_or_name"):
+        load(b"model.pkl")  # type: ignore[arg-type]
+    with pytest.raises(OSError, match="directory"):
+        load(tmp_path)
+
+
+def test_loading_draws_no_random_numbers(tmp_path: Path, weights: Weights) -> None:
+    path = save_pickle(tmp_path / "a.pkl", {"model": weights})
+    before = torch.get_rng_state()
+    load(path)
+    assert torch.equal(torch.get_rng_state(), before)

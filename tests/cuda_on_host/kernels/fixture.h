@@ -1,0 +1,21 @@
+// What the fixtures share: their functions are called through ctypes and return the error message, or null.
+#pragma once
+
+#include <exception>
+#include <string>
+
+#include "ops/cuda/cooperative.cuh"
+
+#define FIXTURE extern "C" __attribute__((visibility("default"))) const char*
+
+template <typename Body>
+const char* message_of(Body body) {
+  static std::string message;
+  try {
+    body();
+  } catch (const std::exception& error) {
+    message = error.what();
+    return message.c_str();
+  }
+  return nullptr;
+}

@@ -1,0 +1,121 @@
+"""Every CUDA op, host function and kernels, compiled for the CPU: the bodies that a GPU would run, run here."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from op_checks import OPS, assert_agrees
+
+import panfpn_fast.ops
+
+ROOT = Path(__file__).resolve().parents[2]
+ORDERS = {"forward": 0, "reverse": 1, "random": 2}
+
+
+@pytest.fixture(scope="session")
+def host_library(request: pytest.FixtureRequest) -> ctypes.CDLL:
+    """Builds _C_cuda_on_host.so (again only where a source changed) and registers its ops."""
+    if not (ROOT / "csrc").is_dir():
+        pytest.skip("csrc/ is not beside tests/: the kernels cannot be compiled for the host")
+    for program in ("cmake", "ninja", "g++"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed: the kernels cannot be compiled for the host")
+    build = request.config.cache.mkdir(f"cuda_on_host-torch-{torch.__version__}")
+    torch_dir = Path(torch.__file__).parent
+    commands = [
+        ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DPANFPN_BUILD_CUDA_ON_HOST=ON",
+         f"-DPANFPN_TORCH_DIR={torch_dir}"],
+        ["cmake", "--build", str(build)],
+    ]  # fmt: skip
+    for command in commands:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}\n{result.stderr}"
+    path = build / "_C_cuda_on_host.so"
+    torch.ops.load_library(str(path))
+    library = ctypes.CDLL(str(path))
+    library.panfpn_host_launch_count.restype = ctypes.c_ulonglong
+    library.panfpn_host_set_order.argtypes = [ctypes.c_int, ctypes.c_ulonglong]
+    return library
+
+
+@pytest.fixture(params=ORDERS)
+def thread_order(request: pytest.FixtureRequest, host_library: ctypes.CDLL) -> Iterator[str]:
+    """Runs the threads of each block in different orders: a missing barrier shows in one of them."""
+    host_library.panfpn_host_set_order(ORDERS[request.param], 1)
+    yield request.param
+    host_library.panfpn_host_set_order(ORDERS["forward"], 0)
+
+
+def op_samples(name: str) -> list[Any]:
+    """The samples with which the op's own tests check the CPU op, in float32 and float16 feature maps."""
+    path = ROOT / "tests" / "ops" / f"test_{name}.py"
+    spec = importlib.util.spec_from_file_location(f"samples_of_{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    dtypes = (torch.float32, torch.float16) if "roi_align" in name else (torch.float32,)
+    return [sample for dtype in dtypes for sample in module.make_samples(dtype, torch.device("cpu"))]
+
+
+@pytest.fixture
+def on_host(monkeypatch: pytest.MonkeyPatch, host_library: ctypes.CDLL) -> None:
+    """Makes the public functions call the CUDA ops."""
+    for name in OPS:
+        monkeypatch.setattr(torch.ops.panfpn_fast, name, getattr(torch.ops.panfpn_fast_cuda_on_host, name))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_kernels_agree_with_the_reference(
+    name: str, thread_order: str, on_host: None, host_library: ctypes.CDLL
+) -> None:
+    launches = host_library.panfpn_host_launch_count()
+    for i, sample in enumerate(op_samples(name)):
+        expected = sample.run(OPS[name].reference)
+        actual = sample.run(OPS[name].function)
+        assert_agrees(actual, expected, sample.tolerance, f"{name}, sample {i}, {thread_order}")
+        strided = sample.map_tensors(lambda tensor: torch.stack([tensor, tensor], dim=-1)[..., 1])
+        assert_agrees(
+            strided.run(OPS[name].function), expected, sample.tolerance, f"{name}, sample {i}, strided"
+        )
+    assert host_library.panfpn_host_launch_count() > launches, "no kernel ran"
+
+
+def test_channels_last_kernel(on_host: None, thread_order: str) -> None:
+    features = torch.randn(2, 37, 19, 23, generator=torch.Generator().manual_seed(0))
+    boxes = [torch.tensor([[1.0, 2.0, 60.0, 50.0], [-9.0, 5.0, 30.0, 300.0]]), torch.zeros(0, 4)]
+    for sampling_ratio in (0, 2):
+        args = (boxes, (3, 5), 0.25, sampling_ratio, True)
+        expected = OPS["roi_align"].reference(features, *args)
+        actual = panfpn_fast.ops.roi_align(features.to(memory_format=torch.channels_last), *args)
+        assert actual.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-6)
+
+
+def test_threshold_follows_the_cuda_peer(on_host: None) -> None:
+    # IoU 30 / 100 against 0.3: equal in float32, above the double 0.3.
+    boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 3.0]])
+    assert panfpn_fast.ops.nms(boxes, torch.tensor([0.9, 0.8]), 0.3).tolist() == [0, 1]
+
+
+def test_merge_with_many_claims(on_host: None, thread_order: str) -> None:
+    """Instances that overlap again and again: what one claims the next must see, whichever thread looks."""
+    random = torch.Generator().manual_seed(3)
+    corner = torch.rand(60, 2, generator=random) * 60
+    boxes = torch.cat([corner, corner + 10 + 50 * torch.rand(60, 2, generator=random)], dim=1)
+    masks = torch.rand(60, 28, 28, generator=random)
+    scores, classes = torch.rand(60, generator=random), torch.arange(60)
+    semantic = torch.randint(0, 9, (77, 101), generator=random)
+    kwargs: dict[str, Any] = {"score_threshold": 0.1, "overlap_threshold": 0.7, "stuff_area_threshold": 20}
+    args = (masks, boxes, scores, classes, semantic, (77, 101))
+    actual = panfpn_fast.ops.panoptic_merge(*args, **kwargs)
+    expected = OPS["panoptic_merge"].reference(*args, **kwargs)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)

@@ -1,0 +1,78 @@
+"""ResNet and FPN: shapes, sizes, where the stride is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from panfpn_fast.models.backbone import Bottleneck, ResNet
+from panfpn_fast.models.fpn import FPN
+from panfpn_fast.models.layers import FrozenBatchNorm2d
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    # torchvision's documented counts (25,557,032, 44,549,160, 60,192,808) less the classifier's 2,049,000
+    # and the batch norms' 53,120, 105,344 and 151,424.
+    [("resnet50", 23_454_912), ("resnet101", 42_394_816), ("resnet152", 57_992_384)],
+)
+def test_parameter_counts(name: str, parameters: int) -> None:
+    with torch.device("meta"):
+        assert sum(p.numel() for p in ResNet(name, True).parameters()) == parameters
+
+
+@pytest.mark.parametrize("stride_in_1x1", [True, False])
+def test_shapes_and_strides(stride_in_1x1: bool) -> None:
+    with torch.device("meta"):
+        features = ResNet("resnet50", stride_in_1x1)(torch.empty(2, 3, 96, 160))
+    assert [list(f.shape) for f in features] == [
+        [2, 256, 24, 40],
+        [2, 512, 12, 20],
+        [2, 1024, 6, 10],
+        [2, 2048, 3, 5],
+    ]
+
+
+@pytest.mark.parametrize("stride_in_1x1", [True, False])
+def test_where_the_stride_is(stride_in_1x1: bool) -> None:
+    block = Bottleneck(64, 32, 2, stride_in_1x1)
+    strides = {name: m.stride[0] for name, m in block.named_modules() if isinstance(m, nn.Conv2d)}
+    assert strides == {
+        "conv1": 2 if stride_in_1x1 else 1,
+        "conv2": 1 if stride_in_1x1 else 2,
+        "conv3": 1,
+        "shortcut.conv": 2,
+    }
+
+
+def test_frozen_batch_norm_follows_its_formula() -> None:
+    norm = FrozenBatchNorm2d(5).double()
+    for buffer in norm.buffers():
+        buffer.uniform_(0.5, 2)
+    x = torch.randn(2, 5, 3, 4, dtype=torch.float64)
+    mean, var = norm.running_mean[:, None, None], norm.running_var[:, None, None]
+    expected = (x - mean) / (var + 1e-5).sqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
+    torch.testing.assert_close(norm.train()(x), expected)
+    assert not list(norm.parameters())
+    assert set(norm.state_dict()) == {"weight", "bias", "running_mean", "running_var"}
+
+
+def test_fpn_adds_from_coarse_to_fine() -> None:
+    fpn = FPN((1, 1, 1, 1), 1).double()
+    with torch.no_grad():
+        for name, conv in fpn.named_modules():
+            if isinstance(conv, nn.Conv2d):
+                conv.weight.zero_()
+                conv.weight[0, 0, conv.kernel_size[0] // 2, conv.kernel_size[1] // 2] = 1
+                assert conv.bias is not None
+                conv.bias.fill_(0.5 if "output" in name else 0)
+    c = [torch.randn(1, 1, 32 // 2**i, 64 // 2**i, dtype=torch.float64) for i in range(4)]
+    p = fpn(c)
+    assert [list(x.shape[2:]) for x in p] == [[32, 64], [16, 32], [8, 16], [4, 8], [2, 4]]
+    expected = c[3]
+    for level in (2, 1, 0):
+        expected = c[level] + expected.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        torch.testing.assert_close(p[level], expected + 0.5)
+    torch.testing.assert_close(p[3], c[3] + 0.5)
+    torch.testing.assert_close(p[4], p[3][:, :, ::2, ::2])

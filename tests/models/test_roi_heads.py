@@ -1,0 +1,128 @@
+"""Box and mask heads: detections against a one-box-at-a-time oracle, masks against the full predictor."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from head_oracles import clip, decode, nms
+from torch import Tensor
+
+from panfpn_fast import ops
+from panfpn_fast.models import PanopticFPNConfig
+from panfpn_fast.models.boxes import clip_boxes, decode_boxes, nonempty, scale_boxes
+from panfpn_fast.models.roi_heads import BoxHead, MaskHead
+
+CONFIG = PanopticFPNConfig(fpn_channels=4, num_things=3, box_head_channels=16, mask_head_channels=8)
+
+
+def _features(batch: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.randn(batch, 4, 32 // 2**i, 40 // 2**i, dtype=dtype) for i in range(4)]
+
+
+def test_decode_known_answers() -> None:
+    box = torch.tensor([[10.0, 20.0, 20.0, 40.0]])
+    moved = decode_boxes(torch.tensor([[0.1, -0.2, 0.0, math.log(2)]]), box, (1, 1, 1, 1))
+    torch.testing.assert_close(moved, torch.tensor([[11.0, 6.0, 21.0, 46.0]]))
+    moved = decode_boxes(torch.tensor([[1.0, -2.0, 0.0, 5 * math.log(2)]]), box, (10, 10, 5, 5))
+    torch.testing.assert_close(moved, torch.tensor([[11.0, 6.0, 21.0, 46.0]]))
+    # The upper side is clamped at log(1000 / 16), the lower one is not.
+    moved = decode_boxes(torch.tensor([[0.0, 0.0, 99.0, -9.0]]), box, (1, 1, 1, 1))
+    height = 20 * math.exp(-9)
+    torch.testing.assert_close(
+        moved, torch.tensor([[15 - 312.5, 30 - height / 2, 15 + 312.5, 30 + height / 2]])
+    )
+
+
+def test_box_arithmetic() -> None:
+    boxes = torch.tensor([[-5.0, 2.0, 30.0, 50.0], [3.0, 3.0, 3.0, 9.0], [float("nan"), 0.0, 4.0, 4.0]])
+    assert clip_boxes(boxes, (40, 20))[:2].tolist() == [[0, 2, 20, 40], [3, 3, 3, 9]]
+    assert nonempty(boxes).tolist() == [True, False, False]
+    assert scale_boxes(boxes[:1], (10, 20), (30, 10)).tolist() == [[-2.5, 6, 15, 150]]
+    assert clip_boxes(torch.empty(0, 4), (4, 4)).shape == (0, 4)
+    assert scale_boxes(torch.empty(0, 4), (1, 1), (2, 2)).shape == (0, 4)
+    assert nonempty(torch.empty(0, 4)).shape == (0,)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_detections_equal_the_oracle(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    head = BoxHead(CONFIG.replace(detections_per_image=17, score_threshold=0.15))
+    counts, sizes = [14, 0, 23], [(30, 40), (30, 40), (25, 33)]
+    corners = randn(37, 2).abs() * 10
+    proposals = torch.cat((corners, corners + 4 + randn(37, 2).abs() * 8), dim=1)
+    logits, deltas = 2 * randn(37, 4), 3 * randn(37, 3, 4)
+    logits[2, 1] = float("nan")
+    deltas[20, 2, 1] = float("inf")  # one bad coordinate drops the proposal with all its classes
+    detections = head.detect(logits, deltas, torch.split(proposals, counts), sizes)
+
+    start = 0
+    for detection, count, (height, width) in zip(detections, counts, sizes, strict=True):
+        candidates = []
+        for i in range(start, start + count):
+            probabilities = [math.exp(v) / sum(map(math.exp, logits[i].tolist())) for v in logits[i].tolist()]
+            if not all(map(math.isfinite, [*logits[i].tolist(), *deltas[i].flatten().tolist()])):
+                continue
+            for c in range(3):
+                if probabilities[c] > 0.15:
+                    box = decode(proposals[i].tolist(), deltas[i, c].tolist(), (10, 10, 5, 5))
+                    candidates.append((probabilities[c], clip(box, height, width), c))
+        expected = nms(candidates, 0.5)[:17]
+        start += count
+        assert detection.boxes.shape == (len(expected), 4)
+        boxes = torch.tensor([box for _, box, _ in expected], dtype=torch.float64).reshape(-1, 4)
+        torch.testing.assert_close(detection.boxes, boxes)
+        torch.testing.assert_close(
+            detection.scores, torch.tensor([s for s, _, _ in expected], dtype=torch.float64)
+        )
+        assert detection.classes.tolist() == [c for _, _, c in expected]
+        assert detection.classes.dtype == torch.int64
+
+
+def test_a_score_equal_to_the_threshold_is_no_candidate() -> None:
+    head = BoxHead(CONFIG.replace(score_threshold=0.25))
+    boxes = torch.tensor([[0.0, 0.0, 8.0, 8.0]])
+    [detection] = head.detect(torch.zeros(1, 4), torch.zeros(1, 3, 4), [boxes], [(20, 20)])
+    assert len(detection.boxes) == 0
+
+
+def test_heads_take_no_boxes() -> None:
+    nothing = [torch.empty(0, 4), torch.empty(0, 4)]
+    head = BoxHead(CONFIG).eval()
+    with torch.no_grad():
+        logits, deltas = head(_features(2), nothing)
+        assert (logits.shape, deltas.shape) == ((0, 4), (0, 3, 4))
+        for detection in head.detect(logits, deltas, nothing, [(128, 160)] * 2):
+            assert [list(x.shape) for x in detection] == [[0, 4], [0], [0]]
+        masks = MaskHead(CONFIG).eval()(_features(2), nothing, torch.empty(0, dtype=torch.int64))
+    assert masks.shape == (0, 28, 28)
+
+
+def test_mask_logits_are_those_of_the_class() -> None:
+    head = MaskHead(CONFIG).double().eval()
+    features = _features(1, torch.float64)
+    boxes = [torch.tensor([[3.0, 4.0, 60.0, 50.0], [0.0, 0.0, 9.0, 9.0], [20.0, 8.0, 150.0, 120.0]])]
+    classes = torch.tensor([2, 0, 2])
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.normal_()
+        got = head(features, boxes, classes)
+        x = ops.multiscale_roi_align(features, boxes, 14, [1 / 4, 1 / 8, 1 / 16, 1 / 32])
+        for conv in head.convs:
+            x = conv(x).relu()
+        everything = head.logits(head.deconv(x).relu())
+    assert everything.shape == (3, 3, 28, 28)
+    torch.testing.assert_close(got, everything[torch.arange(3), classes])
+
+
+def test_half_precision_features_give_float32_predictions() -> None:
+    head = BoxHead(CONFIG).to(torch.bfloat16).eval()
+    features = [f.bfloat16() for f in _features(1)]
+    with torch.no_grad():
+        logits, deltas = head(features, [torch.tensor([[0.0, 0.0, 50.0, 50.0]])])
+    assert logits.dtype == deltas.dtype == torch.float32

@@ -1,0 +1,289 @@
+"""What every op of the package goes through: `run_op_checks(op, samples)`.
+
+An op is named once, in `OPS`; tests/ops/test_namespace.py fails when the dispatcher knows one that is missing here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+
+import panfpn_fast.ops
+from panfpn_fast.ops import reference
+
+# A thresholded output may differ from the reference where the value lies this close to the threshold: two correct
+# float32 evaluations of a bilinear sample in [0, 1] (with and without fused multiply-add) differ by less.
+FLIP_MARGIN = 1e-5
+
+# Inputs of which more of the output is undecided than this test too little.
+LARGEST_UNDECIDED_SHARE = 0.02
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op under test.
+
+    Attributes:
+        name: Of the public function, the dispatcher op and the reference alike.
+        differentiable: Arguments that have gradients.
+    """
+
+    name: str
+    differentiable: tuple[str, ...] = ()
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        function: Callable[..., Any] = getattr(panfpn_fast.ops, self.name)
+        return function
+
+    @property
+    def reference(self) -> Callable[..., Any]:
+        twin: Callable[..., Any] = getattr(reference, self.name)
+        return twin
+
+
+OPS = {
+    op.name: op
+    for op in (
+        Op("roi_align"),
+        Op("multiscale_roi_align"),
+        Op("nms"),
+        Op("batched_nms"),
+        Op("paste_masks"),
+        Op("panoptic_merge"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far the op may be from its reference, and why.
+
+    Attributes:
+        reason: Why the results may differ.
+        absolute: Allowed difference, see torch.testing.assert_close.
+        relative: The same, relative to the expected value.
+        undecided: Elements of the output that may have any value, for outputs behind a threshold.
+    """
+
+    reason: str
+    absolute: float = 0.0
+    relative: float = 0.0
+    undecided: Tensor | None = None
+
+
+EXACT = Tolerance("The result is a choice, or copied from the input.")
+
+
+def averaging_tolerance(dtype: torch.dtype) -> Tolerance:
+    """For weighted means of values of order one: accumulated in float32 (float64), rounded once to `dtype`."""
+    if dtype == torch.float64:
+        return Tolerance("About 100 float64 roundings of values up to 4.", 1e-13, 1e-13)
+    summed = (
+        "Terms in another order, and coordinates up to 64 rounded to 4e-6 px where neighbours differ by 4."
+    )
+    if dtype == torch.float32:
+        return Tolerance(summed, 2e-5, 1e-5)
+    one_step = torch.finfo(dtype).eps
+    return Tolerance(f"{summed} Rounding to {dtype} turns that into one step.", 2e-5, one_step)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Arguments for the public function and the reference, and how closely they must agree."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    tolerance: Tolerance = EXACT
+
+    def tensors(self) -> list[Tensor]:
+        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Sample:
+        args, kwargs = tree_map(
+            lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs)
+        )
+        return Sample(args, kwargs, self.tolerance)
+
+    def run(self, function: Callable[..., Any]) -> Any:
+        return function(*self.args, **self.kwargs)
+
+    def static_key(self) -> str:
+        """Tells apart samples that torch.compile must tell apart: all but the sizes and the integers."""
+        leaves, tree = tree_flatten((self.args, self.kwargs))
+        kinds = [(leaf.dtype, leaf.ndim) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return str((tree, ["int" if type(kind) is int else kind for kind in kinds]))
+
+    def sizes(self) -> list[int]:
+        """All sizes of tensors, and integers."""
+        integers = [leaf for leaf in tree_leaves((self.args, self.kwargs)) if type(leaf) is int]
+        return integers + [size for tensor in self.tensors() for size in tensor.shape]
+
+    def coincidences(self) -> int:
+        """How many sizes are equal to another one, which dynamo takes for the same size."""
+        return len(self.sizes()) - len(set(self.sizes()))
+
+
+def assert_agrees(actual: Any, expected: Any, tolerance: Tolerance, context: str) -> None:
+    """Compares the tensors in two results, with their shapes, dtypes and devices."""
+    actual_leaves, actual_tree = tree_flatten(actual)
+    expected_leaves, expected_tree = tree_flatten(expected)
+    assert actual_tree == expected_tree, f"{context}: {actual_tree} instead of {expected_tree}"
+    for position, (got, wanted) in enumerate(zip(actual_leaves, expected_leaves, strict=True)):
+        undecided = tolerance.undecided
+        if undecided is not None and got.shape == wanted.shape == undecided.shape:
+            assert undecided.sum() <= LARGEST_UNDECIDED_SHARE * undecided.numel(), f"{context}: undecided"
+            got = torch.where(undecided, wanted, got)
+
+        def message(difference: str, position: int = position) -> str:
+            return f"{context}, output {position}:\n{difference}\nTolerance: {tolerance.reason}"
+
+        torch.testing.assert_close(
+            got,
+            wanted,
+            atol=tolerance.absolute,
+            rtol=tolerance.relative,
+            equal_nan=True,
+            msg=message,
+        )
+
+
+def strided(tensor: Tensor) -> Tensor:
+    """The same values with a stride of two, an offset of one, and other values between them."""
+    other = torch.full_like(tensor, float("nan")) if tensor.is_floating_point() else torch.ones_like(tensor)
+    return torch.stack([other, tensor], dim=-1)[..., 1]
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    """The same values in channels-last order where there are four dimensions."""
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+
+
+class _RecordCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the arguments with which the package's dispatcher ops are called."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace == "panfpn_fast":
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def check_coverage(samples: Sequence[Sample]) -> None:
+    """Demands an empty input and an odd size among the samples."""
+    tensors = [tensor for sample in samples for tensor in sample.tensors()]
+    assert any(tensor.numel() == 0 for tensor in tensors), "no sample has an empty input"
+    assert any(tensor.ndim > 0 and tensor.shape[-1] % 2 and tensor.shape[-1] > 1 for tensor in tensors), (
+        "no sample has an odd size"
+    )
+
+
+def check_forward(op: Op, sample: Sample) -> None:
+    """The op equals its reference whatever the layout of its inputs, and under autocast."""
+    expected = sample.run(op.reference)
+    assert_agrees(sample.run(op.function), expected, sample.tolerance, f"{op.name}, contiguous")
+    for layout in (strided, channels_last):
+        actual = sample.map_tensors(layout).run(op.function)
+        assert_agrees(actual, expected, sample.tolerance, f"{op.name}, {layout.__name__}")
+    device = sample.tensors()[0].device.type
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert_agrees(sample.run(op.function), expected, sample.tolerance, f"{op.name}, autocast")
+
+
+def check_gradients(op: Op, sample: Sample) -> None:
+    """Gradients equal the reference's and, in float64, those found numerically."""
+    if not op.differentiable:
+        return
+    bound = inspect.signature(op.function).bind(*sample.args, **sample.kwargs).arguments
+    leaves, tree = tree_flatten({name: bound[name] for name in op.differentiable})
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+
+    def gradients(function: Callable[..., Any]) -> Sequence[Tensor]:
+        output = function(**{**bound, **tree.unflatten(leaves)})
+        weights = torch.rand(output.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        return torch.autograd.grad(output, leaves, weights.to(output))
+
+    context = f"{op.name}, gradient"
+    assert_agrees(gradients(op.function), gradients(op.reference), sample.tolerance, context)
+    if all(leaf.dtype == torch.float64 for leaf in leaves):
+        torch.autograd.gradcheck(
+            lambda *inputs: op.function(**{**bound, **tree.unflatten(inputs)}), leaves, fast_mode=True
+        )
+
+
+def check_dispatcher_op(op: Op, sample: Sample) -> None:
+    """torch.library.opcheck, on the dispatcher call that the public function makes."""
+    with _RecordCalls() as record:
+        sample.run(op.function)
+    for func, args, kwargs in record.calls:
+        torch.library.opcheck(func, args, kwargs)
+
+
+def check_compiled(op: Op, samples: Sequence[Sample]) -> None:
+    """One whole graph, with dynamic sizes, that serves samples of several sizes."""
+    by_key = sorted(samples, key=Sample.static_key)
+    for _, members in groupby(by_key, key=Sample.static_key):
+        # Dynamo must compile again for a size of 0 or 1, and where sizes differ that were equal at first. So the
+        # sample with the fewest equal sizes goes first, and one graph has to do for all the ordinary ones.
+        group = sorted(members, key=Sample.coincidences)
+        limit = 1 + sum(0 in sample.sizes() or 1 in sample.sizes() for sample in group)
+        torch._dynamo.reset()
+        # aot_eager goes through tracing, fakes and functionalisation, and needs neither gcc nor Triton.
+        compiled = torch.compile(op.function, fullgraph=True, dynamic=True, backend="aot_eager")
+        with torch._dynamo.config.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True):
+            for sample in group:
+                assert_agrees(
+                    sample.run(compiled), sample.run(op.reference), sample.tolerance, f"{op.name}, compiled"
+                )
+    torch._dynamo.reset()
+
+
+class _Call(torch.nn.Module):
+    """A function as torch.export takes it."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+def check_exported(op: Op, sample: Sample) -> None:
+    """torch.export makes a program with the same result."""
+    program = torch.export.export(_Call(op.function), sample.args, sample.kwargs)
+    assert_agrees(
+        sample.run(program.module()), sample.run(op.reference), sample.tolerance, f"{op.name}, exported"
+    )
+
+
+def run_op_checks(op: Op, samples: Sequence[Sample]) -> None:
+    """Runs every check that holds for all ops.
+
+    Args:
+        op: The op, from `OPS`.
+        samples: Inputs on one device, among them an empty and an odd-sized one.
+    """
+    check_coverage(samples)
+    for sample in samples:
+        check_forward(op, sample)
+        check_gradients(op, sample)
+        check_dispatcher_op(op, sample)
+    # The graph is the same for all dtypes, and compiling takes longer than all the rest.
+    traced = [sample for sample in samples if sample.tensors()[0].dtype == torch.float32]
+    if traced:
+        check_compiled(op, traced)
+        check_exported(op, traced[0])

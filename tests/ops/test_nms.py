@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import inspect
+import re
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_checks import OPS, Sample, run_op_checks
+from op_samples import DEGENERATE_BOXES, generator, random_boxes
+from torch import Tensor
+
+from panfpn_fast.ops import nms, reference
+
+NAN = float("nan")
+
+
+def random_scores(count: int, seed: int) -> Tensor:
+    """Scores of which some are equal, one is NaN and one infinite where there are enough."""
+    scores = torch.randint(0, 50, (count,), generator=generator(seed)) / 50
+    scores[2:3] = NAN
+    scores[5:6] = float("-inf")
+    return scores
+
+
+def make_samples(dtype: torch.dtype, device: torch.device) -> list[Sample]:
+    def sample(boxes: Tensor, iou_threshold: float) -> Sample:
+        scores = random_scores(len(boxes), seed=len(boxes))
+        return Sample((boxes.to(dtype), scores.to(dtype), iou_threshold)).map_tensors(lambda t: t.to(device))
+
+    # More than 64 boxes, and than 512, make further blocks of the implementations. Thresholds that float32 rounds
+    # down decide alike on all devices.
+    return [
+        sample(random_boxes(133, (40, 60), 0), 0.45),
+        sample(random_boxes(64, (40, 60), 1), 0.45),
+        sample(torch.zeros(0, 4), 0.45),
+        sample(random_boxes(1, (40, 60), 2), 0.45),
+        sample(torch.cat([DEGENERATE_BOXES, DEGENERATE_BOXES, random_boxes(7, (9, 9), 3)]), 0.45),
+        sample(random_boxes(1201, (200, 300), 4), 0.7),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_checks(dtype: torch.dtype, device: torch.device) -> None:
+    if device.type == "cuda" and dtype == torch.float64:
+        pytest.skip("float64 is for the CPU")
+    run_op_checks(OPS["nms"], make_samples(dtype, device))
+
+
+def keep(
+    boxes: list[list[float]], scores: list[float], iou_threshold: float, device: torch.device
+) -> list[int]:
+    kept = nms(torch.tensor(boxes, device=device), torch.tensor(scores, device=device), iou_threshold)
+    assert kept.dtype == torch.int64
+    assert kept.device.type == device.type
+    return kept.tolist()
+
+
+def test_drops_above_the_threshold_only(device: torch.device) -> None:
+    # The IoU of the first two is 50 / 150, of the last two 50 / 100.
+    boxes = [[0.0, 0.0, 10.0, 10.0], [5.0, 0.0, 15.0, 10.0], [50.0, 0.0, 60.0, 10.0], [50.0, 0.0, 55.0, 10.0]]
+    scores = [0.2, 0.3, 0.8, 0.9]
+    assert keep(boxes, scores, 0.3, device) == [3, 1]
+    assert keep(boxes, scores, 0.4, device) == [3, 1, 0]
+    assert keep(boxes, scores, 0.5, device) == [3, 2, 1, 0]
+    assert keep(boxes, scores, -1.0, device) == [3]
+
+
+def test_a_dropped_box_drops_none(device: torch.device) -> None:
+    boxes = [[0.0, 0.0, 10.0, 10.0], [4.0, 0.0, 14.0, 10.0], [8.0, 0.0, 18.0, 10.0]]
+    assert keep(boxes, [0.9, 0.8, 0.7], 0.3, device) == [0, 2]
+
+
+@pytest.mark.parametrize(("inter", "threshold"), [(1, 0.1), (3, 0.3), (6, 0.6)])
+def test_threshold_is_a_double_on_the_cpu_and_a_float_on_cuda(
+    inter: int, threshold: float, device: torch.device
+) -> None:
+    # The quotient rounded to float32 is above the double threshold, and equal to the float32 one.
+    boxes = [[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, float(inter)]]
+    assert keep(boxes, [0.9, 0.8], threshold, device) == ([0] if device.type == "cpu" else [0, 1])
+
+
+@pytest.mark.parametrize(("inter", "threshold"), [(5, 0.5), (7, 0.7)])
+def test_equal_to_the_threshold_is_kept(inter: int, threshold: float, device: torch.device) -> None:
+    boxes = [[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, float(inter)]]
+    assert keep(boxes, [0.9, 0.8], threshold, device) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "box",
+    [[3.0, 3.0, 3.0, 9.0], [3.0, 3.0, 3.0, 3.0], [9.0, 9.0, 3.0, 3.0], [NAN, 0.0, 9.0, 9.0]],
+    ids=["flat", "point", "inverted", "nan"],
+)
+def test_duplicates_without_an_iou_are_both_kept(box: list[float], device: torch.device) -> None:
+    assert keep([box, box], [0.1, 0.2], 0.5, device) == [1, 0]
+
+
+def test_order_of_equal_and_nan_scores(device: torch.device) -> None:
+    boxes = [[20.0 * i, 0.0, 20.0 * i + 10, 10.0] for i in range(6)]
+    assert keep(boxes, [0.5, NAN, 0.5, 0.9, NAN, 0.5], 0.5, device) == [1, 4, 3, 0, 2, 5]
+    many = [[20.0 * i, 0.0, 20.0 * i + 10, 10.0] for i in range(300)]
+    assert keep(many, [0.5] * 300, 0.5, device) == list(range(300))
+
+
+def test_one_of_many_copies_is_kept(device: torch.device) -> None:
+    assert keep([[1.0, 2.0, 30.0, 40.0]] * 1000, [0.5] * 1000, 0.5, device) == [0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_equals_torchvision(seed: int, device: torch.device, torchvision_ops: ModuleType) -> None:
+    boxes = torch.randint(0, 40, (500, 4), generator=generator(seed)).float().to(device)
+    scores = torch.rand(500, generator=generator(seed)).to(device)
+    for iou_threshold in (0.1, 0.3, 0.5, 0.7):
+        expected = torchvision_ops.nms(boxes, scores, iou_threshold)
+        assert torch.equal(nms(boxes, scores, iou_threshold), expected), iou_threshold
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(*[st.integers(0, 6)] * 4, st.integers(0, 3)), max_size=12),
+    st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.6, 1.0]),
+)
+def test_small_integer_boxes(rows: list[tuple[int, ...]], iou_threshold: float) -> None:
+    table = torch.tensor(rows, dtype=torch.float32).reshape(-1, 5)
+    args = (table[:, :4], table[:, 4], iou_threshold)
+    assert torch.equal(nms(*args), reference.nms(*args))
+
+
+def test_reference_has_the_same_signature() -> None:
+    assert inspect.signature(nms) == inspect.signature(reference.nms)
+
+
+BOXES = torch.zeros(4, 4)
+SCORES = torch.zeros(4)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "error"),
+    [
+        ("boxes", [[0.0, 0.0, 1.0, 1.0]], TypeError),
+        ("boxes", BOXES.long(), TypeError),
+        ("boxes", torch.zeros(4, 5), ValueError),
+        ("boxes", torch.zeros(4), ValueError),
+        ("scores", [0.5], TypeError),
+        ("scores", SCORES.long(), TypeError),
+        ("scores", torch.zeros(3), ValueError),
+        ("scores", torch.zeros(4, 1), ValueError),
+        ("iou_threshold", "0.5", TypeError),
+        ("iou_threshold", None, TypeError),
+    ],
+)
+def test_bad_input_is_refused(argument: str, value: Any, error: type[Exception]) -> None:
+    arguments: dict[str, Any] = {"boxes": BOXES, "scores": SCORES, "iou_threshold": 0.5, argument: value}
+    with pytest.raises(error, match=rf"^{re.escape(argument)}\b"):
+        nms(**arguments)

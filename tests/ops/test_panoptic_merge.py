@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import pytest
+import torch
+from op_checks import FLIP_MARGIN, OPS, Sample, run_op_checks
+from op_samples import DEGENERATE_BOXES, generator, random_boxes, random_masks
+from torch import Tensor
+
+from panfpn_fast.ops import panoptic_merge, reference
+from panfpn_fast.ops.reference.paste_masks import paste_values
+
+INF, NAN = float("inf"), float("nan")
+
+
+def is_decided(masks: Tensor, boxes: Tensor, image_size: tuple[int, int], threshold: float) -> bool:
+    """Whether no pixel's value is so close to the threshold that rounding decides who gets it."""
+    return all(
+        bool(((paste_values(mask, box, image_size) - threshold).abs() > FLIP_MARGIN).all())
+        for mask, box in zip(masks.float(), boxes.float(), strict=True)
+    )
+
+
+def random_semantic(image_size: tuple[int, int], seed: int) -> Tensor:
+    """Blocks of 8 x 8 pixels with labels 0..6."""
+    height, width = image_size
+    blocks = torch.randint(0, 7, (-(-height // 8), -(-width // 8)), generator=generator(seed))
+    return blocks.repeat_interleave(8, 0).repeat_interleave(8, 1)[:height, :width].contiguous()
+
+
+def make_samples(dtype: torch.dtype, device: torch.device) -> list[Sample]:
+    def sample(
+        count: int,
+        image_size: tuple[int, int],
+        mask_size: tuple[int, int] = (28, 28),
+        labels: torch.dtype = torch.uint8,
+        boxes: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Sample:
+        """Takes the first seed whose pixels are all decided, so that every device must give the same result."""
+        for seed in range(100):
+            masks = random_masks(count, *mask_size, seed=seed).to(dtype)
+            placed = (random_boxes(count, image_size, seed) if boxes is None else boxes).to(dtype)
+            if is_decided(masks, placed, image_size, kwargs.get("mask_threshold", 0.5)):
+                break
+        else:
+            raise AssertionError("no seed without undecided pixels")
+        scores = (torch.randint(2, 20, (count,), generator=generator(seed)) / 20).to(dtype)
+        classes = torch.randint(0, 80, (count,), generator=generator(seed))
+        semantic = random_semantic(image_size, seed).to(labels)
+        arguments = (masks, placed, scores, classes, semantic, image_size)
+        return Sample(arguments, kwargs).map_tensors(lambda tensor: tensor.to(device))
+
+    stuff: dict[str, Any] = {"stuff_area_threshold": 100}
+    lenient: dict[str, Any] = {"overlap_threshold": 2.0, "stuff_area_threshold": 0}
+    strict: dict[str, Any] = {"overlap_threshold": 0.2, "score_threshold": 0.2, "mask_threshold": 0.4}
+    return [
+        sample(12, (67, 93), **stuff),
+        sample(5, (41, 30), (14, 17), **stuff),
+        sample(0, (67, 93), **stuff),
+        sample(12, (0, 93), **stuff),
+        sample(12, (67, 93), labels=torch.int64, **strict),
+        sample(9, (33, 35), labels=torch.int64, **lenient),
+        sample(12, (21, 23), (14, 14), boxes=DEGENERATE_BOXES, **stuff),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_checks(dtype: torch.dtype, device: torch.device) -> None:
+    if device.type == "cuda" and dtype == torch.float64:
+        pytest.skip("float64 is for the CPU")
+    run_op_checks(OPS["panoptic_merge"], make_samples(dtype, device))
+
+
+# Instances of a 4 x 4 image, with masks of ones. Cells of the masks are at most two pixels, so that they end sharply.
+LEFT = [0.0, 0.0, 2.0, 4.0]
+MIDDLE = [1.0, 0.0, 3.0, 4.0]
+RIGHT = [2.0, 0.0, 4.0, 4.0]
+CORNER = [0.0, 0.0, 2.0, 2.0]
+FLAT = [1.0, 1.0, 1.0, 3.0]
+
+
+def merge(
+    boxes: list[list[float]], scores: list[float], semantic: Any, device: torch.device, **kwargs: Any
+) -> tuple[list[list[int]], list[tuple[Any, ...]]]:
+    """Merges instances of the classes 10, 11, ... into a 4 x 4 image; returns the map and rows of the segments."""
+    panoptic, segments = panoptic_merge(
+        torch.ones(len(boxes), 2, 2, device=device),
+        torch.tensor(boxes, device=device).reshape(-1, 4),
+        torch.tensor(scores, device=device),
+        torch.arange(len(boxes), device=device) + 10,
+        torch.as_tensor(semantic, device=device),
+        (4, 4),
+        **{"stuff_area_threshold": 2, **kwargs},
+    )
+    assert panoptic.dtype == torch.int32
+    assert panoptic.device.type == device.type
+    dtypes = [column.dtype for column in segments]
+    assert dtypes == [torch.int32, torch.bool, torch.int64, torch.float32, torch.int64, torch.int64]
+    rows = list(zip(*(column.tolist() for column in segments), strict=True))
+    for id, *_, area, _ in rows:
+        assert (panoptic == id).sum() == area
+    rounded = [
+        (id, isthing, label, round(score, 4), area, instance)
+        for id, isthing, label, score, area, instance in rows
+    ]
+    return panoptic.tolist(), rounded
+
+
+def test_4_by_4_by_hand(device: torch.device) -> None:
+    semantic = [[7, 0, 0, 2], [7, 0, 0, 2], [7, 0, 0, 2], [7, 0, 0, 5]]
+    # MIDDLE loses half of itself, not more; CORNER is taken wholly; FLAT is empty; RIGHT scores too little. Of the
+    # stuff, 7 is under LEFT, 5 has one pixel left, 0 is none.
+    panoptic, segments = merge(
+        [RIGHT, CORNER, LEFT, FLAT, MIDDLE], [0.4, 0.7, 0.9, 0.6, 0.8], semantic, device
+    )
+    assert panoptic == [[1, 1, 2, 3], [1, 1, 2, 3], [1, 1, 2, 3], [1, 1, 2, 0]]
+    assert segments == [
+        (1, True, 12, 0.9, 8, 2),
+        (2, True, 14, 0.8, 4, 4),
+        (3, False, 2, 0.0, 3, -1),
+    ]
+
+
+def test_overlap_at_and_above_the_threshold(device: torch.device) -> None:
+    nothing = torch.zeros(4, 4, dtype=torch.uint8)
+    for overlap_threshold, kept in ((0.5, [0, 1]), (0.499, [0]), (1.0, [0, 1])):
+        _, segments = merge([LEFT, MIDDLE], [0.9, 0.8], nothing, device, overlap_threshold=overlap_threshold)
+        assert [row[-1] for row in segments] == kept, overlap_threshold
+
+
+def test_overlap_is_of_all_instances_before(device: torch.device) -> None:
+    # The first two take half of the third each, of which neither alone is more than 0.6.
+    _, segments = merge(
+        [LEFT, RIGHT, MIDDLE],
+        [0.9, 0.8, 0.7],
+        torch.zeros(4, 4, dtype=torch.int64),
+        device,
+        overlap_threshold=0.6,
+    )
+    assert [row[-1] for row in segments] == [0, 1]
+
+
+def test_an_instance_without_free_pixels_is_no_segment(device: torch.device) -> None:
+    nothing = torch.zeros(4, 4, dtype=torch.uint8)
+    panoptic, segments = merge([LEFT, CORNER, RIGHT], [0.9, 0.8, 0.7], nothing, device, overlap_threshold=1.0)
+    assert [(row[0], row[-1]) for row in segments] == [(1, 0), (2, 2)]
+    assert panoptic == [[1, 1, 2, 2]] * 4
+
+
+def test_score_at_the_threshold_is_kept_in_double(device: torch.device) -> None:
+    nothing = torch.zeros(4, 4, dtype=torch.uint8)
+    for threshold, kept in ((0.5, [0]), (0.500001, [])):
+        assert [
+            row[-1] for row in merge([LEFT], [0.5], nothing, device, score_threshold=threshold)[1]
+        ] == kept
+    # 0.7 is 0.69999999 in float32, and 0.3 is 0.30000001.
+    assert merge([LEFT], [0.7], nothing, device, score_threshold=0.7)[1] == []
+    assert len(merge([LEFT], [0.3], nothing, device, score_threshold=0.3)[1]) == 1
+
+
+def test_equal_scores_keep_their_order_and_nan_is_last(device: torch.device) -> None:
+    nothing = torch.zeros(4, 4, dtype=torch.uint8)
+    columns = [[float(x), 0.0, x + 1.0, 4.0] for x in range(4)]
+    _, segments = merge(columns, [NAN, 0.6, 0.8, 0.6], nothing, device)
+    assert [row[-1] for row in segments] == [2, 1, 3, 0]
+    # A score below the threshold ends the instances, so that the NaN behind it is not reached.
+    _, segments = merge(columns, [NAN, 0.6, 0.4, 0.6], nothing, device)
+    assert [row[-1] for row in segments] == [1, 3]
+
+
+def test_stuff_at_and_below_the_area_threshold(device: torch.device) -> None:
+    semantic = [[3, 3, 3, 3], [3, 9, 9, 9], [9, 0, 0, 0], [1, 1, 1, 0]]
+    _, segments = merge([], [], semantic, device, stuff_area_threshold=4)
+    assert [(row[0], row[2], row[4]) for row in segments] == [(1, 3, 5), (2, 9, 4)]
+    _, segments = merge([], [], semantic, device, stuff_area_threshold=5)
+    assert [(row[0], row[2], row[4]) for row in segments] == [(1, 3, 5)]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64], ids=str)
+def test_labels_of_any_integer_type(dtype: torch.dtype, device: torch.device) -> None:
+    largest = min(torch.iinfo(dtype).max, 4095)
+    semantic = torch.tensor([[largest] * 4, [1] * 4, [0] * 4, [2] * 4], dtype=dtype)
+    panoptic, segments = merge([], [], semantic, device)
+    assert [row[2] for row in segments] == [1, 2, largest]
+    assert panoptic == [[3] * 4, [1] * 4, [0] * 4, [2] * 4]
+
+
+def test_labels_out_of_range_are_void(device: torch.device) -> None:
+    semantic = torch.tensor([[-1] * 4, [4096] * 4, [2**31 - 1] * 4, [2] * 4], dtype=torch.int32)
+    panoptic, segments = merge([], [], semantic, device)
+    assert [row[2] for row in segments] == [2]
+    assert panoptic == [[0] * 4] * 3 + [[1] * 4]
+
+
+@pytest.mark.parametrize("mask_threshold", [0.0, -1.0])
+def test_a_threshold_that_all_pixels_reach(mask_threshold: float, device: torch.device) -> None:
+    # As paste_masks with threshold 0, the pixels far from the box have the value 0 and reach it.
+    panoptic, segments = panoptic_merge(
+        torch.ones(1, 2, 2, device=device),
+        torch.tensor([CORNER], device=device),
+        torch.tensor([0.9], device=device),
+        torch.tensor([3], device=device),
+        torch.ones(40, 50, dtype=torch.uint8, device=device),
+        (40, 50),
+        mask_threshold=mask_threshold,
+    )
+    assert panoptic.eq(1).all()
+    assert segments.area.tolist() == [2000]
+
+
+def test_masks_with_a_channel_and_boolean_masks(device: torch.device) -> None:
+    box, score = torch.tensor([LEFT], device=device), torch.tensor([0.9], device=device)
+    classes, semantic = torch.tensor([3], device=device), torch.zeros(4, 4, dtype=torch.int64, device=device)
+    for masks in (torch.ones(1, 1, 2, 2), torch.ones(1, 2, 2, dtype=torch.bool)):
+        panoptic, _ = panoptic_merge(masks.to(device), box, score, classes.int(), semantic, (4, 4))
+        assert panoptic.tolist() == [[1, 1, 0, 0]] * 4
+
+
+def test_reference_has_the_same_parameters() -> None:
+    names = list(inspect.signature(panoptic_merge).parameters)
+    assert names == list(inspect.signature(reference.panoptic_merge).parameters)
+
+
+ARGUMENTS: dict[str, Any] = {
+    "masks": torch.zeros(3, 28, 28),
+    "boxes": torch.zeros(3, 4),
+    "scores": torch.zeros(3),
+    "classes": torch.zeros(3, dtype=torch.int64),
+    "semantic": torch.zeros(8, 9, dtype=torch.uint8),
+    "image_size": (8, 9),
+}
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "error"),
+    [
+        ("masks", None, TypeError),
+        ("masks", torch.zeros(3, 28, 28, dtype=torch.int64), TypeError),
+        ("masks", torch.zeros(3, 28), ValueError),
+        ("masks", torch.zeros(3, 2, 28, 28), ValueError),
+        ("boxes", torch.zeros(2, 4), ValueError),
+        ("boxes", torch.zeros(3, 5), ValueError),
+        ("boxes", torch.zeros(3, 4, dtype=torch.int64), TypeError),
+        ("scores", torch.zeros(2), ValueError),
+        ("scores", torch.zeros(3, 1), ValueError),
+        ("scores", torch.zeros(3, dtype=torch.int64), TypeError),
+        ("classes", torch.zeros(2, dtype=torch.int64), ValueError),
+        ("classes", torch.zeros(3), TypeError),
+        ("semantic", torch.zeros(9, 8, dtype=torch.uint8), ValueError),
+        ("semantic", torch.zeros(1, 8, 9, dtype=torch.uint8), ValueError),
+        ("semantic", torch.zeros(8, 9), TypeError),
+        ("semantic", torch.zeros(8, 9, dtype=torch.bool), TypeError),
+        ("image_size", (8.0, 9.0), TypeError),
+        ("image_size", 8, TypeError),
+        ("image_size", (8, 9, 1), ValueError),
+        ("image_size", (-8, 9), ValueError),
+        ("score_threshold", "0.5", TypeError),
+        ("overlap_threshold", None, TypeError),
+        ("overlap_threshold", NAN, ValueError),
+        ("stuff_area_threshold", 0.5, TypeError),
+        ("mask_threshold", "0.5", TypeError),
+        ("rule", "mmdetection2", ValueError),
+        ("rule", None, ValueError),
+    ],
+)
+def test_bad_input_is_refused(argument: str, value: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=rf"^{re.escape(argument)}\b"):
+        panoptic_merge(**{**ARGUMENTS, argument: value})
