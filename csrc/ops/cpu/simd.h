@@ -1,0 +1,12 @@
+// Vector instructions beyond the baseline that every x86-64 has: a function marked so is compiled for AVX-512, for AVX2
+// and for the baseline, and the loader picks what the processor has. Whatever it inlines is compiled with it. Other
+// architectures (aarch64 has its vectors in the baseline) and compilers without this get the one version.
+//
+// No version fuses multiplications and additions (-ffp-contract=off), so all of them give the same bits.
+#pragma once
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define PANFPN_VECTOR_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#else
+#define PANFPN_VECTOR_CLONES
+#endif
