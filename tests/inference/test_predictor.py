@@ -139,7 +139,7 @@ def test_bad_model(model: Any) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU here")
 def test_runs_on_the_gpu_by_default(halves_model: MakeModel) -> None:
     model = halves_model()
     predictor = Predictor(model, short_edge=20)
