@@ -93,6 +93,8 @@ class CMakeBuild(build_ext):
         if nvcc:
             configure.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        if not jobs.isdecimal() or int(jobs) < 1:
+            sys.exit(f"panfpn_fast: MAX_JOBS: expected a number of at least 1, got {jobs!r}")
         build.mkdir(parents=True, exist_ok=True)
         for step, command in (
             ("configuring", configure),

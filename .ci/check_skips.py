@@ -9,11 +9,13 @@ from xml.etree import ElementTree
 EXPECTED = (
     r"torch finds no CUDA GPU here",
     r"float64 is for the CPU",
-    r"shared .* is not there|no shared folder",  # outside the founders' own machines
+    r"setup.py is not beside tests/",  # .ci/run keeps the package's sources away from the tests
+    r"holds no goldens",  # PANFPN_SHARED is not everywhere
 )
 
 
 def main() -> int:
+    """Reads pytest's junit.xml, named by the first argument."""
     unexpected = []
     skips = 0
     for case in ElementTree.parse(sys.argv[1]).iter("testcase"):
@@ -22,6 +24,14 @@ def main() -> int:
             reason = skipped.get("message", "")
             if not any(re.search(pattern, reason) for pattern in EXPECTED):
                 unexpected.append(f"{case.get('classname')}::{case.get('name')}: {reason}")
+    names = {case.get("name", "").split("[")[0] for case in ElementTree.parse(sys.argv[1]).iter("testcase")}
+    # These must not get lost: what they show cannot be seen on one torch, or without the kernels' sources.
+    needed = {
+        "test_the_same_binaries_in_another_torch",
+        "test_no_unstable_symbols",
+        "test_kernels_agree_with_the_reference",
+    }
+    unexpected += [f"{name}: was not collected" for name in sorted(needed - names)]
     print(f"{skips} skips, {len(unexpected)} of them unexpected")
     print("\n".join(unexpected))
     return 1 if unexpected else 0

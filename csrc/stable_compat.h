@@ -33,12 +33,16 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, cons
                                   dtype);
 }
 
-// How the 4-D tensor lies in memory: plain NCHW wins where both readings hold (one channel, one pixel), so
-// that the fake implementation can decide by the same rule.
+// How the 4-D tensor lies in memory: plain NCHW wins where both readings hold (one channel, one pixel), so that the
+// fake implementation can decide by the same rule. The stride of a dimension of size 1 means nothing.
 inline bool is_channels_last(const Tensor& t) {
-  const int64_t channels = t.size(1), height = t.size(2), width = t.size(3);
-  return !t.is_contiguous() && t.stride(1) == 1 && t.stride(3) == channels &&
-         t.stride(2) == channels * width && t.stride(0) == channels * width * height;
+  if (t.is_contiguous()) return false;
+  int64_t expected = 1;
+  for (const int64_t dim : {1, 3, 2, 0}) {
+    if (t.size(dim) != 1 && t.stride(dim) != expected) return false;
+    expected *= t.size(dim);
+  }
+  return true;
 }
 
 // [N, C, H, W] output that lies in memory as channels-last or as plain NCHW.

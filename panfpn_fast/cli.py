@@ -6,7 +6,9 @@ torch is imported only by the subcommand that needs it, so that `--help` and usa
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -58,11 +60,18 @@ class _Job(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status; argparse itself exits on `--help` and usage errors."""
+    for stream in (sys.stdout, sys.stderr):
+        # File names need not be valid text; naming one must not end the run.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(argv)
     try:
         if args.command == "info":
             return _info()
         return _predict(args)
+    except BrokenPipeError:  # whoever read our output has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _EXIT_SOME_FAILED
     except _UserError as error:
         _report(str(error))
         return _EXIT_USAGE
@@ -157,6 +166,8 @@ def _predict(args: argparse.Namespace) -> int:
     try:
         with CocoPanopticWriter(args.out, predictor.categories) as writer:
             failed = _predict_all(predictor, writer, _name_jobs(paths, args.out), args.out, args.batch_size)
+    except BrokenPipeError:
+        raise
     except OSError as error:  # reading is dealt with image by image, so this is writing
         raise _UserError(f"cannot write to {args.out}: {error}") from error
     except ImportError as error:  # the native ops did not load; the message has the remedy
@@ -190,7 +201,9 @@ def _make_predictor(args: argparse.Namespace) -> Predictor:
             short_edge=args.short_edge,
             max_edge=args.max_edge,
         )
-    except (TypeError, ValueError, torch.OutOfMemoryError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _out_of_memory(error):
+            raise
         raise _UserError(_one_line(error)) from error
 
 
@@ -236,18 +249,25 @@ def _predict_batch(
     predictor: Predictor, images: list[tuple[_Job, ImageArray]]
 ) -> list[tuple[_Job, ImageArray, PanopticResult]]:
     """Predicts images together, or one by one where memory is too short for all."""
-    import torch
-
     try:
         results = predictor([image for _, image in images])
         return [(job, image, result) for (job, image), result in zip(images, results, strict=True)]
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not _out_of_memory(error):
+            raise
         if len(images) == 1:
             _report(
                 f"{images[0][0].path}: not enough memory on {predictor.device}; try a smaller --short-edge"
             )
             return []
     return [done for one in images for done in _predict_batch(predictor, [one])]
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: on a GPU, in torch's CPU allocator (which has no type of its own), or in Python."""
+    import torch
+
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def _write(
@@ -292,7 +312,7 @@ def _name_jobs(paths: Sequence[Path], out: Path) -> list[_Job]:
     jobs = []
     for path in paths:
         for count in itertools.count(1):
-            name = path.stem if count == 1 else f"{path.stem}_{count}"
+            name = _fitting(path.stem, "" if count == 1 else f"_{count}")
             outputs = {
                 (out / f"{name}_overlay.png").resolve(),
                 (out / "predictions" / f"{name}.png").resolve(),
@@ -303,6 +323,13 @@ def _name_jobs(paths: Sequence[Path], out: Path) -> list[_Job]:
         taken.add(name.casefold())
         jobs.append(_Job(path, name, source=path.name if count == 1 else path.as_posix()))
     return jobs
+
+
+def _fitting(stem: str, suffix: str) -> str:
+    """Joins the two, with as much of the stem as lets the longest file name made from it have 255 bytes."""
+    while len(os.fsencode(f"{stem}{suffix}_overlay.png")) > 255:
+        stem = stem[:-1]
+    return stem + suffix
 
 
 def _batches(jobs: Sequence[_Job], size: int) -> Iterator[Sequence[_Job]]:

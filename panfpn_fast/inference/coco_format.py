@@ -58,7 +58,7 @@ def decode_panoptic(rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """Opens a file for writing that appears under its name only when it is complete."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".panfpn-{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file

@@ -130,12 +130,18 @@ def read_image(path: str | os.PathLike[str]) -> ImageArray:
     # Opened here rather than by Pillow: errors of the file system keep their own types, the rest is decoding.
     with open(path, "rb") as file:
         try:
-            with Image.open(file) as image:
+            with Image.open(file, formats=_formats()) as image:
                 return _pil_to_rgb(image)
         # Decoders meet damaged data with many types (SyntaxError, struct.error, IndexError, zlib.error ...).
         except Exception as error:
             reason = "not a picture in a known format" if isinstance(error, UnidentifiedImageError) else error
             raise ImageReadError(f"cannot read image {os.fspath(path)}: {reason}") from error
+
+
+def _formats() -> list[str]:
+    """Every format that Pillow decodes itself: for EPS it starts Ghostscript, whatever the file's name says."""
+    Image.init()
+    return [name for name in Image.OPEN if name != "EPS"]
 
 
 def to_rgb_array(image: ImageSource, name: str = "image") -> ImageArray:

@@ -34,6 +34,10 @@ class SemanticStage(nn.Module):
         return _upsample(x, 2) if self.upsample else x
 
 
+# Logits at the output's size that exist at once: 256 MiB in float32.
+_GROUP_VALUES = 64 << 20
+
+
 def _upsample(x: Tensor, factor: int) -> Tensor:
     return F.interpolate(x, scale_factor=float(factor), mode="bilinear", align_corners=False)
 
@@ -97,8 +101,23 @@ class SemanticHead(nn.Module):
         dtype = torch.uint8 if logits.shape[1] <= 256 else torch.int16
         labels = []
         for i, ((height, width), output_size) in enumerate(zip(sizes, output_sizes, strict=True)):
-            # One image at a time: all classes at full resolution are the network's largest tensor.
-            x = _upsample(logits[i : i + 1], self.stride)[..., :height, :width]
-            x = F.interpolate(x, size=output_size, mode="bilinear", align_corners=False)
-            labels.append(x[0].argmax(dim=0).to(dtype))
+            # All classes at the size of a photograph would be the network's largest tensor by far, so they come in
+            # groups; the first of equal classes wins, as in one arg max.
+            pixels = max(output_size[0] * output_size[1], height * width)
+            best: Tensor | None = None
+            label: Tensor | None = None
+            first = 0
+            for group in logits[i : i + 1].split(max(1, _GROUP_VALUES // pixels), dim=1):
+                x = _upsample(group, self.stride)[..., :height, :width]
+                x = F.interpolate(x, size=output_size, mode="bilinear", align_corners=False)
+                value, index = x[0].max(dim=0)
+                index = (index + first).to(dtype)
+                if best is None or label is None:
+                    best, label = value, index
+                else:
+                    label = torch.where(value > best, index, label)
+                    best = torch.maximum(best, value)
+                first += group.shape[1]
+            assert label is not None
+            labels.append(label)
         return labels
