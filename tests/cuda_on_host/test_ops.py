@@ -73,7 +73,7 @@ def on_host(monkeypatch: pytest.MonkeyPatch, host_library: ctypes.CDLL) -> None:
         monkeypatch.setattr(torch.ops.panfpn_fast, name, getattr(torch.ops.panfpn_fast_cuda_on_host, name))
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", [name for name, op in OPS.items() if not op.host_result])
 def test_kernels_agree_with_the_reference(
     name: str, thread_order: str, on_host: None, host_library: ctypes.CDLL
 ) -> None:
