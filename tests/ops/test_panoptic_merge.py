@@ -6,66 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from op_checks import FLIP_MARGIN, OPS, Sample, run_op_checks
-from op_samples import DEGENERATE_BOXES, generator, random_boxes, random_masks
-from torch import Tensor
+from mask_samples import merge_samples
+from op_checks import OPS, Sample, run_op_checks
 
 from panfpn_fast.ops import panoptic_merge, reference
-from panfpn_fast.ops.reference.paste_masks import paste_values
 
 INF, NAN = float("inf"), float("nan")
 
 
-def is_decided(masks: Tensor, boxes: Tensor, image_size: tuple[int, int], threshold: float) -> bool:
-    """Whether no pixel's value is so close to the threshold that rounding decides who gets it."""
-    return all(
-        bool(((paste_values(mask, box, image_size) - threshold).abs() > FLIP_MARGIN).all())
-        for mask, box in zip(masks.float(), boxes.float(), strict=True)
-    )
-
-
-def random_semantic(image_size: tuple[int, int], seed: int) -> Tensor:
-    """Blocks of 8 x 8 pixels with labels 0..6."""
-    height, width = image_size
-    blocks = torch.randint(0, 7, (-(-height // 8), -(-width // 8)), generator=generator(seed))
-    return blocks.repeat_interleave(8, 0).repeat_interleave(8, 1)[:height, :width].contiguous()
-
-
 def make_samples(dtype: torch.dtype, device: torch.device) -> list[Sample]:
-    def sample(
-        count: int,
-        image_size: tuple[int, int],
-        mask_size: tuple[int, int] = (28, 28),
-        labels: torch.dtype = torch.uint8,
-        boxes: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Sample:
-        """Takes the first seed whose pixels are all decided, so that every device must give the same result."""
-        for seed in range(100):
-            masks = random_masks(count, *mask_size, seed=seed).to(dtype)
-            placed = (random_boxes(count, image_size, seed) if boxes is None else boxes).to(dtype)
-            if is_decided(masks, placed, image_size, kwargs.get("mask_threshold", 0.5)):
-                break
-        else:
-            raise AssertionError("no seed without undecided pixels")
-        scores = (torch.randint(2, 20, (count,), generator=generator(seed)) / 20).to(dtype)
-        classes = torch.randint(0, 80, (count,), generator=generator(seed))
-        semantic = random_semantic(image_size, seed).to(labels)
-        arguments = (masks, placed, scores, classes, semantic, image_size)
-        return Sample(arguments, kwargs).map_tensors(lambda tensor: tensor.to(device))
-
-    stuff: dict[str, Any] = {"stuff_area_threshold": 100}
-    lenient: dict[str, Any] = {"overlap_threshold": 2.0, "stuff_area_threshold": 0}
-    strict: dict[str, Any] = {"overlap_threshold": 0.2, "score_threshold": 0.2, "mask_threshold": 0.4}
-    return [
-        sample(12, (67, 93), **stuff),
-        sample(5, (41, 30), (14, 17), **stuff),
-        sample(0, (67, 93), **stuff),
-        sample(12, (0, 93), **stuff),
-        sample(12, (67, 93), labels=torch.int64, **strict),
-        sample(9, (33, 35), labels=torch.int64, **lenient),
-        sample(12, (21, 23), (14, 14), boxes=DEGENERATE_BOXES, **stuff),
-    ]
+    return merge_samples(dtype, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)

@@ -9,23 +9,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_checks import FLIP_MARGIN, OPS, Sample, run_op_checks
+from mask_samples import is_decided
+from op_checks import OPS, Sample, run_op_checks
 from op_samples import DEGENERATE_BOXES, generator, random_boxes, random_masks
 from torch import Tensor
 
 from panfpn_fast.ops import paste_masks, paste_masks_rle, reference
-from panfpn_fast.ops.reference.paste_masks import paste_values
 from panfpn_fast.ops.reference.paste_masks_rle import compress
 
 INF, NAN = float("inf"), float("nan")
-
-
-def is_decided(masks: Tensor, boxes: Tensor, image_size: tuple[int, int], threshold: float) -> bool:
-    """Whether no pixel that the masks reach is so close to the threshold that rounding decides it."""
-    values = [
-        paste_values(mask, box, image_size) for mask, box in zip(masks.float(), boxes.float(), strict=True)
-    ]
-    return not any(bool((((value - threshold).abs() < FLIP_MARGIN) & (value != 0)).any()) for value in values)
 
 
 def make_samples(dtype: torch.dtype, device: torch.device) -> list[Sample]:
