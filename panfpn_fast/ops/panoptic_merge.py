@@ -123,11 +123,11 @@ def panoptic_merge(
           "detectron2".
 
         All rules give ids 1.. and void 0, and a segment without pixels is left out, where detectron2 lists it for an
-        `overlap_threshold` of 1 or more and panopticapi without a stuff area threshold. mmdetection's map has at a thing
-        `label + 1000 * id`, at stuff `80 + label - 1` (80 things) and at void 133; panopticapi's ids are colours, drawn
-        at random for things. `semantic` keeps 0 for things and other in all rules: mmdetection's channels are 0..52 for
-        stuff and 53 for things, so its arg max `k` is given as `(k + 1) % 54`. mmdetection pastes a stripe for a box
-        without width or height; here it pastes nothing.
+        `overlap_threshold` of 1 or more and panopticapi without a stuff area threshold. mmdetection's map has
+        `label + 1000 * id` at a thing, `80 + label - 1` at stuff (80 things) and 133 at void; panopticapi's ids are
+        colours, drawn at random for things. `semantic` keeps 0 for things and other in all rules: mmdetection's
+        channels are 0..52 for stuff and 53 for things, so its arg max `k` is given as `(k + 1) % 54`. mmdetection
+        pastes a stripe for a box without width or height; here it pastes nothing.
 
         Masks are pasted as by `paste_masks`. Never makes N x height x width. Deterministic; on CUDA one host sync, for
         the number of segments: `panoptic_merge_padded` has none.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -63,16 +64,11 @@ def paste_masks_rle(
         masks.cpu(), boxes.cpu(), height, width, threshold
     )
     text, ends = strings.numpy().tobytes(), offsets.tolist()
-    return [
-        {"size": [height, width], "counts": text[begin:end]}
-        for begin, end in zip(ends[:-1], ends[1:], strict=True)
-    ]
+    return [{"size": [height, width], "counts": text[begin:end]} for begin, end in pairwise(ends)]
 
 
 @_load.register_fake("paste_masks_rle")
-def _fake(
-    masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float
-) -> tuple[Tensor, Tensor]:
+def _fake(masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float) -> tuple[Tensor, Tensor]:
     size = torch.library.get_ctx().new_dynamic_size()
     offsets = masks.new_empty(masks.shape[0] + 1, dtype=torch.int64)
     return masks.new_empty(size, dtype=torch.uint8), offsets

@@ -115,10 +115,15 @@ def test_merge_with_many_claims(on_host: None, thread_order: str, rule: str) -> 
     masks = torch.rand(60, 28, 20, generator=random)
     scores, classes = torch.rand(60, generator=random), torch.arange(60)
     semantic = torch.randint(0, 9, (77, 101), generator=random)
-    kwargs: dict[str, Any] = {"score_threshold": 0.1, "overlap_threshold": 0.7, "stuff_area_threshold": 20}
+    kwargs: dict[str, Any] = {
+        "score_threshold": 0.1,
+        "overlap_threshold": 0.7,
+        "stuff_area_threshold": 20,
+        "rule": rule,
+    }
     args = (masks, boxes, scores, classes, semantic, (77, 101))
-    actual = panfpn_fast.ops.panoptic_merge(*args, **kwargs, rule=rule)
-    expected = OPS["panoptic_merge"].reference(*args, **kwargs, rule=rule)
+    actual = panfpn_fast.ops.panoptic_merge(*args, **kwargs)
+    expected = OPS["panoptic_merge"].reference(*args, **kwargs)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 

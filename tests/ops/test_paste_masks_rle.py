@@ -124,7 +124,9 @@ def test_lengths_of_one_and_more_groups(lengths: list[int], groups: list[int]) -
     assert [byte - 48 for byte in compress(lengths)] == groups
 
 
-def assert_equals_pasting(masks: Tensor, boxes: Tensor, image_size: tuple[int, int], threshold: float) -> None:
+def assert_equals_pasting(
+    masks: Tensor, boxes: Tensor, image_size: tuple[int, int], threshold: float
+) -> None:
     pasted = paste_masks(masks, boxes, image_size, threshold)
     encoded = paste_masks_rle(masks, boxes, image_size, threshold)
     assert len(encoded) == len(masks)

@@ -11,8 +11,9 @@ namespace {
 
 // PasteAxis::taps for many pixels.
 template <typename A>
-PANFPN_VECTOR_CLONES void locate(A axis_low, A extent, A cells, int64_t first, int64_t count, int32_t* low,
-                                 A* low_weight, A* high_weight) {
+PANFPN_VECTOR_CLONES void locate(A axis_low, A extent, A cells, int64_t first, int64_t count,
+                                 int32_t* __restrict low, A* __restrict low_weight,
+                                 A* __restrict high_weight) {
   for (int64_t i = 0; i < count; ++i) {
     const A normalised = (static_cast<A>(first + i) + A(0.5) - axis_low) / extent * A(2) - A(1);
     const A position = (normalised + A(1)) * (cells / A(2)) - A(0.5);
@@ -25,49 +26,54 @@ PANFPN_VECTOR_CLONES void locate(A axis_low, A extent, A cells, int64_t first, i
 }
 
 template <typename A>
-PANFPN_VECTOR_CLONES void pick(const A* cells, const int32_t* low, int64_t count, A* before, A* after) {
+PANFPN_VECTOR_CLONES void pick(const A* __restrict cells, const int32_t* __restrict low, int64_t count,
+                               A* __restrict before, A* __restrict after) {
   for (int64_t i = 0; i < count; ++i) {
     before[i] = cells[low[i]];
     after[i] = cells[low[i] + 1];
   }
 }
 
-// The values of `interpolate`; the four cells are named top-left, top-right, bottom-left and bottom-right by the
-// image whichever way the scan goes, since the order of the sum decides the last bit.
+// The four cells around each pixel of a stretch, and the weights of the axis along it. The cells are named by
+// the image whichever way the scan goes, since the order of the sum in `interpolate` decides the last bit.
 template <typename A>
 struct Cells {
   const A *top_left, *top_right, *bottom_left, *bottom_right;
+  const A *low_weight, *high_weight;
 };
 
 template <typename A>
-inline A row_value(const Cells<A>& cells, const PasteTaps<A>& row, const A* low, const A* high, int64_t i) {
-  return interpolate(cells.top_left[i], cells.top_right[i], cells.bottom_left[i], cells.bottom_right[i], row,
-                     PasteTaps<A>{0, low[i], high[i], true});
+PANFPN_VECTOR_CLONES void row_bits(const Cells<A>& cells, const PasteTaps<A>& row, A threshold, int64_t count,
+                                   uint8_t* __restrict out) {
+  const A *__restrict a = cells.top_left, *__restrict b = cells.top_right, *__restrict c = cells.bottom_left,
+          *__restrict d = cells.bottom_right;
+  const A* __restrict low = cells.low_weight, * __restrict high = cells.high_weight;
+  for (int64_t i = 0; i < count; ++i) {
+    out[i] = interpolate(a[i], b[i], c[i], d[i], row, PasteTaps<A>{0, low[i], high[i], true}) >= threshold;
+  }
 }
 
 template <typename A>
-inline A column_value(const Cells<A>& cells, const PasteTaps<A>& column, const A* low, const A* high,
-                      int64_t i) {
-  return interpolate(cells.top_left[i], cells.top_right[i], cells.bottom_left[i], cells.bottom_right[i],
-                     PasteTaps<A>{0, low[i], high[i], true}, column);
+PANFPN_VECTOR_CLONES void column_bits(const Cells<A>& cells, const PasteTaps<A>& column, A threshold,
+                                      int64_t count, uint8_t* __restrict out) {
+  const A *__restrict a = cells.top_left, *__restrict b = cells.top_right, *__restrict c = cells.bottom_left,
+          *__restrict d = cells.bottom_right;
+  const A* __restrict low = cells.low_weight, * __restrict high = cells.high_weight;
+  for (int64_t i = 0; i < count; ++i) {
+    out[i] = interpolate(a[i], b[i], c[i], d[i], PasteTaps<A>{0, low[i], high[i], true}, column) >= threshold;
+  }
 }
 
 template <typename A>
-PANFPN_VECTOR_CLONES void row_bits(Cells<A> cells, PasteTaps<A> row, const A* low, const A* high, A threshold,
-                                   int64_t count, uint8_t* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = row_value(cells, row, low, high, i) >= threshold;
-}
-
-template <typename A>
-PANFPN_VECTOR_CLONES void column_bits(Cells<A> cells, PasteTaps<A> column, const A* low, const A* high,
-                                      A threshold, int64_t count, uint8_t* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = column_value(cells, column, low, high, i) >= threshold;
-}
-
-template <typename A>
-PANFPN_VECTOR_CLONES void row_bytes(Cells<A> cells, PasteTaps<A> row, const A* low, const A* high,
-                                    int64_t count, uint8_t* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = paste_pixel(row_value(cells, row, low, high, i), A(-1));
+PANFPN_VECTOR_CLONES void row_bytes(const Cells<A>& cells, const PasteTaps<A>& row, int64_t count,
+                                    uint8_t* __restrict out) {
+  const A *__restrict a = cells.top_left, *__restrict b = cells.top_right, *__restrict c = cells.bottom_left,
+          *__restrict d = cells.bottom_right;
+  const A* __restrict low = cells.low_weight, * __restrict high = cells.high_weight;
+  for (int64_t i = 0; i < count; ++i) {
+    const A value = interpolate(a[i], b[i], c[i], d[i], row, PasteTaps<A>{0, low[i], high[i], true});
+    out[i] = paste_pixel(value, A(-1));
+  }
 }
 
 }  // namespace
@@ -115,9 +121,9 @@ MaskWindow<A>::MaskWindow(Scan scan, const A* mask, int64_t mask_height, int64_t
   }
 }
 
-// Rounding moves a mean of four values by less than 1e-6 of the largest: the two weights of an axis sum to one
-// within 2^-23, and each term is rounded four times on its way. The margin is ten times that, and its second
-// term covers values so small that they lose bits. Anything with NaN or infinity is mixed.
+// Rounding moves a mean of four values by less than 1e-6 of the largest: the two weights of an axis sum to
+// one within 2^-23, and each term is rounded four times on its way. The margin is ten times that, and its
+// second term covers values so small that they lose bits. Anything with NaN or infinity is mixed.
 template <typename A>
 Content LineCursor<A>::classify(int32_t line, int32_t cell) const {
   const PixelRule<A>& rule = window_.rule_;
@@ -180,11 +186,11 @@ void LineCursor<A>::evaluate(const Stretch& stretch, uint8_t* out) const {
   const A *a = near_[0].data() + at, *b = near_[1].data() + at;
   const A *c = far_[0].data() + at, *d = far_[1].data() + at;
   if (window_.scan_ == Scan::columns) {
-    column_bits<A>({a, c, b, d}, line, low, high, window_.rule_.threshold, count, out);
+    column_bits<A>({a, c, b, d, low, high}, line, window_.rule_.threshold, count, out);
   } else if (window_.rule_.bytes) {
-    row_bytes<A>({a, b, c, d}, line, low, high, count, out);
+    row_bytes<A>({a, b, c, d, low, high}, line, count, out);
   } else {
-    row_bits<A>({a, b, c, d}, line, low, high, window_.rule_.threshold, count, out);
+    row_bits<A>({a, b, c, d, low, high}, line, window_.rule_.threshold, count, out);
   }
 }
 

@@ -1,9 +1,9 @@
-// One instance's mask as it falls on the image, line by line within its box only. Pasting, run-length encoding
-// and merging all ask here, so that they decide every pixel alike.
+// One instance's mask as it falls on the image, line by line within its box only. Pasting, run-length
+// encoding and merging all ask here, so that they decide every pixel alike.
 //
 // Between the centres of four neighbouring mask cells a value is a mean of the four, so wherever all four lie
-// clearly on one side of the threshold the pixels between them need no evaluation. What is left is the contour;
-// it is evaluated in the operations and the order of `interpolate`.
+// clearly on one side of the threshold the pixels between them need no evaluation. What is left is the
+// contour; it is evaluated in the operations and the order of `interpolate`.
 #pragma once
 
 #include <vector>
@@ -71,7 +71,8 @@ class MaskWindow {
   PixelRule<A> rule_;
   AxisTaps<A> outer_, inner_;
   int64_t stride_;
-  // A rim of zeros stands for everything outside the mask, so that no tap needs a test. Transposed for columns.
+  // A rim of zeros stands for everything outside the mask, so that no tap needs a test. Transposed for
+  // columns.
   std::vector<A> padded_;
 };
 

@@ -1,6 +1,6 @@
-// Instances come in score order; each is evaluated once within its box into a scratch bitmap while its area and
-// the part that others hold are counted, then written where the pixel is still free. What stays free is stuff:
-// one pass counts its labels, one writes the ids of those that are large enough.
+// Instances come in score order; each is evaluated once within its box into a scratch bitmap while its area
+// and the part that others hold are counted, then written where the pixel is still free. What stays free is
+// stuff: one pass counts its labels, one writes the ids of those that are large enough.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -15,7 +15,10 @@
 namespace panfpn {
 namespace {
 
-constexpr int64_t kGrainPixels = int64_t{1} << 16;  // per task
+// Per task. Instances are small and many, and each one is a step that the next waits for, so that only large
+// ones are worth waking other threads for.
+constexpr int64_t kGrainPixels = int64_t{1} << 18;
+constexpr int64_t kStuffGrainPixels = int64_t{1} << 16;
 
 using SegmentRow = std::array<int64_t, kSegmentColumns>;
 
@@ -119,18 +122,66 @@ void merge_things(const Map& map, const Tensor& masks, const Tensor& boxes, cons
   }
 }
 
+// Whether a pixel is free for stuff.
+template <typename L>
+PANFPN_ALWAYS_INLINE bool is_stuff(int32_t id, L label) {
+  return id == 0 && label > 0 && static_cast<int64_t>(label) < kMaxLabels;
+}
+
+// The end of the run of free pixels with one label that begins at `i`. Label maps are smooth: runs are long,
+// and found in steps that compile to vector comparisons.
+template <typename L>
+PANFPN_ALWAYS_INLINE int64_t run_end(const int32_t* ids, const L* semantic, int64_t i, int64_t end) {
+  const L label = semantic[i];
+  constexpr int64_t kStep = 32;
+  for (; i + kStep <= end; i += kStep) {
+    int32_t taken = 0;
+    L different = 0;
+    for (int64_t j = 0; j < kStep; ++j) taken |= ids[i + j];
+    for (int64_t j = 0; j < kStep; ++j) different = static_cast<L>(different | (semantic[i + j] ^ label));
+    if (taken != 0 || different != 0) break;
+  }
+  while (i < end && ids[i] == 0 && semantic[i] == label) ++i;
+  return i;
+}
+
+template <typename L>
+PANFPN_VECTOR_CLONES void count_labels(const int32_t* ids, const L* semantic, int64_t begin, int64_t end,
+                                       int64_t* areas) {
+  for (int64_t i = begin; i < end;) {
+    if (!is_stuff(ids[i], semantic[i])) {
+      ++i;
+      continue;
+    }
+    const int64_t first = i;
+    i = run_end(ids, semantic, first, end);
+    areas[semantic[first]] += i - first;
+  }
+}
+
+template <typename L>
+PANFPN_VECTOR_CLONES void write_labels(int32_t* ids, const L* semantic, int64_t begin, int64_t end,
+                                       const int32_t* id_of_label) {
+  for (int64_t i = begin; i < end;) {
+    if (!is_stuff(ids[i], semantic[i])) {
+      ++i;
+      continue;
+    }
+    const int64_t first = i;
+    i = run_end(ids, semantic, first, end);
+    std::fill(ids + first, ids + i, id_of_label[semantic[first]]);
+  }
+}
+
 template <typename L>
 void fill_stuff(const Map& map, const L* semantic, const MergeParams& params,
                 std::vector<SegmentRow>& table) {
   const int64_t pixels = map.height * map.width;
   std::vector<int64_t> areas(kMaxLabels, 0);
   std::mutex areas_mutex;
-  torch::stable::parallel_for(0, pixels, kGrainPixels, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, pixels, kStuffGrainPixels, [&](int64_t begin, int64_t end) {
     std::vector<int64_t> local(kMaxLabels, 0);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t label = semantic[i];
-      if (map.ids[i] == 0 && label > 0 && label < kMaxLabels) ++local[label];
-    }
+    count_labels(map.ids, semantic, begin, end, local.data());
     const std::lock_guard<std::mutex> lock(areas_mutex);
     for (int64_t label = 1; label < kMaxLabels; ++label) areas[label] += local[label];
   });
@@ -142,11 +193,8 @@ void fill_stuff(const Map& map, const L* semantic, const MergeParams& params,
     id_of_label[label] = static_cast<int32_t>(id);
     table.push_back({id, 0, label, areas[label], -1});
   }
-  torch::stable::parallel_for(0, pixels, kGrainPixels, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t label = semantic[i];
-      if (map.ids[i] == 0 && label > 0 && label < kMaxLabels) map.ids[i] = id_of_label[label];
-    }
+  torch::stable::parallel_for(0, pixels, kStuffGrainPixels, [&](int64_t begin, int64_t end) {
+    write_labels(map.ids, semantic, begin, end, id_of_label.data());
   });
 }
 
@@ -170,8 +218,8 @@ struct Merged {
   std::vector<SegmentRow> table;
 };
 
-Merged merge(const Tensor& masks_in, const Tensor& boxes_in, const Tensor& scores_in, const Tensor& classes_in,
-             const Tensor& semantic_in, const MergeParams& params, const char* op) {
+Merged merge(const Tensor& masks_in, const Tensor& boxes_in, const Tensor& scores_in,
+             const Tensor& classes_in, const Tensor& semantic_in, const MergeParams& params, const char* op) {
   check_panoptic_merge_inputs(masks_in, boxes_in, scores_in, classes_in, semantic_in, op);
   const Tensor masks = torch::stable::contiguous(masks_in), boxes = torch::stable::contiguous(boxes_in),
                scores = torch::stable::contiguous(scores_in), classes = torch::stable::contiguous(classes_in),
@@ -202,10 +250,12 @@ std::tuple<Tensor, Tensor> panoptic_merge(const Tensor& masks, const Tensor& box
   return {merged.panoptic, segments};
 }
 
-std::tuple<Tensor, Tensor, Tensor> panoptic_merge_padded(
-    const Tensor& masks, const Tensor& boxes, const Tensor& scores, const Tensor& classes,
-    const Tensor& semantic, double score_threshold, double overlap_threshold, int64_t stuff_area_threshold,
-    double mask_threshold, const std::string& rule, int64_t max_segments) {
+std::tuple<Tensor, Tensor, Tensor> panoptic_merge_padded(const Tensor& masks, const Tensor& boxes,
+                                                         const Tensor& scores, const Tensor& classes,
+                                                         const Tensor& semantic, double score_threshold,
+                                                         double overlap_threshold,
+                                                         int64_t stuff_area_threshold, double mask_threshold,
+                                                         const std::string& rule, int64_t max_segments) {
   const char* op = "panoptic_merge_padded";
   STD_TORCH_CHECK(max_segments >= 0, op, ": max_segments must not be negative");
   const MergeParams params{score_threshold, overlap_threshold, stuff_area_threshold, mask_threshold,

@@ -3,8 +3,26 @@
 
 #include "ops/cpu/mask_window.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace panfpn {
 namespace {
+
+// Asks for huge pages under a large fresh allocation. The output is written once, and most of that time would
+// go into 4 KiB page faults (100 masks of 800 x 1333: 68 of 88 ms on one core). Only a hint: a failure
+// changes nothing.
+void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 4096;
+  constexpr int64_t kWorthIt = int64_t{1} << 22;
+  if (bytes < kWorthIt) return;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(data), begin = (address + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (address + static_cast<uintptr_t>(bytes)) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 constexpr int64_t kGrainPixels = int64_t{1} << 17;  // per task
 
@@ -49,6 +67,7 @@ Tensor paste_masks(const Tensor& masks_in, const Tensor& boxes_in, int64_t heigh
   const int64_t count = masks.size(0);
   Tensor out = empty({count, height, width}, threshold < 0 ? ScalarType::Byte : ScalarType::Bool, masks);
   uint8_t* pixels = static_cast<uint8_t*>(out.mutable_data_ptr());
+  advise_huge_pages(pixels, count * height * width);
   dispatch_float_or_double(masks.scalar_type(), "paste_masks", [&](auto tag) {
     using A = typename decltype(tag)::type;
     paste(masks.const_data_ptr<A>(), boxes.const_data_ptr<A>(), count, masks.size(1), masks.size(2), height,

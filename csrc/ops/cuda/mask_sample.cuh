@@ -1,6 +1,6 @@
-// One instance's mask as it falls on the image: a thread has a few columns of the box and walks down its rows. What
-// depends on the column stays in registers, and the cells around its pixels as long as the row lies between the
-// same two rows of cells.
+// One instance's mask as it falls on the image: a thread has a few columns of the box and walks down its
+// rows. What depends on the column stays in registers, and the cells around its pixels as long as the row
+// lies between the same two rows of cells.
 #pragma once
 
 #include "ops/cuda/launch.cuh"
@@ -47,7 +47,8 @@ class ColumnStrip {
       for (int i = 0; i < kCount; ++i) {
         PANFPN_UNROLL
         for (int corner = 0; corner < 4; ++corner) {
-          cells_[i][corner] = columns_[i].inside ? sampler_.cell(row.low + corner / 2, columns_[i].low + corner % 2) : 0.0f;
+          cells_[i][corner] =
+              columns_[i].inside ? sampler_.cell(row.low + corner / 2, columns_[i].low + corner % 2) : 0.0f;
         }
       }
     }

@@ -1,9 +1,9 @@
-// One cooperative launch. Every pixel belongs to one thread from beginning to end (a piece of a row to a warp, every
-// 32nd column of it to a lane), so that claims need no fence: who reads a pixel is who wrote it. Instances come in
-// score order; only their area and the part that others hold are summed over the grid, which costs a grid barrier.
-// Neighbours in the order whose boxes do not meet cannot take pixels from each other, so they share one. Every
-// thread draws the same conclusions from the sums, so that nothing is broadcast. Stuff follows the same way: count
-// labels, agree on ids, write them.
+// One cooperative launch. Every pixel belongs to one thread from beginning to end (a piece of a row to a
+// warp, every 32nd column of it to a lane), so that claims need no fence: who reads a pixel is who wrote it.
+// Instances come in score order; only their area and the part that others hold are summed over the grid,
+// which costs a grid barrier. Neighbours in the order whose boxes do not meet cannot take pixels from each
+// other, so they share one. Every thread draws the same conclusions from the sums, so that nothing is
+// broadcast. Stuff follows the same way: count labels, agree on ids, write them.
 #include <tuple>
 
 #include "ops/cuda/cooperative.cuh"
@@ -55,8 +55,8 @@ struct MergeArguments {
   bool pad;  // fill the rest of the table
 };
 
-// Calls f(y, x) for each piece of a row that this warp owns and that lies within the ranges in part; x is the lane's
-// first column.
+// Calls f(y, x) for each piece of a row that this warp owns and that lies within the ranges in part; x is the
+// lane's first column.
 template <typename F>
 __device__ void for_own_pieces(const MergeArguments& args, PixelRange rows, PixelRange columns, F&& f) {
   const int64_t pieces = (args.width + kPiece - 1) / kPiece;  // of a row
@@ -75,8 +75,8 @@ __device__ void for_own_pieces(const MergeArguments& args, PixelRange rows, Pixe
   }
 }
 
-__device__ void write_row(const MergeArguments& args, int64_t index, bool isthing, int64_t label, int64_t area,
-                          int64_t instance) {
+__device__ void write_row(const MergeArguments& args, int64_t index, bool isthing, int64_t label,
+                          int64_t area, int64_t instance) {
   if (index >= args.max_segments) return;
   int64_t* row = args.table + index * kSegmentColumns;
   row[0] = index + 1, row[1] = isthing, row[2] = label, row[3] = area, row[4] = instance;
@@ -126,7 +126,8 @@ __device__ int next_wave(const MergeArguments& args, int64_t& rank, Candidate (&
   return size;
 }
 
-// Calls f(pixel, on) for each pixel around the candidate's box that this thread owns; f is called by whole warps.
+// Calls f(pixel, on) for each pixel around the candidate's box that this thread owns; f is called by whole
+// warps.
 template <typename F>
 __device__ void for_own_pixels(const MergeArguments& args, const Candidate& candidate, F&& f) {
   const MaskSampler sampler = sampler_of(args, candidate.n);
@@ -283,15 +284,15 @@ Merged merge_into_table(const Tensor& masks_in, const Tensor& boxes_in, const Te
                       empty({}, ScalarType::Long, masks)};
   const Tensor sums = zeros({count * 2 + kMaxLabels}, ScalarType::Long, masks);
   auto* counters = static_cast<unsigned long long*>(sums.mutable_data_ptr());
-  launch_merge(MergeArguments{masks.const_data_ptr<float>(), boxes.const_data_ptr<float>(),
-                              scores.const_data_ptr<float>(), classes.const_data_ptr<int64_t>(),
-                              order.const_data_ptr<int64_t>(),
-                              Labels{semantic.const_data_ptr(), semantic.scalar_type()}, count, masks.size(1),
-                              masks.size(2), height, width, params,
-                              merged.panoptic.mutable_data_ptr<int32_t>(), counters, counters + count * 2,
-                              merged.table.mutable_data_ptr<int64_t>(),
-                              merged.count.mutable_data_ptr<int64_t>(), max_segments, pad},
-               masks);
+  launch_merge(
+      MergeArguments{masks.const_data_ptr<float>(), boxes.const_data_ptr<float>(),
+                     scores.const_data_ptr<float>(), classes.const_data_ptr<int64_t>(),
+                     order.const_data_ptr<int64_t>(),
+                     Labels{semantic.const_data_ptr(), semantic.scalar_type()}, count, masks.size(1),
+                     masks.size(2), height, width, params, merged.panoptic.mutable_data_ptr<int32_t>(),
+                     counters, counters + count * 2, merged.table.mutable_data_ptr<int64_t>(),
+                     merged.count.mutable_data_ptr<int64_t>(), max_segments, pad},
+      masks);
   return merged;
 }
 
@@ -308,10 +309,12 @@ std::tuple<Tensor, Tensor> panoptic_merge(const Tensor& masks, const Tensor& box
   return {merged.panoptic, torch::stable::narrow(merged.table, 0, 0, item_int64(merged.count))};
 }
 
-std::tuple<Tensor, Tensor, Tensor> panoptic_merge_padded(
-    const Tensor& masks, const Tensor& boxes, const Tensor& scores, const Tensor& classes,
-    const Tensor& semantic, double score_threshold, double overlap_threshold, int64_t stuff_area_threshold,
-    double mask_threshold, const std::string& rule, int64_t max_segments) {
+std::tuple<Tensor, Tensor, Tensor> panoptic_merge_padded(const Tensor& masks, const Tensor& boxes,
+                                                         const Tensor& scores, const Tensor& classes,
+                                                         const Tensor& semantic, double score_threshold,
+                                                         double overlap_threshold,
+                                                         int64_t stuff_area_threshold, double mask_threshold,
+                                                         const std::string& rule, int64_t max_segments) {
   const char* op = "panoptic_merge_padded";
   STD_TORCH_CHECK(max_segments >= 0, op, ": max_segments must not be negative");
   const MergeParams params{score_threshold, overlap_threshold, stuff_area_threshold, mask_threshold,

@@ -1,5 +1,5 @@
-// Most of the output lies outside of every box: it is filled first, as fast as memory takes it, and then each box
-// is painted over. Warps write 32 neighbouring bytes at a time, whatever the alignment of a row.
+// Most of the output lies outside of every box: it is filled first, as fast as memory takes it, and then each
+// box is painted over. Warps write 32 neighbouring bytes at a time, whatever the alignment of a row.
 #include "ops/cuda/mask_sample.cuh"
 
 namespace panfpn {
@@ -20,7 +20,8 @@ struct PasteArguments {
 };
 
 // A warp per tile of an image: `strips` across, `bands` down, counted from the corner of the box.
-__global__ void __launch_bounds__(kWarp* kWarps) paste_boxes(PasteArguments args, int64_t strips, int64_t bands) {
+__global__ void __launch_bounds__(kWarp* kWarps)
+    paste_boxes(PasteArguments args, int64_t strips, int64_t bands) {
   const int64_t tiles = args.count * strips * bands, step = int64_t{gridDim.x} * kWarps;
   for (int64_t tile = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp; tile < tiles; tile += step) {
     const int64_t n = tile / (strips * bands), strip = tile / bands % strips, band = tile % bands;

@@ -51,7 +51,7 @@ def paste_masks_rle(
     for pasted in paste_masks(masks, boxes, image_size, threshold):
         bits = torch.cat([torch.zeros(1, dtype=torch.bool), pasted.cpu().T.flatten()])
         # A run ends where a pixel differs from the one before it; the first is off, of no length if need be.
-        ends = torch.nonzero(bits[1:] != bits[:-1])[:, 0].tolist() + [len(bits) - 1]
+        ends = [*torch.nonzero(bits[1:] != bits[:-1])[:, 0].tolist(), len(bits) - 1]
         lengths = [end - begin for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
         encoded.append({"size": list(pasted.shape), "counts": compress(lengths)})
     return encoded
