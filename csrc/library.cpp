@@ -25,9 +25,20 @@ PANFPN_LIBRARY(m) {
   // [N, H, W] masks from [N, M, M] probabilities: bool, or uint8 for a negative threshold.
   m.def("paste_masks(Tensor masks, Tensor boxes, SymInt height, SymInt width, float threshold) -> Tensor");
 
+  // The same masks as COCO run lengths: all strings one after the other, and where each begins, [N + 1].
+  m.def(
+      "paste_masks_rle(Tensor masks, Tensor boxes, SymInt height, SymInt width, float threshold) -> (Tensor, "
+      "Tensor)");
+
   // Panoptic map, and an int64 table [S, 5] of id, isthing, label, area, instance.
   m.def(
       "panoptic_merge(Tensor masks, Tensor boxes, Tensor scores, Tensor classes, Tensor semantic, "
       "float score_threshold, float overlap_threshold, SymInt stuff_area_threshold, float mask_threshold, "
       "str rule) -> (Tensor, Tensor)");
+
+  // The same with a table of fixed size, padded, and the number of segments as a tensor.
+  m.def(
+      "panoptic_merge_padded(Tensor masks, Tensor boxes, Tensor scores, Tensor classes, Tensor semantic, "
+      "float score_threshold, float overlap_threshold, SymInt stuff_area_threshold, float mask_threshold, "
+      "str rule, SymInt max_segments) -> (Tensor, Tensor, Tensor)");
 }

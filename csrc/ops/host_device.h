@@ -4,6 +4,10 @@
 
 #if defined(__CUDACC__)
 #define PANFPN_HOST_DEVICE __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+// Always, as on the device: the callers that are compiled for several instruction sets need it
+// (ops/cpu/simd.h).
+#define PANFPN_HOST_DEVICE inline __attribute__((always_inline))
 #else
 #define PANFPN_HOST_DEVICE inline
 #endif

@@ -13,22 +13,44 @@ constexpr int64_t kMaxLabels = 4096;
 // A row of the segment table: id, isthing, label, area, instance.
 constexpr int64_t kSegmentColumns = 5;
 
+// Whose merger decides the corners.
+enum class MergeRule : int32_t { detectron2, mmdetection, panopticapi };
+
 struct MergeParams {
   double score_threshold, overlap_threshold;
   int64_t stuff_area_threshold;
   double mask_threshold;
+  MergeRule rule;
 };
 
-// The share of an instance that others claimed before, compared as detectron2 does: integers divided in
-// double.
-PANFPN_HOST_DEVICE bool overlaps_too_much(int64_t claimed, int64_t area, double overlap_threshold) {
-  return static_cast<double>(claimed) / static_cast<double>(area) > overlap_threshold;
+inline MergeRule merge_rule(const std::string& name, const char* op) {
+  if (name == "detectron2") return MergeRule::detectron2;
+  if (name == "mmdetection") return MergeRule::mmdetection;
+  STD_TORCH_CHECK(name == "panopticapi", op, ": unknown rule ", name);
+  return MergeRule::panopticapi;
+}
+
+enum class Placement { place, skip, stop };
+
+// What the score says about an instance whose turn it is.
+PANFPN_HOST_DEVICE Placement placement(float score, const MergeParams& params) {
+  if (!(static_cast<double>(score) < params.score_threshold)) return Placement::place;
+  // In score order what follows is below the threshold as well, except for NaN, which comes last.
+  return params.rule == MergeRule::panopticapi ? Placement::skip : Placement::stop;
+}
+
+// Whether others claimed too large a share of an instance before it, in each peer's own arithmetic: integers
+// divided in double, or in float32 by an area that is kept from being zero.
+PANFPN_HOST_DEVICE bool overlaps_too_much(int64_t claimed, int64_t area, const MergeParams& params) {
+  if (params.rule == MergeRule::mmdetection) {
+    return static_cast<float>(claimed) / (static_cast<float>(area) + 1e-5f) >
+           static_cast<float>(params.overlap_threshold);
+  }
+  return static_cast<double>(claimed) / static_cast<double>(area) > params.overlap_threshold;
 }
 
 inline void check_panoptic_merge_inputs(const Tensor& masks, const Tensor& boxes, const Tensor& scores,
-                                        const Tensor& classes, const Tensor& semantic,
-                                        const std::string& rule) {
-  const char* op = "panoptic_merge";
+                                        const Tensor& classes, const Tensor& semantic, const char* op) {
   check_mask_boxes(masks, boxes, op);
   STD_TORCH_CHECK(
       scores.dim() == 1 && scores.size(0) == masks.size(0) && scores.scalar_type() == ScalarType::Float, op,
@@ -44,7 +66,6 @@ inline void check_panoptic_merge_inputs(const Tensor& masks, const Tensor& boxes
   STD_TORCH_CHECK(scores.device() == masks.device() && classes.device() == masks.device() &&
                       semantic.device() == masks.device(),
                   op, ": all inputs must be on one device");
-  STD_TORCH_CHECK(rule == "detectron2", op, ": unknown rule ", rule);
 }
 
 }  // namespace panfpn

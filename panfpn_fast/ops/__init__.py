@@ -9,7 +9,9 @@ from panfpn_fast.ops.batched_nms import batched_nms
 from panfpn_fast.ops.multiscale_roi_align import multiscale_roi_align
 from panfpn_fast.ops.nms import nms
 from panfpn_fast.ops.panoptic_merge import PanopticSegments, panoptic_merge
+from panfpn_fast.ops.panoptic_merge_padded import panoptic_merge_padded
 from panfpn_fast.ops.paste_masks import paste_masks
+from panfpn_fast.ops.paste_masks_rle import paste_masks_rle
 from panfpn_fast.ops.roi_align import roi_align
 
 __all__ = [
@@ -18,6 +20,8 @@ __all__ = [
     "multiscale_roi_align",
     "nms",
     "panoptic_merge",
+    "panoptic_merge_padded",
     "paste_masks",
+    "paste_masks_rle",
     "roi_align",
 ]

@@ -1,71 +1,27 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from op_checks import FLIP_MARGIN, OPS, Sample, run_op_checks
-from op_samples import DEGENERATE_BOXES, generator, random_boxes, random_masks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mask_samples import merge_samples
+from op_checks import OPS, Sample, run_op_checks
+from op_samples import DEGENERATE_BOXES, generator, random_boxes
 from torch import Tensor
 
-from panfpn_fast.ops import panoptic_merge, reference
-from panfpn_fast.ops.reference.paste_masks import paste_values
+from panfpn_fast.ops import panoptic_merge, paste_masks, reference
 
 INF, NAN = float("inf"), float("nan")
 
 
-def is_decided(masks: Tensor, boxes: Tensor, image_size: tuple[int, int], threshold: float) -> bool:
-    """Whether no pixel's value is so close to the threshold that rounding decides who gets it."""
-    return all(
-        bool(((paste_values(mask, box, image_size) - threshold).abs() > FLIP_MARGIN).all())
-        for mask, box in zip(masks.float(), boxes.float(), strict=True)
-    )
-
-
-def random_semantic(image_size: tuple[int, int], seed: int) -> Tensor:
-    """Blocks of 8 x 8 pixels with labels 0..6."""
-    height, width = image_size
-    blocks = torch.randint(0, 7, (-(-height // 8), -(-width // 8)), generator=generator(seed))
-    return blocks.repeat_interleave(8, 0).repeat_interleave(8, 1)[:height, :width].contiguous()
-
-
 def make_samples(dtype: torch.dtype, device: torch.device) -> list[Sample]:
-    def sample(
-        count: int,
-        image_size: tuple[int, int],
-        mask_size: tuple[int, int] = (28, 28),
-        labels: torch.dtype = torch.uint8,
-        boxes: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Sample:
-        """Takes the first seed whose pixels are all decided, so that every device must give the same result."""
-        for seed in range(100):
-            masks = random_masks(count, *mask_size, seed=seed).to(dtype)
-            placed = (random_boxes(count, image_size, seed) if boxes is None else boxes).to(dtype)
-            if is_decided(masks, placed, image_size, kwargs.get("mask_threshold", 0.5)):
-                break
-        else:
-            raise AssertionError("no seed without undecided pixels")
-        scores = (torch.randint(2, 20, (count,), generator=generator(seed)) / 20).to(dtype)
-        classes = torch.randint(0, 80, (count,), generator=generator(seed))
-        semantic = random_semantic(image_size, seed).to(labels)
-        arguments = (masks, placed, scores, classes, semantic, image_size)
-        return Sample(arguments, kwargs).map_tensors(lambda tensor: tensor.to(device))
-
-    stuff: dict[str, Any] = {"stuff_area_threshold": 100}
-    lenient: dict[str, Any] = {"overlap_threshold": 2.0, "stuff_area_threshold": 0}
-    strict: dict[str, Any] = {"overlap_threshold": 0.2, "score_threshold": 0.2, "mask_threshold": 0.4}
-    return [
-        sample(12, (67, 93), **stuff),
-        sample(5, (41, 30), (14, 17), **stuff),
-        sample(0, (67, 93), **stuff),
-        sample(12, (0, 93), **stuff),
-        sample(12, (67, 93), labels=torch.int64, **strict),
-        sample(9, (33, 35), labels=torch.int64, **lenient),
-        sample(12, (21, 23), (14, 14), boxes=DEGENERATE_BOXES, **stuff),
-    ]
+    return merge_samples(dtype, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
@@ -218,6 +174,131 @@ def test_masks_with_a_channel_and_boolean_masks(device: torch.device) -> None:
     for masks in (torch.ones(1, 1, 2, 2), torch.ones(1, 2, 2, dtype=torch.bool)):
         panoptic, _ = panoptic_merge(masks.to(device), box, score, classes.int(), semantic, (4, 4))
         assert panoptic.tolist() == [[1, 1, 0, 0]] * 4
+
+
+def test_share_in_double_and_in_float32(device: torch.device) -> None:
+    nothing = torch.zeros(4, 4, dtype=torch.uint8)
+    # MIDDLE has 8 pixels, LEFT holds 4 of them: 0.5 in double, 4 / (8 + 1e-5) = 0.49999937 with mmdetection's guard.
+    for threshold, kept in ((0.4999995, [0, 1]), (0.4999993, [0])):
+        _, segments = merge(
+            [LEFT, MIDDLE], [0.9, 0.8], nothing, device, rule="mmdetection", overlap_threshold=threshold
+        )
+        assert [row[-1] for row in segments] == kept, threshold
+        for rule in ("detectron2", "panopticapi"):
+            _, segments = merge(
+                [LEFT, MIDDLE], [0.9, 0.8], nothing, device, rule=rule, overlap_threshold=threshold
+            )
+            assert [row[-1] for row in segments] == [0], rule
+
+
+def test_nan_behind_a_score_below_the_threshold(device: torch.device) -> None:
+    nothing = torch.zeros(4, 4, dtype=torch.uint8)
+    for rule, kept in (("detectron2", [2]), ("mmdetection", [2]), ("panopticapi", [2, 0])):
+        _, segments = merge([RIGHT, LEFT, LEFT], [NAN, 0.4, 0.6], nothing, device, rule=rule)
+        assert [row[-1] for row in segments] == kept, rule
+
+
+def test_no_score_threshold(device: torch.device) -> None:
+    # mmdetection's own merger has none.
+    nothing = torch.zeros(4, 4, dtype=torch.uint8)
+    _, segments = merge([LEFT, RIGHT], [-3.0, 0.1], nothing, device, rule="mmdetection", score_threshold=-INF)
+    assert [row[-1] for row in segments] == [1, 0]
+
+
+def merge_by_pixels(
+    pasted: Tensor, scores: list[float], semantic: Tensor, rule: str, thresholds: tuple[float, float, int]
+) -> tuple[np.ndarray[Any, Any], list[tuple[int, int]]]:
+    """The peers' loops as described, with numpy: the map, and (instance or -label, area) of each segment."""
+    score_threshold, overlap_threshold, stuff_area = thresholds
+    taken = np.zeros(semantic.shape, dtype=bool)
+    panoptic = np.zeros(semantic.shape, dtype=np.int32)
+    rows: list[tuple[int, int]] = []
+    placed = sorted(
+        range(len(scores)),
+        key=lambda i: (math.isnan(scores[i]), 0.0 if math.isnan(scores[i]) else -scores[i]),
+    )
+    if rule == "panopticapi":
+        placed = [i for i in placed if not scores[i] < score_threshold]
+    else:
+        low = [position for position, i in enumerate(placed) if scores[i] < score_threshold]
+        placed = placed[: low[0]] if low else placed
+    for i in placed:
+        mask = pasted[i].numpy()
+        area, claimed = int(mask.sum()), int((mask & taken).sum())
+        if area == 0:
+            continue
+        if rule == "mmdetection":
+            share = np.float32(claimed) / (np.float32(area) + np.float32(1e-5))
+            too_much = bool(share > np.float32(overlap_threshold))
+        else:
+            too_much = claimed / area > overlap_threshold
+        if too_much or claimed == area:
+            continue
+        rows.append((i, area - claimed))
+        panoptic[mask & ~taken] = len(rows)
+        taken |= mask
+    for label in range(1, 4096):
+        left = (semantic.numpy() == label) & ~taken
+        if left.sum() > 0 and left.sum() >= stuff_area:
+            rows.append((-label, int(left.sum())))
+            panoptic[left] = len(rows)
+    return panoptic, rows
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.one_of(st.integers(0, 12), st.integers(0, 300)),
+    st.tuples(st.integers(1, 40), st.integers(1, 70)),
+    st.tuples(st.integers(1, 12), st.integers(1, 9)),
+    st.sampled_from(["detectron2", "mmdetection", "panopticapi"]),
+    st.tuples(st.sampled_from([0.5, 0.0, -INF]), st.sampled_from([0.5, 0.0, 0.25, 1.0]), st.integers(0, 60)),
+    st.sampled_from([torch.uint8, torch.int16, torch.int32, torch.int64]),
+    st.integers(0, 10**6),
+)
+def test_any_scene(
+    count: int,
+    image_size: tuple[int, int],
+    mask_size: tuple[int, int],
+    rule: Any,
+    thresholds: tuple[float, float, int],
+    labels: torch.dtype,
+    seed: int,
+) -> None:
+    random = generator(seed)
+    masks = torch.rand(count, *mask_size, generator=random).round()
+    boxes = random_boxes(count, image_size, seed)
+    strange = torch.rand(count, generator=random) < 0.1
+    boxes[strange] = DEGENERATE_BOXES[torch.randint(0, 12, (int(strange.sum()),), generator=random)]
+    # Few values, so that scores tie.
+    scores = torch.randint(0, 11, (count,), generator=random) / 10
+    scores[torch.rand(count, generator=random) < 0.05] = NAN
+    semantic = torch.randint(0, 5, image_size, generator=random).sort(dim=1).values.to(labels)
+    panoptic, segments = panoptic_merge(
+        masks,
+        boxes,
+        scores,
+        torch.arange(count) + 7,
+        semantic,
+        image_size,
+        score_threshold=thresholds[0],
+        overlap_threshold=thresholds[1],
+        stuff_area_threshold=thresholds[2],
+        rule=rule,
+    )
+    pasted = paste_masks(masks, boxes, image_size)
+    expected, rows = merge_by_pixels(pasted, scores.tolist(), semantic, rule, thresholds)
+    assert np.array_equal(panoptic.numpy(), expected)
+    found = [
+        (instance if isthing else -label, area)
+        for isthing, label, area, instance in zip(
+            *(
+                column.tolist()
+                for column in (segments.isthing, segments.label, segments.area, segments.instance)
+            ),
+            strict=True,
+        )
+    ]
+    assert found == rows
 
 
 def test_reference_has_the_same_parameters() -> None:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_checks import FLIP_MARGIN, OPS, Sample, Tolerance, run_op_checks
-from op_samples import DEGENERATE_BOXES, random_boxes, random_masks
+from op_samples import DEGENERATE_BOXES, generator, random_boxes, random_masks
 from torch import Tensor
 
 from panfpn_fast.ops import paste_masks, reference
@@ -170,6 +170,46 @@ def test_any_box(
         masks, boxes, image_size, threshold
     )
     assert not (different & ~undecided).any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 300),
+    st.tuples(st.integers(1, 40), st.integers(1, 90)),
+    st.tuples(st.integers(1, 12), st.integers(1, 30)),
+    st.sampled_from([0.5, 0.01, 0.0, -1.0]),
+    st.booleans(),
+    st.integers(0, 10**6),
+)
+def test_any_masks(
+    count: int,
+    image_size: tuple[int, int],
+    mask_size: tuple[int, int],
+    threshold: float,
+    saturated: bool,
+    seed: int,
+) -> None:
+    # Bit for bit: the native op leaves out only pixels whose side no rounding can change. Saturated masks have large
+    # parts of that kind, and cells at the threshold itself.
+    random = generator(seed)
+    masks = torch.rand(count, *mask_size, generator=random)
+    masks = (masks * 3).round() / 3 if saturated else masks
+    masks[torch.rand(masks.shape, generator=random) < 0.02] = 0.5
+    boxes = random_boxes(count, image_size, seed)
+    strange = torch.rand(count, generator=random) < 0.1
+    boxes[strange] = DEGENERATE_BOXES[torch.randint(0, 12, (int(strange.sum()),), generator=random)]
+    expected = reference.paste_masks(masks, boxes, image_size, threshold)
+    assert torch.equal(paste_masks(masks, boxes, image_size, threshold), expected)
+
+
+@pytest.mark.parametrize("strange", [NAN, INF, -INF, 3e38, -1.0, 1e-40])
+def test_masks_of_any_value(strange: float) -> None:
+    masks = random_masks(3, 9, 7, 0)
+    masks[torch.rand(3, 9, 7, generator=generator(1)) < 0.1] = strange
+    boxes = random_boxes(3, (40, 50), 2)
+    for threshold in (0.5, 0.0, 1e-40):
+        pasted = paste_masks(masks, boxes, (40, 50), threshold)
+        assert torch.equal(pasted, reference.paste_masks(masks, boxes, (40, 50), threshold))
 
 
 def test_reference_has_the_same_signature() -> None:

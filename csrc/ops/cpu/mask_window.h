@@ -1,4 +1,9 @@
-// One instance's mask as it falls on the image, evaluated row by row within its box only.
+// One instance's mask as it falls on the image, line by line within its box only. Pasting, run-length
+// encoding and merging all ask here, so that they decide every pixel alike.
+//
+// Between the centres of four neighbouring mask cells a value is a mean of the four, so wherever all four lie
+// clearly on one side of the threshold the pixels between them need no evaluation. What is left is the
+// contour; it is evaluated in the operations and the order of `interpolate`.
 #pragma once
 
 #include <vector>
@@ -7,51 +12,99 @@
 
 namespace panfpn {
 
+// Lines are rows of the image, or its columns.
+enum class Scan { rows, columns };
+
+// What becomes of a pixel's value: whether it reaches the threshold, or a byte 0..255.
+template <typename A>
+struct PixelRule {
+  A threshold;
+  bool bytes;
+
+  bool zero_is_on() const { return !bytes && A(0) >= threshold; }
+};
+
+enum class Content : uint8_t { off, on, mixed };
+
+// Pixels of a line that are all off, all on, or to be evaluated; counted from the window's first.
+struct Stretch {
+  int64_t begin, end;
+  Content content;
+};
+
+// The pixels of one image axis that may fall on the mask.
+template <typename A>
+struct AxisTaps {
+  // Pixels between the cells `cell` and `cell + 1`; kOutside where the mask is not.
+  struct Run {
+    int64_t begin, end;
+    int32_t cell;
+  };
+  static constexpr int32_t kOutside = -2;
+
+  PixelRange pixels{0, 0};
+  std::vector<int32_t> low;
+  std::vector<A> low_weight, high_weight;
+  std::vector<Run> runs;
+
+  void fill(const PasteAxis<A>& axis, PixelRange range, bool degenerate);
+  int64_t size() const { return pixels.end - pixels.begin; }
+};
+
 template <typename A>
 class MaskWindow {
  public:
-  // `whole_image`: the window is the image even where the box is not, for a threshold that zero reaches.
-  MaskWindow(const A* mask, int64_t mask_height, int64_t mask_width, const A* box, int64_t image_height,
-             int64_t image_width, bool whole_image)
-      : y_axis_{box[1], box[3], mask_height}, stride_(mask_width + 2) {
-    const PasteAxis<A> x_axis{box[0], box[2], mask_width};
-    rows_ = whole_image ? PixelRange{0, image_height} : y_axis_.window(image_height);
-    columns_ = whole_image ? PixelRange{0, image_width} : x_axis.window(image_width);
-    if (!whole_image && x_axis.degenerate()) rows_.end = rows_.begin;
-    if (rows_.begin == rows_.end) return;
-    // A rim of zeros stands for everything outside the mask, so that no tap needs a test.
-    padded_.assign((mask_height + 2) * stride_, A(0));
-    for (int64_t y = 0; y < mask_height; ++y) {
-      std::copy(mask + y * mask_width, mask + (y + 1) * mask_width, padded_.begin() + (y + 1) * stride_ + 1);
-    }
-    for (int64_t x = columns_.begin; x < columns_.end; ++x) taps_.push_back(x_axis.taps(x));
-  }
+  // The window is where the box lies, or the whole image where the value zero is on.
+  MaskWindow(Scan scan, const A* mask, int64_t mask_height, int64_t mask_width, const A* box,
+             int64_t image_height, int64_t image_width, const PixelRule<A>& rule);
 
-  PixelRange rows() const { return rows_; }
-  PixelRange columns() const { return columns_; }
-  int64_t width() const { return columns_.end - columns_.begin; }
-
-  // Calls f(i, value) for the i-th pixel of the window's columns in image row `y`.
-  template <typename F>
-  void for_row(int64_t y, F&& f) const {
-    const PasteTaps<A> row = y_axis_.taps(y);
-    const A* top = padded_.data() + (row.low + 1) * stride_ + 1;
-    const A* bottom = top + stride_;
-    for (int64_t i = 0; i < width(); ++i) {
-      const PasteTaps<A>& column = taps_[i];
-      const bool inside = row.inside && column.inside;
-      f(i, inside ? interpolate(top[column.low], top[column.low + 1], bottom[column.low],
-                                bottom[column.low + 1], row, column)
-                  : A(0));
-    }
-  }
+  // In pixels of the image; both empty where the window is.
+  PixelRange lines() const { return outer_.pixels; }
+  PixelRange across() const { return inner_.pixels; }
+  bool empty() const { return outer_.size() == 0; }
 
  private:
-  PasteAxis<A> y_axis_;
+  template <typename>
+  friend class LineCursor;
+
+  Scan scan_;
+  PixelRule<A> rule_;
+  AxisTaps<A> outer_, inner_;
   int64_t stride_;
-  PixelRange rows_{}, columns_{};
+  // A rim of zeros stands for everything outside the mask, so that no tap needs a test. Transposed for
+  // columns.
   std::vector<A> padded_;
-  std::vector<PasteTaps<A>> taps_;
 };
+
+// Walks over a window's lines; each thread has its own.
+template <typename A>
+class LineCursor {
+ public:
+  explicit LineCursor(const MaskWindow<A>& window) : window_(window) {}
+
+  // The stretches of image line `line`, which cover the window.
+  const std::vector<Stretch>& move_to(int64_t line);
+
+  // The pixels of a mixed stretch of the current line.
+  void evaluate(const Stretch& stretch, uint8_t* out) const;
+
+  // All pixels of an image line within the window.
+  void write(int64_t line, uint8_t* out);
+
+ private:
+  Content classify(int32_t line, int32_t cell) const;
+  void expand();
+
+  const MaskWindow<A>& window_;
+  int64_t index_ = 0;                // of the line in the window
+  int32_t cell_ = -3;                // of the line; nothing lies there
+  std::vector<Stretch> stretches_;   // of all lines between the same cells
+  std::vector<A> near_[2], far_[2];  // for each pixel of mixed stretches: the cells before and after it
+};
+
+extern template class MaskWindow<float>;
+extern template class MaskWindow<double>;
+extern template class LineCursor<float>;
+extern template class LineCursor<double>;
 
 }  // namespace panfpn

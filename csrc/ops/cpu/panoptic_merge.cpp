@@ -1,63 +1,100 @@
-// The map itself records who claimed a pixel. Instances come in score order; each is evaluated once within
-// its box into a scratch bitmap while its area and the part that others hold are counted, then written where
-// the pixel is still free. What stays free is stuff: one pass counts its labels, one writes the ids of those
-// that are large enough.
+// Instances come in score order; each is evaluated once within its box into a scratch bitmap while its area
+// and the part that others hold are counted, then written where the pixel is still free. What stays free is
+// stuff: one pass counts its labels, one writes the ids of those that are large enough.
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <mutex>
 #include <tuple>
 #include <vector>
 
 #include "ops/cpu/mask_window.h"
+#include "ops/cpu/simd.h"
 #include "ops/panoptic_merge.h"
 
 namespace panfpn {
 namespace {
 
-constexpr int64_t kGrainPixels = 16384;  // per task
+// Per task. Instances are small and many, and each one is a step that the next waits for, so that only large
+// ones are worth waking other threads for.
+constexpr int64_t kGrainPixels = int64_t{1} << 18;
+constexpr int64_t kStuffGrainPixels = int64_t{1} << 16;
 
 using SegmentRow = std::array<int64_t, kSegmentColumns>;
+
+constexpr SegmentRow kNoSegment{0, 0, -1, 0, -1};
 
 struct Map {
   int32_t* ids;
   int64_t height, width;
 };
 
+// `taken` says where the map's id is not zero: counting and claiming then move bytes, not integers.
+struct Claims {
+  Map map;
+  std::vector<uint8_t> taken, scratch;
+};
+
+struct Counts {
+  int64_t area, claimed;
+};
+
+PANFPN_VECTOR_CLONES Counts count_line(const uint8_t* bits, const uint8_t* taken, int64_t width) {
+  int64_t area = 0, claimed = 0;
+  // Sums of bytes in 32 bits: an image row has fewer than 2^31 pixels in every block.
+  constexpr int64_t kBlock = int64_t{1} << 20;
+  for (int64_t begin = 0; begin < width; begin += kBlock) {
+    const int64_t end = std::min(width, begin + kBlock);
+    uint32_t block_area = 0, block_claimed = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      block_area += bits[i];
+      block_claimed += static_cast<uint8_t>(bits[i] & taken[i]);
+    }
+    area += block_area;
+    claimed += block_claimed;
+  }
+  return {area, claimed};
+}
+
+PANFPN_VECTOR_CLONES void claim_line(const uint8_t* bits, uint8_t* taken, int32_t* ids, int32_t id,
+                                     int64_t width) {
+  for (int64_t i = 0; i < width; ++i) ids[i] = bits[i] > taken[i] ? id : ids[i];
+  for (int64_t i = 0; i < width; ++i) taken[i] = static_cast<uint8_t>(taken[i] | bits[i]);
+}
+
 // Claims the free pixels of one instance for `id` and returns how many; 0 where it is empty or too much
 // overlapped.
 template <typename A>
-int64_t claim_instance(const Map& map, const MaskWindow<A>& window, const MergeParams& params, int32_t id,
-                       std::vector<uint8_t>& scratch) {
-  const PixelRange rows = window.rows();
-  const int64_t width = window.width(), left = window.columns().begin;
-  if (rows.begin == rows.end || width == 0) return 0;
-  scratch.resize(std::max<size_t>(scratch.size(), (rows.end - rows.begin) * width));
+int64_t claim_instance(Claims& claims, const MaskWindow<A>& window, const MergeParams& params, int32_t id) {
+  if (window.empty()) return 0;
+  const PixelRange rows = window.lines();
+  const int64_t left = window.across().begin, width = window.across().end - left;
+  const int64_t map_width = claims.map.width;
+  std::vector<uint8_t>& scratch = claims.scratch;
+  scratch.resize(std::max(scratch.size(), static_cast<size_t>((rows.end - rows.begin) * width)));
   const int64_t grain = std::max<int64_t>(1, kGrainPixels / width);
-  const A threshold = static_cast<A>(params.mask_threshold);
 
-  std::atomic<int64_t> area{0}, claimed{0};
+  std::atomic<int64_t> all_area{0}, all_claimed{0};
   torch::stable::parallel_for(rows.begin, rows.end, grain, [&](int64_t begin, int64_t end) {
-    int64_t local_area = 0, local_claimed = 0;
+    LineCursor<A> cursor(window);
+    Counts sum{0, 0};
     for (int64_t y = begin; y < end; ++y) {
       uint8_t* bits = scratch.data() + (y - rows.begin) * width;
-      const int32_t* line = map.ids + y * map.width + left;
-      window.for_row(y, [&](int64_t i, A value) {
-        const bool on = value >= threshold;
-        bits[i] = on;
-        local_area += on;
-        local_claimed += on && line[i] != 0;
-      });
+      cursor.write(y, bits);
+      const Counts line = count_line(bits, claims.taken.data() + y * map_width + left, width);
+      sum = {sum.area + line.area, sum.claimed + line.claimed};
     }
-    area += local_area;
-    claimed += local_claimed;
+    all_area += sum.area;
+    all_claimed += sum.claimed;
   });
-  if (area == 0 || overlaps_too_much(claimed, area, params.overlap_threshold)) return 0;
+  const int64_t area = all_area, claimed = all_claimed;
+  if (area == claimed || overlaps_too_much(claimed, area, params)) return 0;
 
   torch::stable::parallel_for(rows.begin, rows.end, grain, [&](int64_t begin, int64_t end) {
     for (int64_t y = begin; y < end; ++y) {
-      const uint8_t* bits = scratch.data() + (y - rows.begin) * width;
-      int32_t* line = map.ids + y * map.width + left;
-      for (int64_t i = 0; i < width; ++i) line[i] = bits[i] != 0 && line[i] == 0 ? id : line[i];
+      const int64_t at = y * map_width + left;
+      claim_line(scratch.data() + (y - rows.begin) * width, claims.taken.data() + at, claims.map.ids + at, id,
+                 width);
     }
   });
   return area - claimed;
@@ -69,16 +106,70 @@ void merge_things(const Map& map, const Tensor& masks, const Tensor& boxes, cons
   const Tensor order_tensor = argsort(negate(scores), /*descending=*/false);  // NaN last, as detectron2
   const int64_t* order = order_tensor.const_data_ptr<int64_t>();
   const int64_t mask_height = masks.size(1), mask_width = masks.size(2);
-  std::vector<uint8_t> scratch;
+  const PixelRule<A> rule{static_cast<A>(params.mask_threshold), false};
+  Claims claims{map, std::vector<uint8_t>(static_cast<size_t>(map.height * map.width)), {}};
   for (int64_t rank = 0; rank < masks.size(0); ++rank) {
     const int64_t n = order[rank];
-    if (static_cast<double>(scores.const_data_ptr<float>()[n]) < params.score_threshold) break;
-    const MaskWindow<A> window(masks.const_data_ptr<A>() + n * mask_height * mask_width, mask_height,
-                               mask_width, boxes.const_data_ptr<A>() + n * 4, map.height, map.width,
-                               /*whole_image=*/params.mask_threshold <= 0);
+    const Placement turn = placement(scores.const_data_ptr<float>()[n], params);
+    if (turn == Placement::stop) break;
+    if (turn == Placement::skip) continue;
+    const MaskWindow<A> window(Scan::rows, masks.const_data_ptr<A>() + n * mask_height * mask_width,
+                               mask_height, mask_width, boxes.const_data_ptr<A>() + n * 4, map.height,
+                               map.width, rule);
     const int64_t id = static_cast<int64_t>(table.size()) + 1;
-    const int64_t area = claim_instance(map, window, params, static_cast<int32_t>(id), scratch);
+    const int64_t area = claim_instance(claims, window, params, static_cast<int32_t>(id));
     if (area > 0) table.push_back({id, 1, classes.const_data_ptr<int64_t>()[n], area, n});
+  }
+}
+
+// Whether a pixel is free for stuff.
+template <typename L>
+PANFPN_ALWAYS_INLINE bool is_stuff(int32_t id, L label) {
+  return id == 0 && label > 0 && static_cast<int64_t>(label) < kMaxLabels;
+}
+
+// The end of the run of free pixels with one label that begins at `i`. Label maps are smooth: runs are long,
+// and found in steps that compile to vector comparisons.
+template <typename L>
+PANFPN_ALWAYS_INLINE int64_t run_end(const int32_t* ids, const L* semantic, int64_t i, int64_t end) {
+  const L label = semantic[i];
+  constexpr int64_t kStep = 32;
+  for (; i + kStep <= end; i += kStep) {
+    int32_t taken = 0;
+    L different = 0;
+    for (int64_t j = 0; j < kStep; ++j) taken |= ids[i + j];
+    for (int64_t j = 0; j < kStep; ++j) different = static_cast<L>(different | (semantic[i + j] ^ label));
+    if (taken != 0 || different != 0) break;
+  }
+  while (i < end && ids[i] == 0 && semantic[i] == label) ++i;
+  return i;
+}
+
+template <typename L>
+PANFPN_VECTOR_CLONES void count_labels(const int32_t* ids, const L* semantic, int64_t begin, int64_t end,
+                                       int64_t* areas) {
+  for (int64_t i = begin; i < end;) {
+    if (!is_stuff(ids[i], semantic[i])) {
+      ++i;
+      continue;
+    }
+    const int64_t first = i;
+    i = run_end(ids, semantic, first, end);
+    areas[semantic[first]] += i - first;
+  }
+}
+
+template <typename L>
+PANFPN_VECTOR_CLONES void write_labels(int32_t* ids, const L* semantic, int64_t begin, int64_t end,
+                                       const int32_t* id_of_label) {
+  for (int64_t i = begin; i < end;) {
+    if (!is_stuff(ids[i], semantic[i])) {
+      ++i;
+      continue;
+    }
+    const int64_t first = i;
+    i = run_end(ids, semantic, first, end);
+    std::fill(ids + first, ids + i, id_of_label[semantic[first]]);
   }
 }
 
@@ -88,12 +179,9 @@ void fill_stuff(const Map& map, const L* semantic, const MergeParams& params,
   const int64_t pixels = map.height * map.width;
   std::vector<int64_t> areas(kMaxLabels, 0);
   std::mutex areas_mutex;
-  torch::stable::parallel_for(0, pixels, kGrainPixels, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, pixels, kStuffGrainPixels, [&](int64_t begin, int64_t end) {
     std::vector<int64_t> local(kMaxLabels, 0);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t label = semantic[i];
-      if (map.ids[i] == 0 && label > 0 && label < kMaxLabels) ++local[label];
-    }
+    count_labels(map.ids, semantic, begin, end, local.data());
     const std::lock_guard<std::mutex> lock(areas_mutex);
     for (int64_t label = 1; label < kMaxLabels; ++label) areas[label] += local[label];
   });
@@ -105,11 +193,8 @@ void fill_stuff(const Map& map, const L* semantic, const MergeParams& params,
     id_of_label[label] = static_cast<int32_t>(id);
     table.push_back({id, 0, label, areas[label], -1});
   }
-  torch::stable::parallel_for(0, pixels, kGrainPixels, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t label = semantic[i];
-      if (map.ids[i] == 0 && label > 0 && label < kMaxLabels) map.ids[i] = id_of_label[label];
-    }
+  torch::stable::parallel_for(0, pixels, kStuffGrainPixels, [&](int64_t begin, int64_t end) {
+    write_labels(map.ids, semantic, begin, end, id_of_label.data());
   });
 }
 
@@ -127,36 +212,71 @@ void fill_stuff_of_any_dtype(const Map& map, const Tensor& semantic, const Merge
   }
 }
 
-std::tuple<Tensor, Tensor> panoptic_merge(const Tensor& masks_in, const Tensor& boxes_in,
-                                          const Tensor& scores_in, const Tensor& classes_in,
-                                          const Tensor& semantic_in, double score_threshold,
-                                          double overlap_threshold, int64_t stuff_area_threshold,
-                                          double mask_threshold, const std::string& rule) {
-  check_panoptic_merge_inputs(masks_in, boxes_in, scores_in, classes_in, semantic_in, rule);
+// The map and its segments, none of them without pixels.
+struct Merged {
+  Tensor panoptic;
+  std::vector<SegmentRow> table;
+};
+
+Merged merge(const Tensor& masks_in, const Tensor& boxes_in, const Tensor& scores_in,
+             const Tensor& classes_in, const Tensor& semantic_in, const MergeParams& params, const char* op) {
+  check_panoptic_merge_inputs(masks_in, boxes_in, scores_in, classes_in, semantic_in, op);
   const Tensor masks = torch::stable::contiguous(masks_in), boxes = torch::stable::contiguous(boxes_in),
                scores = torch::stable::contiguous(scores_in), classes = torch::stable::contiguous(classes_in),
                semantic = torch::stable::contiguous(semantic_in);
-  const MergeParams params{score_threshold, overlap_threshold, stuff_area_threshold, mask_threshold};
-
-  Tensor panoptic = empty({semantic.size(0), semantic.size(1)}, ScalarType::Int, masks);
-  torch::stable::zero_(panoptic);
-  const Map map{panoptic.mutable_data_ptr<int32_t>(), semantic.size(0), semantic.size(1)};
-  std::vector<SegmentRow> table;
-  dispatch_float_or_double(masks.scalar_type(), "panoptic_merge", [&](auto tag) {
-    merge_things<typename decltype(tag)::type>(map, masks, boxes, scores, classes, params, table);
+  Merged merged{empty({semantic.size(0), semantic.size(1)}, ScalarType::Int, masks), {}};
+  torch::stable::zero_(merged.panoptic);
+  const Map map{merged.panoptic.mutable_data_ptr<int32_t>(), semantic.size(0), semantic.size(1)};
+  dispatch_float_or_double(masks.scalar_type(), op, [&](auto tag) {
+    merge_things<typename decltype(tag)::type>(map, masks, boxes, scores, classes, params, merged.table);
   });
-  fill_stuff_of_any_dtype(map, semantic, params, table);
+  fill_stuff_of_any_dtype(map, semantic, params, merged.table);
+  return merged;
+}
 
-  Tensor segments = empty({static_cast<int64_t>(table.size()), kSegmentColumns}, ScalarType::Long, masks);
+std::tuple<Tensor, Tensor> panoptic_merge(const Tensor& masks, const Tensor& boxes, const Tensor& scores,
+                                          const Tensor& classes, const Tensor& semantic,
+                                          double score_threshold, double overlap_threshold,
+                                          int64_t stuff_area_threshold, double mask_threshold,
+                                          const std::string& rule) {
+  const char* op = "panoptic_merge";
+  const MergeParams params{score_threshold, overlap_threshold, stuff_area_threshold, mask_threshold,
+                           merge_rule(rule, op)};
+  const Merged merged = merge(masks, boxes, scores, classes, semantic, params, op);
+  Tensor segments =
+      empty({static_cast<int64_t>(merged.table.size()), kSegmentColumns}, ScalarType::Long, masks);
   int64_t* out = segments.mutable_data_ptr<int64_t>();
-  for (const SegmentRow& row : table) out = std::copy(row.begin(), row.end(), out);
-  return {panoptic, segments};
+  for (const SegmentRow& row : merged.table) out = std::copy(row.begin(), row.end(), out);
+  return {merged.panoptic, segments};
+}
+
+std::tuple<Tensor, Tensor, Tensor> panoptic_merge_padded(const Tensor& masks, const Tensor& boxes,
+                                                         const Tensor& scores, const Tensor& classes,
+                                                         const Tensor& semantic, double score_threshold,
+                                                         double overlap_threshold,
+                                                         int64_t stuff_area_threshold, double mask_threshold,
+                                                         const std::string& rule, int64_t max_segments) {
+  const char* op = "panoptic_merge_padded";
+  STD_TORCH_CHECK(max_segments >= 0, op, ": max_segments must not be negative");
+  const MergeParams params{score_threshold, overlap_threshold, stuff_area_threshold, mask_threshold,
+                           merge_rule(rule, op)};
+  const Merged merged = merge(masks, boxes, scores, classes, semantic, params, op);
+  Tensor segments = empty({max_segments, kSegmentColumns}, ScalarType::Long, masks);
+  Tensor count = empty({}, ScalarType::Long, masks);
+  *count.mutable_data_ptr<int64_t>() = static_cast<int64_t>(merged.table.size());
+  int64_t* out = segments.mutable_data_ptr<int64_t>();
+  for (int64_t i = 0; i < max_segments; ++i) {
+    const SegmentRow& row = i < static_cast<int64_t>(merged.table.size()) ? merged.table[i] : kNoSegment;
+    out = std::copy(row.begin(), row.end(), out);
+  }
+  return {merged.panoptic, segments, count};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(panfpn_fast, CPU, m) {
   m.impl("panoptic_merge", TORCH_BOX(&panoptic_merge));
+  m.impl("panoptic_merge_padded", TORCH_BOX(&panoptic_merge_padded));
 }
 
 }  // namespace panfpn

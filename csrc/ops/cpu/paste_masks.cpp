@@ -1,24 +1,61 @@
+#include <algorithm>
 #include <cstring>
 
 #include "ops/cpu/mask_window.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace panfpn {
 namespace {
+
+// Asks for huge pages under a large fresh allocation. The output is written once, and most of that time would
+// go into 4 KiB page faults (100 masks of 800 x 1333: 68 of 88 ms on one core). Only a hint: a failure
+// changes nothing.
+void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 4096;
+  constexpr int64_t kWorthIt = int64_t{1} << 22;
+  if (bytes < kWorthIt) return;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(data), begin = (address + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (address + static_cast<uintptr_t>(bytes)) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+constexpr int64_t kGrainPixels = int64_t{1} << 17;  // per task
+
+// Rows `begin` to `end` of one image.
+template <typename A>
+void paste_rows(const MaskWindow<A>& window, int64_t begin, int64_t end, int64_t width, uint8_t outside,
+                uint8_t* image) {
+  const PixelRange rows = window.lines(), columns = window.across();
+  const int64_t first = std::clamp(rows.begin, begin, end), last = std::clamp(rows.end, first, end);
+  std::memset(image + begin * width, outside, static_cast<size_t>((first - begin) * width));
+  LineCursor<A> cursor(window);
+  for (int64_t y = first; y < last; ++y) {
+    uint8_t* line = image + y * width;
+    std::memset(line, outside, static_cast<size_t>(columns.begin));
+    cursor.write(y, line + columns.begin);
+    std::memset(line + columns.end, outside, static_cast<size_t>(width - columns.end));
+  }
+  std::memset(image + last * width, outside, static_cast<size_t>((end - last) * width));
+}
 
 template <typename A>
 void paste(const A* masks, const A* boxes, int64_t count, int64_t mask_height, int64_t mask_width,
            int64_t height, int64_t width, A threshold, uint8_t* out) {
+  if (height == 0 || width == 0) return;
+  const PixelRule<A> rule{threshold, threshold < A(0)};
   const uint8_t outside = paste_pixel(A(0), threshold);
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      uint8_t* image = out + n * height * width;
-      std::memset(image, outside, height * width);
-      const MaskWindow<A> window(masks + n * mask_height * mask_width, mask_height, mask_width, boxes + n * 4,
-                                 height, width, /*whole_image=*/false);
-      for (int64_t y = window.rows().begin; y < window.rows().end; ++y) {
-        uint8_t* line = image + y * width + window.columns().begin;
-        window.for_row(y, [&](int64_t i, A value) { line[i] = paste_pixel(value, threshold); });
-      }
+  const int64_t grain = std::max<int64_t>(1, kGrainPixels / width);
+  torch::stable::parallel_for(0, count * height, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin / height; n * height < end; ++n) {
+      const MaskWindow<A> window(Scan::rows, masks + n * mask_height * mask_width, mask_height, mask_width,
+                                 boxes + n * 4, height, width, rule);
+      paste_rows(window, std::max(begin - n * height, int64_t{0}), std::min(end - n * height, height), width,
+                 outside, out + n * height * width);
     }
   });
 }
@@ -30,6 +67,7 @@ Tensor paste_masks(const Tensor& masks_in, const Tensor& boxes_in, int64_t heigh
   const int64_t count = masks.size(0);
   Tensor out = empty({count, height, width}, threshold < 0 ? ScalarType::Byte : ScalarType::Bool, masks);
   uint8_t* pixels = static_cast<uint8_t*>(out.mutable_data_ptr());
+  advise_huge_pages(pixels, count * height * width);
   dispatch_float_or_double(masks.scalar_type(), "paste_masks", [&](auto tag) {
     using A = typename decltype(tag)::type;
     paste(masks.const_data_ptr<A>(), boxes.const_data_ptr<A>(), count, masks.size(1), masks.size(2), height,

@@ -1,5 +1,5 @@
-// Launches whose blocks are all resident at once and may meet: apart from launch.cuh because the header for it doubles
-// the time that nvcc takes.
+// Launches whose blocks are all resident at once and may meet: apart from launch.cuh because the header for
+// it doubles the time that nvcc takes.
 //
 //   PANFPN_LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, arguments...)
 //       As PANFPN_LAUNCH; the kernel may call panfpn::grid_sync(). At most

@@ -1,4 +1,6 @@
-// One instance's mask as it falls on the image, evaluated where a thread asks.
+// One instance's mask as it falls on the image: a thread has a few columns of the box and walks down its
+// rows. What depends on the column stays in registers, and the cells around its pixels as long as the row
+// lies between the same two rows of cells.
 #pragma once
 
 #include "ops/cuda/launch.cuh"
@@ -22,12 +24,47 @@ struct MaskSampler {
     const bool inside = row >= 0 && row < y.mask_size && column >= 0 && column < x.mask_size;
     return inside ? mask[row * x.mask_size + column] : 0.0f;
   }
+};
 
-  __device__ float value(const PasteTaps<float>& row, const PasteTaps<float>& column) const {
-    if (!row.inside || !column.inside) return 0.0f;
-    return interpolate(cell(row.low, column.low), cell(row.low, column.low + 1),
-                       cell(row.low + 1, column.low), cell(row.low + 1, column.low + 1), row, column);
+// `kCount` columns of a thread, `kStep` apart: neighbouring threads then have neighbouring pixels.
+template <int kCount, int kStep>
+class ColumnStrip {
+ public:
+  __device__ ColumnStrip(const MaskSampler& sampler, int64_t first) : sampler_(sampler), cell_row_(-2) {
+    const bool degenerate = sampler.degenerate();
+    PANFPN_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      columns_[i] = degenerate ? PasteTaps<float>{} : sampler.x.taps(first + i * kStep);
+    }
   }
+
+  // Values at the strip's columns of an image row; zero where the mask is not.
+  __device__ void row(int64_t image_row, float (&values)[kCount]) {
+    const PasteTaps<float> row = sampler_.y.taps(image_row);
+    if (row.inside && row.low != cell_row_) {
+      cell_row_ = row.low;
+      PANFPN_UNROLL
+      for (int i = 0; i < kCount; ++i) {
+        PANFPN_UNROLL
+        for (int corner = 0; corner < 4; ++corner) {
+          cells_[i][corner] =
+              columns_[i].inside ? sampler_.cell(row.low + corner / 2, columns_[i].low + corner % 2) : 0.0f;
+        }
+      }
+    }
+    PANFPN_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      const float value =
+          interpolate(cells_[i][0], cells_[i][1], cells_[i][2], cells_[i][3], row, columns_[i]);
+      values[i] = row.inside && columns_[i].inside ? value : 0.0f;
+    }
+  }
+
+ private:
+  const MaskSampler& sampler_;
+  PasteTaps<float> columns_[kCount];
+  float cells_[kCount][4] = {};
+  int64_t cell_row_;
 };
 
 }  // namespace panfpn

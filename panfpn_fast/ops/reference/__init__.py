@@ -10,7 +10,9 @@ from panfpn_fast.ops.reference.batched_nms import batched_nms
 from panfpn_fast.ops.reference.multiscale_roi_align import multiscale_roi_align
 from panfpn_fast.ops.reference.nms import nms
 from panfpn_fast.ops.reference.panoptic_merge import PanopticSegments, panoptic_merge
+from panfpn_fast.ops.reference.panoptic_merge_padded import panoptic_merge_padded
 from panfpn_fast.ops.reference.paste_masks import paste_masks
+from panfpn_fast.ops.reference.paste_masks_rle import paste_masks_rle
 from panfpn_fast.ops.reference.roi_align import roi_align
 
 __all__ = [
@@ -19,6 +21,8 @@ __all__ = [
     "multiscale_roi_align",
     "nms",
     "panoptic_merge",
+    "panoptic_merge_padded",
     "paste_masks",
+    "paste_masks_rle",
     "roi_align",
 ]

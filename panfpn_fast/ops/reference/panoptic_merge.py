@@ -1,4 +1,8 @@
-"""Merging of instances and stuff into one panoptic map, with detectron2's rules (panoptic_fpn.py)."""
+"""Merging of instances and stuff into one panoptic map, with the rules of three peers.
+
+detectron2 (panoptic_fpn.py), mmdetection (heuristic_fusion_head.py) and panopticapi
+(combine_semantic_and_instance_predictions.py).
+"""
 
 from __future__ import annotations
 
@@ -34,6 +38,15 @@ class PanopticSegments(NamedTuple):
     instance: Tensor
 
 
+def _overlaps_too_much(claimed: int, area: int, overlap_threshold: float, rule: str) -> bool:
+    """Compares the share of an instance that others hold, in the peer's arithmetic."""
+    if rule == "mmdetection":
+        # int64 + float and int64 / float32 are float32 in torch, and a Python float is compared as float32.
+        share = torch.tensor(claimed) / (torch.tensor(area) + 1e-5)
+        return bool(share > overlap_threshold)
+    return claimed / area > overlap_threshold
+
+
 def panoptic_merge(
     masks: Tensor,
     boxes: Tensor,
@@ -57,17 +70,16 @@ def panoptic_merge(
         classes: Integer thing class of each instance [N].
         semantic: Integer label map [height, width]; 1..4095 are stuff, the rest void.
         image_size: (height, width).
-        score_threshold: Instances from the first one below this on are dropped.
+        score_threshold: Instances below this are dropped; with "detectron2" and "mmdetection" the first of them ends
+            the instances, so that NaN, which comes last, is dropped with it.
         overlap_threshold: An instance is dropped when more than this share of its mask is taken.
         stuff_area_threshold: Stuff with fewer pixels left is dropped.
         mask_threshold: A pixel belongs to an instance where the pasted mask is at least this.
-        rule: "detectron2".
+        rule: "detectron2", "mmdetection" or "panopticapi".
 
     Returns:
         The panoptic map, int32 [height, width] with 0 = void, and its segments, none of them without pixels.
     """
-    if rule != "detectron2":
-        raise ValueError(f'rule: expected "detectron2", got {rule!r}')
     dtype = torch.float64 if masks.dtype == torch.float64 else torch.float32
     masks = masks.reshape(masks.shape[0], *masks.shape[-2:]).to(dtype)
     boxes, scores = boxes.to(dtype), scores.float()
@@ -79,6 +91,8 @@ def panoptic_merge(
     for instance in torch.sort(-scores, stable=True).indices.tolist():
         score = float(scores[instance])
         if score < score_threshold:
+            if rule == "panopticapi":
+                continue
             break
         mask = paste_values(masks[instance], boxes[instance], image_size) >= mask_threshold
         area = int(mask.sum())
@@ -86,7 +100,7 @@ def panoptic_merge(
             continue
         free = mask & (panoptic == 0)
         free_area = int(free.sum())
-        if free_area == 0 or (area - free_area) / area > overlap_threshold:
+        if free_area == 0 or _overlaps_too_much(area - free_area, area, overlap_threshold, rule):
             continue
         found.append((True, int(classes[instance]), score, free_area, instance))
         panoptic[free] = len(found)

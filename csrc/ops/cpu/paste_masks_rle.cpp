@@ -1,0 +1,132 @@
+// Run lengths of pasted masks, column by column as COCO has them, straight from the mask: the stretches of a
+// column that are all off or all on need no pixel to be looked at.
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "ops/cpu/mask_window.h"
+
+namespace panfpn {
+namespace {
+
+// Lengths of alternating runs over an image in column order; the first one is off.
+class Runs {
+ public:
+  // Pixels from `at` on are `on`, until the next call.
+  void set(int64_t at, bool on) {
+    if (on == on_) return;
+    lengths_.push_back(at - begin_);
+    begin_ = at;
+    on_ = on;
+  }
+
+  // COCO's compressed string of them. A length is written as the difference to the one two before it from the
+  // fourth on, in groups of five bits, lowest first, the sixth bit telling that more follow; 48 is added so
+  // that the bytes are printable.
+  std::string encode(int64_t pixels) {
+    lengths_.push_back(pixels - begin_);
+    std::string text;
+    for (size_t i = 0; i < lengths_.size(); ++i) {
+      int64_t rest = i > 2 ? lengths_[i] - lengths_[i - 2] : lengths_[i];
+      for (bool more = true; more;) {
+        const int64_t group = rest & 31;
+        rest >>= 5;  // keeps the sign, which is the fifth bit of the last group
+        more = rest != ((group & 16) != 0 ? -1 : 0);
+        text.push_back(static_cast<char>(48 + group + (more ? 32 : 0)));
+      }
+    }
+    return text;
+  }
+
+ private:
+  std::vector<int64_t> lengths_;
+  int64_t begin_ = 0;
+  bool on_ = false;
+};
+
+// Appends the bits of one stretch, of which most equal their neighbours: eight at a time are compared with
+// eight copies of the current one.
+void add_bits(Runs& runs, int64_t at, const uint8_t* bits, int64_t count) {
+  constexpr uint64_t kOnes = 0x0101010101010101;
+  bool on = false;
+  for (int64_t i = 0; i < count;) {
+    uint64_t eight = 0;
+    if (i > 0 && i + 8 <= count) {
+      std::memcpy(&eight, bits + i, 8);
+      if (eight == (on ? kOnes : 0)) {
+        i += 8;
+        continue;
+      }
+    }
+    for (const int64_t end = std::min(i + 8, count); i < end; ++i) {
+      on = bits[i] != 0;
+      runs.set(at + i, on);
+    }
+  }
+}
+
+template <typename A>
+std::string encode_mask(const MaskWindow<A>& window, int64_t height, int64_t width) {
+  Runs runs;
+  const PixelRange columns = window.lines(), rows = window.across();
+  LineCursor<A> cursor(window);
+  std::vector<uint8_t> bits(static_cast<size_t>(rows.end - rows.begin));
+  for (int64_t x = columns.begin; x < columns.end; ++x) {
+    const int64_t top = x * height + rows.begin;
+    if (rows.begin > 0) runs.set(x * height, false);
+    for (const Stretch& stretch : cursor.move_to(x)) {
+      if (stretch.content == Content::mixed) {
+        cursor.evaluate(stretch, bits.data());
+        add_bits(runs, top + stretch.begin, bits.data(), stretch.end - stretch.begin);
+      } else {
+        runs.set(top + stretch.begin, stretch.content == Content::on);
+      }
+    }
+    if (rows.end < height) runs.set(x * height + rows.end, false);
+  }
+  if (columns.end < width) runs.set(columns.end * height, false);
+  return runs.encode(height * width);
+}
+
+std::tuple<Tensor, Tensor> paste_masks_rle(const Tensor& masks_in, const Tensor& boxes_in, int64_t height,
+                                           int64_t width, double threshold) {
+  check_mask_boxes(masks_in, boxes_in, "paste_masks_rle");
+  STD_TORCH_CHECK(height >= 0 && width >= 0, "paste_masks_rle: the image size must not be negative");
+  const Tensor masks = torch::stable::contiguous(masks_in), boxes = torch::stable::contiguous(boxes_in);
+  const int64_t count = masks.size(0), mask_height = masks.size(1), mask_width = masks.size(2);
+  std::vector<std::string> strings(static_cast<size_t>(count));
+  dispatch_float_or_double(masks.scalar_type(), "paste_masks_rle", [&](auto tag) {
+    using A = typename decltype(tag)::type;
+    const PixelRule<A> rule{static_cast<A>(threshold), false};
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        const MaskWindow<A> window(Scan::columns, masks.const_data_ptr<A>() + n * mask_height * mask_width,
+                                   mask_height, mask_width, boxes.const_data_ptr<A>() + n * 4, height, width,
+                                   rule);
+        strings[n] = encode_mask(window, height, width);
+      }
+    });
+  });
+
+  Tensor offsets = empty({count + 1}, ScalarType::Long, masks);
+  int64_t* offset = offsets.mutable_data_ptr<int64_t>();
+  *offset = 0;
+  for (const std::string& text : strings) {
+    offset[1] = offset[0] + static_cast<int64_t>(text.size());
+    ++offset;
+  }
+  Tensor bytes = empty({*offset}, ScalarType::Byte, masks);
+  uint8_t* out = bytes.mutable_data_ptr<uint8_t>();
+  for (const std::string& text : strings) out = std::copy(text.begin(), text.end(), out);
+  return {bytes, offsets};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(panfpn_fast, CPU, m) {
+  m.impl("paste_masks_rle", TORCH_BOX(&paste_masks_rle));
+}
+
+}  // namespace panfpn
