@@ -57,6 +57,7 @@ OPS = {
         Op("multiscale_roi_align"),
         Op("nms"),
         Op("batched_nms"),
+        Op("nms_padded"),
         Op("paste_masks"),
         Op("panoptic_merge"),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from panfpn_fast.ops.batched_nms import batched_nms
 from panfpn_fast.ops.multiscale_roi_align import multiscale_roi_align
 from panfpn_fast.ops.nms import nms
+from panfpn_fast.ops.nms_padded import nms_padded
 from panfpn_fast.ops.panoptic_merge import PanopticSegments, panoptic_merge
 from panfpn_fast.ops.paste_masks import paste_masks
 from panfpn_fast.ops.roi_align import roi_align
@@ -17,6 +18,7 @@ __all__ = [
     "batched_nms",
     "multiscale_roi_align",
     "nms",
+    "nms_padded",
     "panoptic_merge",
     "paste_masks",
     "roi_align",
