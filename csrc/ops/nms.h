@@ -1,9 +1,11 @@
 // Greedy non-maximum suppression: what both devices share.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
 #include "ops/host_device.h"
@@ -40,6 +42,20 @@ PANFPN_HOST_DEVICE bool iou_above(const Box<T>& a, T a_area, const Box<T>& b, T 
   const T both = a_area + b_area - inter;
   if (threshold >= T(0) && !(inter > T(0) && inter >= threshold * both)) return false;
   return inter / both > threshold;
+}
+
+// Sorts as a stable torch.sort has scores in descending order: smaller for larger scores, smallest for NaN;
+// both zeros are equal.
+template <typename T>
+using sort_key_t = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+
+template <typename T>
+PANFPN_HOST_DEVICE sort_key_t<T> descending_key(T score) {
+  using Key = sort_key_t<T>;
+  if (score != score) return 0;
+  constexpr Key kSign = Key{1} << (8 * sizeof(Key) - 1);
+  const Key bits = std::bit_cast<Key>(score + T(0));  // -0 + 0 is +0
+  return (bits & kSign) != 0 ? bits : ~(bits | kSign);
 }
 
 inline void check_nms_inputs(const Tensor& boxes, const Tensor& scores) {

@@ -4,12 +4,10 @@
 
 #include <algorithm>
 #include <array>
-#include <bit>
-#include <cmath>
-#include <cstring>
 #include <memory>
-#include <type_traits>
 #include <utility>
+
+#include "ops/nms.h"
 
 namespace panfpn {
 namespace {
@@ -25,24 +23,14 @@ struct Entry {
   uint32_t index;
 };
 
-// Smaller for larger scores, smallest for NaN; both zeros are equal.
-template <typename T, typename Key>
-Key descending_key(T score) {
-  if (std::isnan(score)) return 0;
-  constexpr Key kSign = Key{1} << (8 * sizeof(Key) - 1);
-  const Key bits = std::bit_cast<Key>(score + T(0));  // -0 + 0 is +0
-  const Key ascending = (bits & kSign) != 0 ? ~bits : bits | kSign;
-  return ~ascending;
-}
-
 template <typename T>
 void order_as(const T* scores, int64_t count, uint32_t* order) {
-  using Key = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  using Key = sort_key_t<T>;
   constexpr int kPasses = 8 * sizeof(Key) / kDigitBits;
   const auto buffer = std::make_unique_for_overwrite<Entry<Key>[]>(2 * count);
   Entry<Key>*from = buffer.get(), *to = from + count;
   for (int64_t i = 0; i < count; ++i) {
-    from[i] = {descending_key<T, Key>(scores[i]), static_cast<uint32_t>(i)};
+    from[i] = {descending_key(scores[i]), static_cast<uint32_t>(i)};
   }
   if (count <= kSmall) {
     std::sort(from, from + count, [](const Entry<Key>& a, const Entry<Key>& b) {

@@ -67,7 +67,6 @@ Threshold<T> prepare(double iou_threshold) {
 // nothing.
 template <typename T>
 T share_of(T area, const Threshold<T>& threshold) {
-  if (!threshold.prunes) return -std::numeric_limits<T>::infinity();
   const T share = static_cast<T>(threshold.part * area);
   return share >= T(1e-30) ? share : T(0);
 }
@@ -118,7 +117,7 @@ PANFPN_VECTOR_CLONES bool some_near(const Columns<T>& kept, int64_t begin, int64
     const T left = cx1 > x1[i] ? cx1 : x1[i], right = cx2 < x2[i] ? cx2 : x2[i];
     const T top = cy1 > y1[i] ? cy1 : y1[i], bottom = cy2 < y2[i] ? cy2 : y2[i];
     const T width = right - left, height = bottom - top;
-    const T inter = (width > T(0) ? width : T(0)) * height;
+    const T inter = (T(0) > width ? T(0) : width) * height;
     near |= inter >= share[i] + c_share ? Mask(-1) : Mask(0);
   }
   return near != 0;
@@ -251,9 +250,7 @@ class Suppression {
     const T area = box_area(box);
     if (!is_active(box, area, threshold_)) return false;
     // A share above zero also where the area's is too small to count, see some_near.
-    const T share = threshold_.prunes
-                        ? std::max(share_of(area, threshold_), std::numeric_limits<T>::denorm_min())
-                        : share_of(area, threshold_);
+    const T share = std::max(share_of(area, threshold_), std::numeric_limits<T>::denorm_min());
     const Candidate<T> candidate{box, area, share};
     int64_t low = group_[index] * octaves_, high = low;
     if (octaves_ > 1) {
@@ -267,7 +264,7 @@ class Suppression {
       const int64_t end = bucket.begin + round_up(bucket.end - bucket.begin);
       for (; begin < end; begin += kRun) {
         const int64_t run_end = std::min(begin + kRun, end);
-        if (some_near(kept_, begin, run_end, candidate) &&
+        if ((!threshold_.prunes || some_near(kept_, begin, run_end, candidate)) &&
             some_above(kept_, begin, run_end, candidate, threshold_.value)) {
           return true;
         }
