@@ -49,8 +49,8 @@ inline Tensor empty_nchw(std::initializer_list<int64_t> sizes, const Tensor& lik
                                             : torch::headeronly::MemoryFormat::Contiguous);
 }
 
-// Indices that sort `values` along a dimension, equal ones in their given order; NaN counts as the largest value of all.
-// Retired by torch::stable::sort, should it come.
+// Indices that sort `values` along a dimension, equal ones in their given order; NaN counts as the largest
+// value of all. Retired by torch::stable::sort, should it come.
 inline Tensor argsort(const Tensor& values, bool descending, int64_t dim = 0) {
   std::array<StableIValue, 4> stack{
       torch::stable::detail::from(values), torch::stable::detail::from(std::optional<bool>(true)),

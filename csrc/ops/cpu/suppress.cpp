@@ -29,9 +29,9 @@ constexpr int64_t kRun = 8 * kLanes;
 // Boxes in a group below which splitting it by area costs more than it saves.
 constexpr int64_t kSplitByArea = 256;
 constexpr int64_t kMostOctaves = 16;
-// Comparisons that are worth waking other threads for: about half a millisecond, since on a busy machine a
-// thread that has to be waited for costs a time slice.
-constexpr int64_t kParallelWork = int64_t{1} << 20;
+// Comparisons that are worth waking other threads for, a millisecond or two: on a busy machine a thread that
+// has to be waited for costs a time slice. One thread does ten thousand boxes in some milliseconds.
+constexpr int64_t kParallelWork = int64_t{1} << 22;
 // The estimate before the division stays on the safe side by more than its roundings: 2^-18 against some
 // 2^-24.
 constexpr double kMargin = 1.0 - 1.0 / (1 << 18);

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kRankThreads)
     keys[k] = descending_key(scores[first + k < boxes ? first + k : first]);
     before[k] = 0;
   }
-  PANFPN_UNROLL_BY(4)
+  PANFPN_UNROLL_BY(2)
   for (int i = lane; i < boxes; i += kWarp) {
     const sort_key_t<T> key = descending_key(scores[i]);
     PANFPN_UNROLL
