@@ -67,16 +67,6 @@ inline Tensor negate(const Tensor& values) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// values[index] for 1-D int64 `index` along dimension 0. Retired by torch::stable::index_select, should it
-// come.
-inline Tensor index_select(const Tensor& values, const Tensor& index) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(values),
-                                    torch::stable::detail::from(static_cast<int64_t>(0)),
-                                    torch::stable::detail::from(index)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::index_select", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
 // Value of an int64 tensor of one element, wherever it is: a host sync for a CUDA tensor.
 // Retired by torch::stable::Tensor::item, should it come.
 inline int64_t item_int64(const Tensor& t) {

@@ -59,10 +59,11 @@ def _check_inputs(
     _checks.check_tensor("boxes", boxes, _checks.FLOATING, "[N, 4] or [B, N, 4]", (2, 3))
     if boxes.shape[-1] != 4:
         raise ValueError(f"boxes: expected shape [N, 4] or [B, N, 4], got {list(boxes.shape)}")
-    for name, value, dtypes in (("scores", scores, _checks.FLOATING), ("idxs", idxs, _checks.INTEGER)):
-        if name == "idxs" and value is None:
-            continue
-        spelled = "[N]" if boxes.dim() == 2 else "[B, N]"
+    per_box: list[tuple[str, Tensor, tuple[torch.dtype, ...]]] = [("scores", scores, _checks.FLOATING)]
+    if idxs is not None:
+        per_box.append(("idxs", idxs, _checks.INTEGER))
+    spelled = "[N]" if boxes.dim() == 2 else "[B, N]"
+    for name, value, dtypes in per_box:
         _checks.check_tensor(name, value, dtypes, spelled, (boxes.dim() - 1,))
         if value.shape != boxes.shape[:-1]:
             raise ValueError(
