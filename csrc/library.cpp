@@ -22,6 +22,12 @@ PANFPN_LIBRARY(m) {
   // The same, where only boxes with equal idxs suppress each other.
   m.def("batched_nms(Tensor boxes, Tensor scores, Tensor idxs, float iou_threshold) -> Tensor");
 
+  // The same in static shapes: kept indices, filled up with -1, and their number. Each may have a batch
+  // dimension.
+  m.def(
+      "nms_padded(Tensor boxes, Tensor scores, Tensor? idxs, float iou_threshold, SymInt max_output) "
+      "-> (Tensor, Tensor)");
+
   // [N, H, W] masks from [N, M, M] probabilities: bool, or uint8 for a negative threshold.
   m.def("paste_masks(Tensor masks, Tensor boxes, SymInt height, SymInt width, float threshold) -> Tensor");
 

@@ -53,12 +53,12 @@ inline Tensor empty_nchw(std::initializer_list<int64_t> sizes, const Tensor& lik
                                             : torch::headeronly::MemoryFormat::Contiguous);
 }
 
-// Indices that sort 1-D `values`, equal ones in their given order; NaN counts as the largest value of all.
-// Retired by torch::stable::sort, should it come.
-inline Tensor argsort(const Tensor& values, bool descending) {
+// Indices that sort `values` along a dimension, equal ones in their given order; NaN counts as the largest
+// value of all. Retired by torch::stable::sort, should it come.
+inline Tensor argsort(const Tensor& values, bool descending, int64_t dim = 0) {
   std::array<StableIValue, 4> stack{
       torch::stable::detail::from(values), torch::stable::detail::from(std::optional<bool>(true)),
-      torch::stable::detail::from(static_cast<int64_t>(0)), torch::stable::detail::from(descending)};
+      torch::stable::detail::from(dim), torch::stable::detail::from(descending)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
   const Tensor sorted = torch::stable::detail::to<Tensor>(stack[0]);  // takes ownership, so that it is freed
   return torch::stable::detail::to<Tensor>(stack[1]);
@@ -68,16 +68,6 @@ inline Tensor argsort(const Tensor& values, bool descending) {
 inline Tensor negate(const Tensor& values) {
   std::array<StableIValue, 1> stack{torch::stable::detail::from(values)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::neg", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-// values[index] for 1-D int64 `index` along dimension 0. Retired by torch::stable::index_select, should it
-// come.
-inline Tensor index_select(const Tensor& values, const Tensor& index) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(values),
-                                    torch::stable::detail::from(static_cast<int64_t>(0)),
-                                    torch::stable::detail::from(index)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::index_select", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

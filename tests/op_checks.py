@@ -59,6 +59,7 @@ OPS = {
         Op("multiscale_roi_align"),
         Op("nms"),
         Op("batched_nms"),
+        Op("nms_padded"),
         Op("paste_masks"),
         Op("paste_masks_rle", host_result=True),
         Op("panoptic_merge"),

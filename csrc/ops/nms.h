@@ -1,9 +1,12 @@
 // Greedy non-maximum suppression: what both devices share.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
+#include <utility>
 
 #include "ops/host_device.h"
 #include "stable_compat.h"
@@ -20,15 +23,39 @@ PANFPN_HOST_DEVICE T box_area(const Box<T>& b) {
   return (b.x2 - b.x1) * (b.y2 - b.y1);
 }
 
-// Intersection over union above the threshold; 0/0 is NaN and compares false, so empty boxes never suppress.
+// Zero for boxes that do not meet.
 template <typename T>
-PANFPN_HOST_DEVICE bool iou_above(const Box<T>& a, const Box<T>& b, T threshold) {
+PANFPN_HOST_DEVICE T intersection(const Box<T>& a, const Box<T>& b) {
   const T left = a.x1 > b.x1 ? a.x1 : b.x1, right = a.x2 < b.x2 ? a.x2 : b.x2;
   const T top = a.y1 > b.y1 ? a.y1 : b.y1, bottom = a.y2 < b.y2 ? a.y2 : b.y2;
   const T width = right - left > T(0) ? right - left : T(0);
   const T height = bottom - top > T(0) ? bottom - top : T(0);
-  const T intersection = width * height;
-  return intersection / (box_area(a) + box_area(b) - intersection) > threshold;
+  return width * height;
+}
+
+// Intersection over union above the threshold; 0/0 is NaN and compares false, so empty boxes never suppress.
+// The quotient is rounded before it is compared, as in the peer, but mostly needs no division: where a
+// quotient of positive numbers is above the threshold, the intersection is at or above the rounded product.
+template <typename T>
+PANFPN_HOST_DEVICE bool iou_above(const Box<T>& a, T a_area, const Box<T>& b, T b_area, T threshold) {
+  const T inter = intersection(a, b);
+  const T both = a_area + b_area - inter;
+  if (threshold >= T(0) && !(inter > T(0) && inter >= threshold * both)) return false;
+  return inter / both > threshold;
+}
+
+// Sorts as a stable torch.sort has scores in descending order: smaller for larger scores, smallest for NaN;
+// both zeros are equal.
+template <typename T>
+using sort_key_t = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+
+template <typename T>
+PANFPN_HOST_DEVICE sort_key_t<T> descending_key(T score) {
+  using Key = sort_key_t<T>;
+  if (score != score) return 0;
+  constexpr Key kSign = Key{1} << (8 * sizeof(Key) - 1);
+  const Key bits = std::bit_cast<Key>(score + T(0));  // -0 + 0 is +0
+  return (bits & kSign) != 0 ? bits : ~(bits | kSign);
 }
 
 inline void check_nms_inputs(const Tensor& boxes, const Tensor& scores) {
@@ -42,6 +69,31 @@ inline void check_batched_nms_inputs(const Tensor& boxes, const Tensor& scores, 
   STD_TORCH_CHECK(idxs.dim() == 1 && idxs.size(0) == boxes.size(0) && idxs.scalar_type() == ScalarType::Long,
                   "batched_nms: idxs must be int64 [N]");
   STD_TORCH_CHECK(idxs.device() == boxes.device(), "batched_nms: boxes and idxs must be on one device");
+}
+
+// `idxs` may be null. All with a batch dimension in front, or none.
+inline void check_nms_padded_inputs(const Tensor& boxes, const Tensor& scores, const Tensor* idxs,
+                                    int64_t max_output) {
+  const int64_t dims = boxes.dim();
+  STD_TORCH_CHECK((dims == 2 || dims == 3) && boxes.size(dims - 1) == 4,
+                  "nms_padded: boxes must be [N, 4] or [B, N, 4]");
+  auto one_per_box = [&](const Tensor& t) {
+    return t.dim() == dims - 1 && t.size(0) == boxes.size(0) && t.size(dims - 2) == boxes.size(dims - 2) &&
+           t.device() == boxes.device();
+  };
+  STD_TORCH_CHECK(one_per_box(scores), "nms_padded: scores must have one value for each box, on its device");
+  STD_TORCH_CHECK(idxs == nullptr || (one_per_box(*idxs) && idxs->scalar_type() == ScalarType::Long),
+                  "nms_padded: idxs must have one int64 for each box, on its device");
+  STD_TORCH_CHECK(max_output >= 0, "nms_padded: max_output must not be negative");
+}
+
+// Uninitialised outputs of nms_padded: keep [max_output] and count [], each with the boxes' batch dimension.
+inline std::pair<Tensor, Tensor> empty_padded(const Tensor& boxes, int64_t max_output) {
+  if (boxes.dim() == 2) {
+    return {empty({max_output}, ScalarType::Long, boxes), empty({}, ScalarType::Long, boxes)};
+  }
+  return {empty({boxes.size(0), max_output}, ScalarType::Long, boxes),
+          empty({boxes.size(0)}, ScalarType::Long, boxes)};
 }
 
 }  // namespace panfpn

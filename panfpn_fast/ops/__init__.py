@@ -8,6 +8,7 @@ from __future__ import annotations
 from panfpn_fast.ops.batched_nms import batched_nms
 from panfpn_fast.ops.multiscale_roi_align import multiscale_roi_align
 from panfpn_fast.ops.nms import nms
+from panfpn_fast.ops.nms_padded import nms_padded
 from panfpn_fast.ops.panoptic_merge import PanopticSegments, panoptic_merge
 from panfpn_fast.ops.panoptic_merge_padded import panoptic_merge_padded
 from panfpn_fast.ops.paste_masks import paste_masks
@@ -19,6 +20,7 @@ __all__ = [
     "batched_nms",
     "multiscale_roi_align",
     "nms",
+    "nms_padded",
     "panoptic_merge",
     "panoptic_merge_padded",
     "paste_masks",

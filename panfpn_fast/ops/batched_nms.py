@@ -54,7 +54,7 @@ def batched_nms(
     _checks.check_device("idxs", idxs, boxes.device, "boxes")
     if exact not in ("class", "torchvision"):
         raise ValueError(f'exact: expected "class" or "torchvision", got {exact!r}')
-    boxes = _checks.full_precision(boxes)
+    boxes, scores = _checks.full_precision(boxes), _checks.full_precision(scores)
     if exact == "torchvision":
         shift = boxes.max() + 1 if boxes.shape[0] > 0 else boxes.new_ones(())
         return nms(boxes + (idxs.to(boxes) * shift)[:, None], scores, iou_threshold)

@@ -41,7 +41,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         tensor([0, 2])
     """
     _check_inputs(boxes, scores, iou_threshold)
-    boxes = _checks.full_precision(boxes)
+    boxes, scores = _checks.full_precision(boxes), _checks.full_precision(scores)
     if not _load.native(boxes.device):
         return reference.nms(boxes, scores, iou_threshold)
     return torch.ops.panfpn_fast.nms(boxes, scores, iou_threshold)

@@ -153,3 +153,29 @@ def test_paste_over_several_tiles(on_host: None, thread_order: str) -> None:
         actual = panfpn_fast.ops.paste_masks(masks, boxes, (37, 301), threshold)
         expected = OPS["paste_masks"].reference(masks, boxes, (37, 301), threshold)
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 128, 129, 1000, 1201])
+def test_suppression_at_the_edges_of_tiles(count: int, on_host: None, thread_order: str) -> None:
+    """Boxes in long chains of overlaps, so that which are kept depends on many others in and between tiles."""
+    random = torch.Generator().manual_seed(count)
+    corner = torch.rand(count, 2, generator=random) * torch.tensor([3.0 * count**0.5, 40.0])
+    boxes = torch.cat([corner, corner + 5 + 30 * torch.rand(count, 2, generator=random)], dim=1)
+    scores = (torch.rand(count, generator=random) * 500).round() / 500
+    idxs = torch.randint(0, 3, (count,), generator=random)
+    for groups in (None, idxs):
+        for max_output in (count, count // 4 + 1):
+            args = (boxes, scores, groups, 0.2, max_output)
+            actual = panfpn_fast.ops.nms_padded(*args)
+            torch.testing.assert_close(actual, OPS["nms_padded"].reference(*args), rtol=0, atol=0)
+
+
+def test_suppression_in_sorted_order(on_host: None) -> None:
+    """More boxes than are ordered by counting, in a batch of different orders."""
+    random = torch.Generator().manual_seed(0)
+    corner = torch.rand(2, 8193, 2, generator=random) * 30
+    boxes = torch.cat([corner, corner + 5 + 30 * torch.rand(2, 8193, 2, generator=random)], dim=2)
+    scores = torch.rand(2, 8193, generator=random)
+    args = (boxes, scores, None, 0.3, 40)
+    actual = panfpn_fast.ops.nms_padded(*args)
+    torch.testing.assert_close(actual, OPS["nms_padded"].reference(*args), rtol=0, atol=0)

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from op_checks import OPS, Sample, run_op_checks
-from op_samples import DEGENERATE_BOXES, generator, random_boxes
+from op_samples import DEGENERATE_BOXES, any_boxes, generator, random_boxes
 from torch import Tensor
 
 from panfpn_fast.ops import batched_nms, nms, reference
@@ -89,6 +91,21 @@ def test_equals_torchvision(seed: int, device: torch.device, torchvision_ops: Mo
     idxs = random_groups(900, 80, seed).to(device)
     expected = torchvision_ops.batched_nms(boxes, scores, idxs, 0.5)
     assert torch.equal(batched_nms(boxes, scores, idxs, 0.5, exact="torchvision"), expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    any_boxes(),
+    st.sampled_from([1, 4, 90]),
+    st.sampled_from([1, -(2**55)]),
+    st.sampled_from([-0.5, 0.0, 0.3, 0.6]),
+)
+def test_equals_the_reference(
+    drawn: tuple[Tensor, Tensor], groups: int, scale: int, iou_threshold: float
+) -> None:
+    boxes, scores = drawn
+    args = (boxes, scores, random_groups(len(boxes), groups, 0) * scale, iou_threshold)
+    assert torch.equal(batched_nms(*args), reference.batched_nms(*args))
 
 
 def test_reference_has_the_same_parameters() -> None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_checks import OPS, Sample, run_op_checks
-from op_samples import DEGENERATE_BOXES, generator, random_boxes
+from op_samples import DEGENERATE_BOXES, any_boxes, generator, random_boxes
 from torch import Tensor
 
 from panfpn_fast.ops import nms, reference
@@ -127,6 +127,44 @@ def test_small_integer_boxes(rows: list[tuple[int, ...]], iou_threshold: float) 
     table = torch.tensor(rows, dtype=torch.float32).reshape(-1, 5)
     args = (table[:, :4], table[:, 4], iou_threshold)
     assert torch.equal(nms(*args), reference.nms(*args))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    any_boxes(),
+    st.sampled_from([-1.0, -0.0, 1e-30, 0.1, 0.3, 0.5, 0.7, 1.0, 2.0, float("inf")]),
+    st.booleans(),
+)
+def test_equals_the_reference(
+    drawn: tuple[Tensor, Tensor], iou_threshold: float, double_precision: bool
+) -> None:
+    boxes, scores = (part.double() if double_precision else part for part in drawn)
+    assert torch.equal(nms(boxes, scores, iou_threshold), reference.nms(boxes, scores, iou_threshold))
+
+
+@pytest.mark.parametrize("iou_threshold", [0.3, 0.7])
+@pytest.mark.parametrize("spread", [3.0, 1000.0], ids=["crowded", "sparse"])
+def test_many_boxes_of_all_sizes(iou_threshold: float, spread: float) -> None:
+    """As many as the CPU op splits by area."""
+    random = generator(0)
+    count = 1500
+    side = torch.exp(torch.rand(count, 2, generator=random) * 9 - 4)
+    corner = torch.rand(count, 2, generator=random) * spread
+    boxes = torch.cat([corner, corner + side], dim=1)
+    scores = torch.rand(count, generator=random)
+    assert torch.equal(nms(boxes, scores, iou_threshold), reference.nms(boxes, scores, iou_threshold))
+
+
+def test_copies_of_very_many_boxes_are_dropped() -> None:
+    """As many as the CPU op works on in parallel: copies are dropped for a box of long ago, and of just before."""
+    count = 10000
+    place = torch.arange(count)
+    corner = torch.stack([place % 100, place // 100], dim=1) * 10.0
+    boxes = torch.cat([corner, corner + 9], dim=1)
+    scores = torch.rand(count, generator=generator(0)) + 1
+    later = scores - (place % 2)  # copies have the score of their box, and come after it, or a much lower one
+    kept = nms(torch.cat([boxes, boxes + 0.5]), torch.cat([scores, later]), 0.5)
+    assert torch.equal(kept, scores.sort(descending=True, stable=True).indices)
 
 
 def test_reference_has_the_same_signature() -> None:

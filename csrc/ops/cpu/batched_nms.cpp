@@ -3,10 +3,9 @@
 namespace panfpn {
 namespace {
 
-Tensor batched_nms(const Tensor& boxes, const Tensor& scores, const Tensor& idxs_in, double iou_threshold) {
-  check_batched_nms_inputs(boxes, scores, idxs_in);
-  const Tensor idxs = torch::stable::contiguous(idxs_in);
-  return suppress(boxes, scores, idxs.const_data_ptr<int64_t>(), iou_threshold);
+Tensor batched_nms(const Tensor& boxes, const Tensor& scores, const Tensor& idxs, double iou_threshold) {
+  check_batched_nms_inputs(boxes, scores, idxs);
+  return suppress_all(boxes, scores, &idxs, iou_threshold);
 }
 
 }  // namespace

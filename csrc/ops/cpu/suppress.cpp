@@ -1,60 +1,49 @@
-// Boxes in score order are resolved 64 at a time: first among themselves, one after the other, then the
-// survivors strike out everything behind them in parallel. Coordinates lie in separate arrays, so the inner
-// loop vectorises.
+// Boxes are visited by descending score, each is compared with the kept ones so far, and joins them unless
+// one of them strikes it out. So the work follows the kept boxes, and ends with the last one that is asked
+// for.
+//
+// Kept boxes lie in buckets, one for each group and octave of area: IoU above t needs areas within a factor
+// of t, so a few buckets have to be looked through. Their coordinates lie in separate arrays, and the
+// comparison with a run of them vectorises. It asks first, without a division, which boxes could be above the
+// threshold; the IoU itself, in the peer's order of operations, decides where some could.
 #include "ops/cpu/suppress.h"
 
 #include <algorithm>
+#include <bit>
+#include <cstddef>
+#include <memory>
+#include <new>
+#include <type_traits>
 #include <vector>
+
+#include "ops/cpu/score_order.h"
+#include "ops/cpu/simd.h"
 
 namespace panfpn {
 namespace {
 
-constexpr int64_t kBlock = 64;
-// Boxes struck out per task: below that a task costs more than it saves.
-constexpr int64_t kGrain = 512;
+// Buckets are filled up to multiples of this: the floats of an AVX-512 register.
+constexpr int64_t kLanes = 16;
+// Kept boxes compared before looking whether one struck.
+constexpr int64_t kRun = 8 * kLanes;
+// Boxes in a group below which splitting it by area costs more than it saves.
+constexpr int64_t kSplitByArea = 256;
+constexpr int64_t kMostOctaves = 16;
+// Comparisons that are worth waking other threads for, a millisecond or two: on a busy machine a thread that
+// has to be waited for costs a time slice. One thread does ten thousand boxes in some milliseconds.
+constexpr int64_t kParallelWork = int64_t{1} << 22;
+// The estimate before the division stays on the safe side by more than its roundings: 2^-18 against some
+// 2^-24.
+constexpr double kMargin = 1.0 - 1.0 / (1 << 18);
 
+// A threshold, prepared for boxes of type T.
 template <typename T>
-struct SortedBoxes {
-  std::vector<T> x1, y1, x2, y2;
-  std::vector<uint8_t> suppressed;
-
-  SortedBoxes(const T* boxes, const int64_t* order, int64_t count)
-      : x1(count), y1(count), x2(count), y2(count), suppressed(count, 0) {
-    for (int64_t i = 0; i < count; ++i) {
-      const T* box = boxes + order[i] * 4;
-      x1[i] = box[0], y1[i] = box[1], x2[i] = box[2], y2[i] = box[3];
-    }
-  }
-
-  Box<T> at(int64_t i) const { return {x1[i], y1[i], x2[i], y2[i]}; }
-
-  void strike(int64_t by, int64_t begin, int64_t end, T threshold) {
-    const Box<T> a = at(by);
-    const T *px1 = x1.data(), *py1 = y1.data(), *px2 = x2.data(), *py2 = y2.data();
-    uint8_t* out = suppressed.data();
-    for (int64_t j = begin; j < end; ++j) {
-      out[j] |= iou_above(a, Box<T>{px1[j], py1[j], px2[j], py2[j]}, threshold);
-    }
-  }
+struct Threshold {
+  T value;      // the comparison itself
+  double part;  // of both areas together, that an intersection above the threshold exceeds
+  T ratio;      // of the smaller to the larger area, likewise
+  bool prunes;  // else every box may strike every other: disjoint ones have an IoU of 0
 };
-
-// Marks in `keep` the members of `order` (one group, by descending score) that survive.
-template <typename T>
-void suppress_group(const T* boxes, const int64_t* order, int64_t count, T threshold, uint8_t* keep) {
-  SortedBoxes<T> sorted(boxes, order, count);
-  for (int64_t block = 0; block < count; block += kBlock) {
-    const int64_t block_end = std::min(block + kBlock, count);
-    for (int64_t i = block; i < block_end; ++i) {
-      if (!sorted.suppressed[i]) sorted.strike(i, i + 1, block_end, threshold);
-    }
-    torch::stable::parallel_for(block_end, count, kGrain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = block; i < block_end; ++i) {
-        if (!sorted.suppressed[i]) sorted.strike(i, begin, end, threshold);
-      }
-    });
-  }
-  for (int64_t i = 0; i < count; ++i) keep[order[i]] = !sorted.suppressed[i];
-}
 
 // The comparison `float32 IoU > double threshold` of the peer's CPU op, as a comparison in T: the threshold
 // rounded down, since a T above the largest T not over the threshold is above the threshold itself.
@@ -66,46 +55,284 @@ T round_down(double threshold) {
              : rounded;
 }
 
+template <typename T>
+Threshold<T> prepare(double iou_threshold) {
+  const T value = round_down<T>(iou_threshold);
+  const double exact = value;
+  return {value, kMargin / (1.0 + 1.0 / exact), static_cast<T>(exact * kMargin), exact >= 0.0};
+}
+
+// What a box needs before an intersection with it can be above the threshold: inter / (a + b - inter) > t
+// makes inter > t / (1 + t) * (a + b), and both boxes bring their part of the sum. Too small to be exact is
+// nothing.
+template <typename T>
+T share_of(T area, const Threshold<T>& threshold) {
+  const T share = static_cast<T>(threshold.part * area);
+  return share >= T(1e-30) ? share : T(0);
+}
+
+// Whether the box can strike at all. Where disjoint boxes do not strike, one without a positive finite area
+// never does and is never struck: its intersections are empty, or its IoU is 0 or NaN. NaN coordinates make a
+// NaN area.
+template <typename T>
+bool is_active(const Box<T>& box, T area, const Threshold<T>& threshold) {
+  return !threshold.prunes ||
+         (box.x2 > box.x1 && box.y2 > box.y1 && area > T(0) && area < std::numeric_limits<T>::infinity());
+}
+
+// Grows with the logarithm of a positive area.
+template <typename T>
+int64_t octave(T area) {
+  if constexpr (sizeof(T) == 4) {
+    return std::bit_cast<uint32_t>(area) >> 23;
+  } else {
+    return static_cast<int64_t>(std::bit_cast<uint64_t>(area) >> 52);
+  }
+}
+
+// Boxes in separate arrays.
+template <typename T>
+struct Columns {
+  T *x1, *y1, *x2, *y2, *area, *share;
+};
+
+template <typename T>
+struct Candidate {
+  Box<T> box;
+  T area, share;
+};
+
+// Whether one of kept boxes [begin, end) might be above the threshold; `end - begin` is a multiple of kLanes.
+// Empty intersections come out at or below zero, and the candidate's share is above.
+template <typename T>
+PANFPN_VECTOR_CLONES bool some_near(const Columns<T>& kept, int64_t begin, int64_t end,
+                                    const Candidate<T>& c) {
+  using Mask = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  const T *x1 = kept.x1 + begin, *y1 = kept.y1 + begin, *x2 = kept.x2 + begin, *y2 = kept.y2 + begin;
+  const T* share = kept.share + begin;
+  const T cx1 = c.box.x1, cy1 = c.box.y1, cx2 = c.box.x2, cy2 = c.box.y2, c_share = c.share;
+  const int64_t count = (end - begin) / kLanes * kLanes;
+  Mask near = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const T left = cx1 > x1[i] ? cx1 : x1[i], right = cx2 < x2[i] ? cx2 : x2[i];
+    const T top = cy1 > y1[i] ? cy1 : y1[i], bottom = cy2 < y2[i] ? cy2 : y2[i];
+    const T width = right - left, height = bottom - top;
+    const T inter = (T(0) > width ? T(0) : width) * height;
+    near |= inter >= share[i] + c_share ? Mask(-1) : Mask(0);
+  }
+  return near != 0;
+}
+
+// Whether one of kept boxes [begin, end) is above the threshold.
+template <typename T>
+PANFPN_VECTOR_CLONES bool some_above(const Columns<T>& kept, int64_t begin, int64_t end,
+                                     const Candidate<T>& c, T threshold) {
+  using Mask = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  const int64_t count = (end - begin) / kLanes * kLanes;
+  const Candidate<T> candidate = c;
+  Mask above = 0;
+  for (int64_t i = begin; i < begin + count; ++i) {
+    const Box<T> other{kept.x1[i], kept.y1[i], kept.x2[i], kept.y2[i]};
+    const T inter = intersection(other, candidate.box);
+    above |= inter / (kept.area[i] + candidate.area - inter) > threshold ? Mask(-1) : Mask(0);
+  }
+  return above != 0;
+}
+
+int64_t round_up(int64_t value) {
+  return (value + kLanes - 1) / kLanes * kLanes;
+}
+
+// Numbers the groups from 0; returns how many there are.
+int64_t number_groups(const int64_t* idxs, int64_t count, uint32_t* group) {
+  const auto [low, high] = std::minmax_element(idxs, idxs + count);
+  const uint64_t range = static_cast<uint64_t>(*high) - static_cast<uint64_t>(*low);
+  if (range < static_cast<uint64_t>(count) + kSplitByArea) {  // few enough values to have a bucket each
+    for (int64_t i = 0; i < count; ++i) group[i] = static_cast<uint32_t>(idxs[i] - *low);
+    return static_cast<int64_t>(range) + 1;
+  }
+  std::vector<int64_t> values(idxs, idxs + count);
+  std::sort(values.begin(), values.end());
+  values.erase(std::unique(values.begin(), values.end()), values.end());
+  for (int64_t i = 0; i < count; ++i) {
+    group[i] =
+        static_cast<uint32_t>(std::lower_bound(values.begin(), values.end(), idxs[i]) - values.begin());
+  }
+  return static_cast<int64_t>(values.size());
+}
+
+struct Bucket {
+  int64_t begin = 0, end = 0;  // of the kept boxes so far
+  int64_t before = 0;          // where `end` was when the block of candidates `block` began
+  int64_t block = -1;
+};
+
+template <typename T>
+class Suppression {
+ public:
+  Suppression(const Candidates& candidates, double iou_threshold)
+      : boxes_(static_cast<const Box<T>*>(candidates.boxes)),
+        count_(candidates.count),
+        threshold_(prepare<T>(iou_threshold)),
+        order_(std::make_unique_for_overwrite<uint32_t[]>(count_)),
+        group_(count_) {
+    order_by_score(candidates.scores, candidates.score_dtype, count_, order_.get());
+    const int64_t groups =
+        candidates.idxs != nullptr ? number_groups(candidates.idxs, count_, group_.data()) : 1;
+    make_buckets(groups);
+  }
+
+  int64_t run(int64_t max_output, int64_t* keep) {
+    const int64_t block_size = std::clamp<int64_t>(count_ / 16, 64, 1024);
+    std::vector<uint8_t> struck(block_size);
+    int64_t kept = 0;
+    for (int64_t first = 0, block = 0; first < count_ && kept < max_output; first += block_size, ++block) {
+      const int64_t last = std::min(first + block_size, count_);
+      // Against what was kept before, a block's candidates are independent of each other.
+      const int64_t buckets = static_cast<int64_t>(buckets_.size());
+      const bool in_parallel = (last - first) * (kept / std::max<int64_t>(buckets / 3, 1)) > kParallelWork;
+      if (in_parallel) {
+        torch::stable::parallel_for(first, last, block_size / 16, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) struck[i - first] = is_struck(order_[i], -1);
+        });
+      }
+      for (int64_t i = first; i < last && kept < max_output; ++i) {
+        const int64_t index = order_[i];
+        if (in_parallel ? struck[i - first] || is_struck(index, block) : is_struck(index, -1)) continue;
+        add(index, block);
+        keep[kept++] = index;
+      }
+    }
+    return kept;
+  }
+
+ private:
+  void make_buckets(int64_t groups) {
+    octaves_ = 1;
+    if (threshold_.ratio > T(1e-30) && threshold_.prunes && count_ / groups > kSplitByArea) {
+      int64_t low = std::numeric_limits<int64_t>::max(), high = 0;
+      for (int64_t i = 0; i < count_; ++i) {
+        const T area = box_area(boxes_[i]);
+        if (!is_active(boxes_[i], area, threshold_)) continue;
+        low = std::min(low, octave(area));
+        high = std::max(high, octave(area));
+      }
+      lowest_octave_ = low;
+      if (low < high) octaves_ = std::min(high - low + 1, kMostOctaves);
+    }
+    std::vector<int64_t> members(groups * octaves_, 0);
+    for (int64_t i = 0; i < count_; ++i) ++members[bucket_of(i, box_area(boxes_[i]))];
+    buckets_.resize(members.size());
+    int64_t capacity = 0;
+    for (size_t i = 0; i < members.size(); ++i) {
+      buckets_[i].begin = buckets_[i].end = capacity;
+      capacity += round_up(members[i]);
+    }
+    memory_.reset(static_cast<T*>(::operator new[](6 * capacity * sizeof(T), kAlignment)));
+    T* column = memory_.get();
+    for (T** start : {&kept_.x1, &kept_.y1, &kept_.x2, &kept_.y2, &kept_.area, &kept_.share}) {
+      *start = column;
+      column += capacity;
+    }
+  }
+
+  int64_t octave_within(T area) const {
+    return std::clamp<int64_t>(octave(area) - lowest_octave_, 0, octaves_ - 1);
+  }
+
+  int64_t bucket_of(int64_t index, T area) const {
+    return group_[index] * octaves_ + (octaves_ > 1 && area > T(0) ? octave_within(area) : 0);
+  }
+
+  // Among all kept boxes, or among those of the current `block` of candidates where that is given.
+  bool is_struck(int64_t index, int64_t block) const {
+    const Box<T> box = boxes_[index];
+    const T area = box_area(box);
+    if (!is_active(box, area, threshold_)) return false;
+    // A share above zero also where the area's is too small to count, see some_near.
+    const T share = std::max(share_of(area, threshold_), std::numeric_limits<T>::denorm_min());
+    const Candidate<T> candidate{box, area, share};
+    int64_t low = group_[index] * octaves_, high = low;
+    if (octaves_ > 1) {
+      high += octave_within(area / threshold_.ratio);
+      low += octave_within(area * threshold_.ratio);
+    }
+    for (int64_t b = low; b <= high; ++b) {
+      const Bucket& bucket = buckets_[b];
+      int64_t begin = bucket.begin;
+      if (block >= 0) begin = bucket.block == block ? bucket.before / kLanes * kLanes : bucket.end;
+      const int64_t end = bucket.begin + round_up(bucket.end - bucket.begin);
+      for (; begin < end; begin += kRun) {
+        const int64_t run_end = std::min(begin + kRun, end);
+        if ((!threshold_.prunes || some_near(kept_, begin, run_end, candidate)) &&
+            some_above(kept_, begin, run_end, candidate, threshold_.value)) {
+          return true;
+        }
+      }
+    }
+    return false;
+  }
+
+  void add(int64_t index, int64_t block) {
+    const Box<T> box = boxes_[index];
+    const T area = box_area(box);
+    if (!is_active(box, area, threshold_)) return;
+    Bucket& bucket = buckets_[bucket_of(index, area)];
+    if (bucket.block != block) {
+      bucket.block = block;
+      bucket.before = bucket.end;
+    }
+    const int64_t at = bucket.end++;
+    if ((at - bucket.begin) % kLanes == 0) {  // what is compared with but not filled yet must not strike
+      for (T* column : {kept_.x1, kept_.y1, kept_.x2, kept_.y2}) std::fill_n(column + at, kLanes, T(0));
+      std::fill_n(kept_.area + at, kLanes, std::numeric_limits<T>::quiet_NaN());
+      std::fill_n(kept_.share + at, kLanes, std::numeric_limits<T>::infinity());
+    }
+    kept_.x1[at] = box.x1, kept_.y1[at] = box.y1, kept_.x2[at] = box.x2, kept_.y2[at] = box.y2;
+    kept_.area[at] = area, kept_.share[at] = share_of(area, threshold_);
+  }
+
+  static constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(T* memory) const { ::operator delete[](memory, kAlignment); }
+  };
+
+  const Box<T>* boxes_;
+  int64_t count_;
+  Threshold<T> threshold_;
+  std::unique_ptr<uint32_t[]> order_;
+  std::vector<uint32_t> group_;
+  int64_t octaves_ = 1, lowest_octave_ = 0;
+  std::vector<Bucket> buckets_;
+  std::unique_ptr<T[], Free> memory_;
+  Columns<T> kept_{};
+};
+
 }  // namespace
 
-Tensor suppress(const Tensor& boxes_in, const Tensor& scores, const int64_t* idxs, double iou_threshold) {
-  const Tensor boxes = torch::stable::contiguous(boxes_in);
-  const Tensor order_tensor = argsort(scores, /*descending=*/true);
-  const int64_t count = boxes.size(0);
-  const int64_t* order = order_tensor.const_data_ptr<int64_t>();
-  std::vector<uint8_t> keep(count, 0);
-
-  // Groups lie one after the other in `grouped`, each still by descending score.
-  std::vector<int64_t> grouped(order, order + count), starts;
-  if (idxs != nullptr) {
-    std::stable_sort(grouped.begin(), grouped.end(), [&](int64_t a, int64_t b) { return idxs[a] < idxs[b]; });
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    if (i == 0 || (idxs != nullptr && idxs[grouped[i]] != idxs[grouped[i - 1]])) starts.push_back(i);
-  }
-  const int64_t groups = static_cast<int64_t>(starts.size());
-  starts.push_back(count);
-
-  dispatch_float_or_double(boxes.scalar_type(), "nms", [&](auto tag) {
+int64_t suppress(const Candidates& candidates, double iou_threshold, int64_t max_output, int64_t* keep) {
+  if (candidates.count == 0 || max_output <= 0) return 0;
+  STD_TORCH_CHECK(candidates.count <= std::numeric_limits<uint32_t>::max(), "nms: at most 2^32 - 1 boxes");
+  int64_t kept = 0;
+  dispatch_float_or_double(candidates.box_dtype, "nms", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const T* data = boxes.const_data_ptr<T>();
-    const T threshold = round_down<T>(iou_threshold);
-    auto run = [&](int64_t begin, int64_t end) {
-      for (int64_t g = begin; g < end; ++g) {
-        suppress_group(data, grouped.data() + starts[g], starts[g + 1] - starts[g], threshold, keep.data());
-      }
-    };
-    if (groups == 1) {
-      run(0, 1);  // outside a parallel region, so that the group itself is worked on in parallel
-    } else {
-      torch::stable::parallel_for(0, groups, 1, run);
-    }
+    kept = Suppression<T>(candidates, iou_threshold).run(max_output, keep);
   });
+  return kept;
+}
 
-  const int64_t kept = std::count(keep.begin(), keep.end(), uint8_t{1});
+Tensor suppress_all(const Tensor& boxes_in, const Tensor& scores_in, const Tensor* idxs_in,
+                    double iou_threshold) {
+  const Tensor boxes = torch::stable::contiguous(boxes_in), scores = torch::stable::contiguous(scores_in);
+  const Tensor idxs = idxs_in != nullptr ? torch::stable::contiguous(*idxs_in) : scores;
+  const int64_t count = boxes.size(0);
+  const auto keep = std::make_unique_for_overwrite<int64_t[]>(count);
+  const int64_t kept =
+      suppress({boxes.const_data_ptr(), boxes.scalar_type(), scores.const_data_ptr(), scores.scalar_type(),
+                idxs_in != nullptr ? idxs.const_data_ptr<int64_t>() : nullptr, count},
+               iou_threshold, count, keep.get());
   Tensor out = empty({kept}, ScalarType::Long, boxes);
-  std::copy_if(order, order + count, out.mutable_data_ptr<int64_t>(),
-               [&](int64_t i) { return keep[i] != 0; });
+  std::copy_n(keep.get(), kept, out.mutable_data_ptr<int64_t>());
   return out;
 }
 

@@ -5,7 +5,7 @@ namespace {
 
 Tensor batched_nms(const Tensor& boxes, const Tensor& scores, const Tensor& idxs, double iou_threshold) {
   check_batched_nms_inputs(boxes, scores, idxs);
-  return suppress(boxes, scores, &idxs, iou_threshold);
+  return suppress_all(boxes, scores, &idxs, iou_threshold);
 }
 
 }  // namespace

@@ -5,7 +5,7 @@ namespace {
 
 Tensor nms(const Tensor& boxes, const Tensor& scores, double iou_threshold) {
   check_nms_inputs(boxes, scores);
-  return suppress(boxes, scores, nullptr, iou_threshold);
+  return suppress_all(boxes, scores, nullptr, iou_threshold);
 }
 
 }  // namespace

@@ -1,122 +1,265 @@
-// Suppression wholly on the device: a bit mask of who strikes whom in 64 x 64 tiles, upper triangle only,
-// then one block that walks it in score order. The host reads one number, how many boxes were kept.
+// Suppression wholly on the device, in three launches that read nothing back: the order of the scores, a bit
+// mask of who strikes whom in the upper triangle of 64 x 64 tiles, and one block for each image that walks it
+// in score order. blockIdx.y, and blockIdx.x of the last kernel, count the images.
 #include "ops/cuda/suppress.h"
 
 namespace panfpn {
 namespace {
 
 constexpr int kTile = 64;  // boxes in a tile: the bits of one mask word
+constexpr int kWarp = 32;
+constexpr unsigned int kAllLanes = 0xFFFFFFFFu;
 
-// mask[i, word]: which boxes of tile `word` box i strikes. Boxes are in score order. `groups` may be null.
+// Up to this many boxes an order is found by counting, for each score, those before it: quadratic, but on all
+// multiprocessors at once, in one launch and without scratch memory. Sorting launches several kernels one
+// after the other, and small inputs are made of launches.
+constexpr int64_t kMostByCounting = 8192;
+constexpr int kRankThreads = 256;
+constexpr int kRanksPerWarp = 4;  // scores that share one reading of all the others
+constexpr int kRanksPerBlock = kRankThreads / kWarp * kRanksPerWarp;
+
+// order[rank] = index. Equal keys rank by index, so all ranks differ.
 template <typename T>
-__global__ void __launch_bounds__(kTile)
-    suppression_mask(const Box<T>* boxes, const int64_t* groups, int64_t count, T threshold, uint64_t* mask) {
-  const int64_t words = (count + kTile - 1) / kTile;
-  const int64_t row_tile = blockIdx.y, column_tile = blockIdx.x;
-  if (column_tile < row_tile) return;
+__global__ void __launch_bounds__(kRankThreads)
+    rank_scores(const T* all_scores, int64_t count, int64_t* all_order) {
+  const T* scores = all_scores + blockIdx.y * count;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int boxes = static_cast<int>(count);
+  const int first = (static_cast<int>(blockIdx.x) * (kRankThreads / kWarp) + warp) * kRanksPerWarp;
+  if (first >= boxes) return;
+  sort_key_t<T> keys[kRanksPerWarp];
+  unsigned int before[kRanksPerWarp];
+  PANFPN_UNROLL
+  for (int k = 0; k < kRanksPerWarp; ++k) {
+    keys[k] = descending_key(scores[first + k < boxes ? first + k : first]);
+    before[k] = 0;
+  }
+  PANFPN_UNROLL_BY(2)
+  for (int i = lane; i < boxes; i += kWarp) {
+    const sort_key_t<T> key = descending_key(scores[i]);
+    PANFPN_UNROLL
+    for (int k = 0; k < kRanksPerWarp; ++k) {
+      before[k] += key < keys[k] || (key == keys[k] && i < first + k) ? 1 : 0;
+    }
+  }
+  PANFPN_UNROLL
+  for (int k = 0; k < kRanksPerWarp; ++k) {
+    const unsigned int rank = __reduce_add_sync(kAllLanes, before[k]);
+    if (lane == k && first + k < boxes) all_order[blockIdx.y * count + rank] = first + k;
+  }
+}
 
+constexpr int kLanesPerRow = 4;  // neighbours that share one row of a tile
+constexpr int kMaskThreads = kTile * kLanesPerRow;
+
+// mask[image, row, word]: which boxes of tile `word` strikes the box of that place in the order. Words left
+// of the diagonal are never read, and not written. `all_groups` may be null.
+template <typename T>
+__global__ void __launch_bounds__(kMaskThreads)
+    suppression_mask(const Box<T>* all_boxes, const int64_t* all_groups, const int64_t* all_order,
+                     int64_t count, T threshold, uint64_t* all_mask) {
+  const int64_t words = (count + kTile - 1) / kTile;
+  const int64_t triangle = blockIdx.x;
+  // Column c of the triangle begins at c * (c + 1) / 2; the square root may be off by one.
+  int64_t column_tile = static_cast<int64_t>(sqrtf(2.0f * static_cast<float>(triangle) + 0.25f) - 0.5f);
+  while (column_tile * (column_tile + 1) / 2 > triangle) --column_tile;
+  while ((column_tile + 1) * (column_tile + 2) / 2 <= triangle) ++column_tile;
+  const int64_t row_tile = triangle - column_tile * (column_tile + 1) / 2;
+
+  const int64_t image = blockIdx.y;
+  const Box<T>* boxes = all_boxes + image * count;
+  const int64_t* groups = all_groups != nullptr ? all_groups + image * count : nullptr;
+  const int64_t* order = all_order + image * count;
   PANFPN_SHARED(Box<T>, tile, kTile);
+  PANFPN_SHARED(T, tile_areas, kTile);
   PANFPN_SHARED(int64_t, tile_groups, kTile);
-  const int64_t column = column_tile * kTile + threadIdx.x;
-  if (column < count) {
-    tile[threadIdx.x] = boxes[column];
-    if (groups != nullptr) tile_groups[threadIdx.x] = groups[column];
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread < kTile && column_tile * kTile + thread < count) {
+    const int64_t index = order[column_tile * kTile + thread];
+    const Box<T> box = boxes[index];
+    tile[thread] = box;
+    tile_areas[thread] = box_area(box);
+    tile_groups[thread] = groups != nullptr ? groups[index] : 0;
   }
   __syncthreads();
 
-  const int64_t row = row_tile * kTile + threadIdx.x;
-  if (row >= count) return;
-  const Box<T> box = boxes[row];
-  const int64_t group = groups != nullptr ? groups[row] : 0;
-  const int64_t left = count - column_tile * kTile;
-  const int columns = left < kTile ? static_cast<int>(left) : kTile;
+  const int in_tile = thread / kLanesPerRow, part = thread % kLanesPerRow;
+  const int64_t row = row_tile * kTile + in_tile;
   uint64_t bits = 0;
-  for (int i = column_tile == row_tile ? static_cast<int>(threadIdx.x) + 1 : 0; i < columns; ++i) {
-    if ((groups == nullptr || tile_groups[i] == group) && iou_above(box, tile[i], threshold)) {
-      bits |= uint64_t{1} << i;
+  if (row < count) {
+    const int64_t index = order[row];
+    const Box<T> box = boxes[index];
+    const T area = box_area(box);
+    const int64_t group = groups != nullptr ? groups[index] : 0;
+    const int64_t left = count - column_tile * kTile;
+    const int columns = left < kTile ? static_cast<int>(left) : kTile;
+    const int after = column_tile == row_tile ? in_tile : -1;  // a box strikes those behind it only
+    for (int i = part; i < columns; i += kLanesPerRow) {
+      if (i > after && tile_groups[i] == group && iou_above(box, area, tile[i], tile_areas[i], threshold)) {
+        bits |= uint64_t{1} << i;
+      }
     }
   }
-  mask[row * words + column_tile] = bits;
+  PANFPN_UNROLL
+  for (int other = 1; other < kLanesPerRow; other *= 2) {
+    bits |= __shfl_xor_sync(kAllLanes, static_cast<unsigned long long>(bits), other);
+  }
+  if (row < count && part == 0) all_mask[(image * count + row) * words + column_tile] = bits;
 }
 
-constexpr int kResolveThreads = 256;
+constexpr int kMostResolveThreads = 1024;
+constexpr int64_t kFewWords = 64;  // up to these, half the threads do
 
-// One block. Tile by tile: one thread settles the 64 boxes among themselves, then all threads strike out what
-// the kept ones reach in later tiles. `removed` [words] starts as zeros; `keep` receives original indices.
-__global__ void __launch_bounds__(kResolveThreads)
-    resolve_suppression(const uint64_t* mask, const int64_t* order, int64_t count, uint64_t* removed,
-                        int64_t* keep, int64_t* kept_count) {
+__device__ __forceinline__ int place_of(uint64_t bits, int bit) {
+  return __popcll(bits & ((uint64_t{1} << bit) - 1));
+}
+
+// One block for each image; tile by tile in score order. The first warp settles the boxes of a tile among
+// themselves while the other warps strike out what the tile before it reaches in later tiles: what that one
+// strikes in this very tile, the first warp has fetched ahead. `keep` receives original indices.
+__global__ void __launch_bounds__(kMostResolveThreads)
+    resolve_suppression(const uint64_t* all_mask, const int64_t* all_order, int64_t count, int64_t max_output,
+                        int64_t* all_keep, int64_t* all_kept_counts) {
   const int64_t words = (count + kTile - 1) / kTile;
-  PANFPN_SHARED(uint64_t, diagonal, kTile);
-  PANFPN_SHARED(uint64_t, kept, 1);
-  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t image = blockIdx.x;
+  const uint64_t* mask = all_mask + image * count * words;
+  const int64_t* order = all_order + image * count;
+  int64_t* keep = all_keep + image * max_output;
+  PANFPN_DYNAMIC_SHARED(unsigned int, removed);  // two halves for each word
+  PANFPN_SHARED(uint64_t, alive_in, 2);          // of this tile and of the one before, by turns
+  PANFPN_SHARED(int64_t, kept_until, 2);
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const int lane = thread % kWarp, warp = thread / kWarp, pushers = threads / kWarp - 1;
+  for (int64_t i = thread; i < 2 * words; i += threads) removed[i] = 0;
+  __syncthreads();
+
+  // Word `word` of this lane's two rows of a tile.
+  auto fetch = [&](int64_t tile, int half, int64_t word) {
+    const int64_t row = tile * kTile + half * kWarp + lane;
+    return row < count && word < words ? mask[row * words + word] : uint64_t{0};
+  };
+  // Of the first warp: both rows' words on the diagonal, and the previous tile's words above it.
+  uint64_t diagonal[2] = {0, 0}, above[2] = {0, 0};
+  uint64_t alive_before = 0;
+  if (warp == 0) {
+    diagonal[0] = fetch(0, 0, 0);
+    diagonal[1] = fetch(0, 1, 0);
+  }
+  auto struck_by = [&](uint64_t alive, const uint64_t (&rows)[2]) {
+    const uint64_t mine =
+        ((alive >> lane & 1) != 0 ? rows[0] : 0) | ((alive >> (lane + kWarp) & 1) != 0 ? rows[1] : 0);
+    const unsigned int low = __reduce_or_sync(kAllLanes, static_cast<unsigned int>(mine));
+    const unsigned int high = __reduce_or_sync(kAllLanes, static_cast<unsigned int>(mine >> 32));
+    return static_cast<uint64_t>(high) << 32 | low;
+  };
+
   int64_t total = 0;
-  for (int64_t tile = 0; tile < words; ++tile) {
-    const int64_t first = tile * kTile;
-    const int size = count - first < kTile ? static_cast<int>(count - first) : kTile;
-    if (thread < size) diagonal[thread] = mask[(first + thread) * words + tile];
-    __syncthreads();
-    if (thread == 0) {
-      uint64_t gone = removed[tile], alive = 0;
-      for (int i = 0; i < size; ++i) {
-        if ((gone >> i & 1) == 0) {
-          alive |= uint64_t{1} << i;
-          gone |= diagonal[i];
+  for (int64_t tile = 0; tile < words && total < max_output; ++tile) {
+    const int turn = static_cast<int>(tile % 2);
+    if (warp == 0) {
+      const uint64_t next_diagonal[2] = {fetch(tile + 1, 0, tile + 1), fetch(tile + 1, 1, tile + 1)};
+      const uint64_t next_above[2] = {fetch(tile, 0, tile + 1), fetch(tile, 1, tile + 1)};
+      const int64_t left = count - tile * kTile;
+      const uint64_t all = left < kTile ? (uint64_t{1} << left) - 1 : ~uint64_t{0};
+      const uint64_t gone = static_cast<uint64_t>(removed[2 * tile + 1]) << 32 | removed[2 * tile];
+      const uint64_t open = all & ~gone & ~struck_by(alive_before, above);
+      // Rows strike later bits only, so each round settles at least one more bit for good, mostly all of a
+      // chain's link at once; what no round changes is the only solution.
+      uint64_t alive = open, previous;
+      do {
+        previous = alive;
+        alive = open & ~struck_by(previous, diagonal);
+      } while (alive != previous);
+      PANFPN_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int bit = half * kWarp + lane;
+        const int64_t place = total + place_of(alive, bit);
+        if ((alive >> bit & 1) != 0 && place < max_output) keep[place] = order[tile * kTile + bit];
+      }
+      if (lane == 0) {
+        alive_in[turn] = alive;
+        kept_until[turn] = total + __popcll(alive);
+      }
+      alive_before = alive;
+      diagonal[0] = next_diagonal[0], diagonal[1] = next_diagonal[1];
+      above[0] = next_above[0], above[1] = next_above[1];
+    } else if (tile > 0) {
+      const uint64_t alive = alive_in[1 - turn];
+      for (int bit = warp - 1; bit < kTile; bit += pushers) {
+        if ((alive >> bit & 1) == 0) continue;
+        const unsigned int* row =
+            reinterpret_cast<const unsigned int*>(mask + ((tile - 1) * kTile + bit) * words);
+        PANFPN_UNROLL_BY(4)
+        for (int64_t i = 2 * (tile + 1) + lane; i < 2 * words; i += kWarp) {
+          const unsigned int struck = row[i];
+          if (struck != 0) atomicOr(&removed[i], struck);
         }
       }
-      kept[0] = alive;
     }
     __syncthreads();
-    const uint64_t alive = kept[0];
-    if (thread < size && (alive >> thread & 1) != 0) {
-      const uint64_t before = alive & ((uint64_t{1} << thread) - 1);
-      keep[total + __popcll(before)] = order[first + thread];
-    }
-    total += __popcll(alive);
-    for (int64_t word = tile + 1 + thread; word < words; word += kResolveThreads) {
-      uint64_t struck = removed[word];
-      for (uint64_t rest = alive; rest != 0; rest &= rest - 1) {
-        struck |= mask[(first + __ffsll(static_cast<long long>(rest)) - 1) * words + word];
-      }
-      removed[word] = struck;
-    }
-    __syncthreads();  // before the next tile reads `removed` and overwrites `diagonal` and `kept`
+    total = kept_until[turn];
   }
-  if (thread == 0) *kept_count = total;
+  const int64_t kept = total < max_output ? total : max_output;
+  for (int64_t i = kept + thread; i < max_output; i += threads) keep[i] = -1;
+  if (thread == 0) all_kept_counts[image] = kept;
 }
 
-// The largest grid dimension along y; boxes beyond 64 times this would need a mask of more than 64 GiB.
-constexpr int64_t kMaxTiles = 65535;
+// Words of `removed` that fit in the shared memory of sm_80 and newer: a million boxes, whose mask takes 128
+// GiB.
+constexpr int64_t kMostTiles = 16384;
+constexpr int64_t kMostImages = 65535;  // the largest grid dimension along y
+
+Tensor order_of(const Tensor& scores_in, int64_t images, int64_t count) {
+  const Tensor scores = torch::stable::contiguous(scores_in);
+  if (count > kMostByCounting) {
+    return torch::stable::contiguous(argsort(scores, /*descending=*/true, scores.dim() - 1));
+  }
+  const Tensor order = empty({images, count}, ScalarType::Long, scores);
+  const dim3 grid(static_cast<unsigned>((count + kRanksPerBlock - 1) / kRanksPerBlock),
+                  static_cast<unsigned>(images));
+  dispatch_float_or_double(scores.scalar_type(), "nms", [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    PANFPN_LAUNCH(rank_scores<T>, grid, dim3(kRankThreads), 0, current_stream(scores),
+                  scores.const_data_ptr<T>(), count, order.mutable_data_ptr<int64_t>());
+  });
+  return order;
+}
 
 }  // namespace
 
-Tensor suppress(const Tensor& boxes_in, const Tensor& scores, const Tensor* idxs, double iou_threshold) {
-  const int64_t count = boxes_in.size(0), words = (count + kTile - 1) / kTile;
-  STD_TORCH_CHECK(words <= kMaxTiles, "nms: at most ", kMaxTiles * kTile, " boxes fit on a GPU, got ", count);
-  if (count == 0) return empty({0}, ScalarType::Long, boxes_in);
+std::pair<Tensor, Tensor> suppress(const Tensor& boxes_in, const Tensor& scores, const Tensor* idxs,
+                                   double iou_threshold, int64_t max_output) {
+  const bool batched = boxes_in.dim() == 3;
+  const int64_t images = batched ? boxes_in.size(0) : 1, count = boxes_in.size(batched ? 1 : 0);
+  const int64_t words = (count + kTile - 1) / kTile;
+  STD_TORCH_CHECK(words <= kMostTiles, "nms: at most ", kMostTiles * kTile, " boxes fit on a GPU, got ",
+                  count);
+  STD_TORCH_CHECK(images <= kMostImages, "nms: at most ", kMostImages, " images at once, got ", images);
   const DeviceGuard guard(boxes_in.get_device_index());
-  const Tensor order = argsort(scores, /*descending=*/true);
-  const Tensor boxes = index_select(torch::stable::contiguous(boxes_in), order);
-  const Tensor groups = idxs != nullptr ? index_select(*idxs, order) : order;
-
-  const Tensor mask = empty({count, words}, ScalarType::Long, boxes);
-  Tensor removed = empty({words}, ScalarType::Long, boxes);
-  torch::stable::zero_(removed);
-  Tensor keep = empty({count}, ScalarType::Long, boxes);
-  const Tensor kept_count = empty({1}, ScalarType::Long, boxes);
+  const Tensor boxes = torch::stable::contiguous(boxes_in);
+  const Tensor groups = idxs != nullptr ? torch::stable::contiguous(*idxs) : boxes;
+  const Tensor order = order_of(scores, images, count);
+  const Tensor mask = empty({images, count, words}, ScalarType::Long, boxes);
+  const auto [keep, kept_counts] = empty_padded(boxes, max_output);
   const auto stream = current_stream(boxes);
   uint64_t* mask_data = static_cast<uint64_t*>(mask.mutable_data_ptr());
   dispatch_float_or_double(boxes.scalar_type(), "nms", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const dim3 grid(static_cast<unsigned>(words), static_cast<unsigned>(words));
-    PANFPN_LAUNCH(suppression_mask<T>, grid, dim3(kTile), 0, stream,
+    const dim3 grid(static_cast<unsigned>(words * (words + 1) / 2), static_cast<unsigned>(images));
+    PANFPN_LAUNCH(suppression_mask<T>, grid, dim3(kMaskThreads), 0, stream,
                   static_cast<const Box<T>*>(boxes.const_data_ptr()),
-                  idxs != nullptr ? groups.const_data_ptr<int64_t>() : nullptr, count,
-                  static_cast<T>(iou_threshold), mask_data);
+                  idxs != nullptr ? groups.const_data_ptr<int64_t>() : nullptr,
+                  order.const_data_ptr<int64_t>(), count, static_cast<T>(iou_threshold), mask_data);
   });
-  PANFPN_LAUNCH(resolve_suppression, dim3(1), dim3(kResolveThreads), 0, stream, mask_data,
-                order.const_data_ptr<int64_t>(), count, static_cast<uint64_t*>(removed.mutable_data_ptr()),
-                keep.mutable_data_ptr<int64_t>(), kept_count.mutable_data_ptr<int64_t>());
+  const int threads = words <= kFewWords ? kMostResolveThreads / 2 : kMostResolveThreads;
+  PANFPN_LAUNCH(resolve_suppression, dim3(static_cast<unsigned>(images)), dim3(threads),
+                words * sizeof(uint64_t), stream, mask_data, order.const_data_ptr<int64_t>(), count,
+                max_output, keep.mutable_data_ptr<int64_t>(), kept_counts.mutable_data_ptr<int64_t>());
+  return {keep, kept_counts};
+}
+
+Tensor suppress_all(const Tensor& boxes, const Tensor& scores, const Tensor* idxs, double iou_threshold) {
+  auto [keep, kept_count] = suppress(boxes, scores, idxs, iou_threshold, boxes.size(0));
   return torch::stable::narrow(keep, 0, 0, item_int64(kept_count));
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from panfpn_fast.ops.reference.batched_nms import batched_nms
 from panfpn_fast.ops.reference.multiscale_roi_align import multiscale_roi_align
 from panfpn_fast.ops.reference.nms import nms
+from panfpn_fast.ops.reference.nms_padded import nms_padded
 from panfpn_fast.ops.reference.panoptic_merge import PanopticSegments, panoptic_merge
 from panfpn_fast.ops.reference.panoptic_merge_padded import panoptic_merge_padded
 from panfpn_fast.ops.reference.paste_masks import paste_masks
@@ -20,6 +21,7 @@ __all__ = [
     "batched_nms",
     "multiscale_roi_align",
     "nms",
+    "nms_padded",
     "panoptic_merge",
     "panoptic_merge_padded",
     "paste_masks",
