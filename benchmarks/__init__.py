@@ -1,0 +1,1 @@
+"""Benchmarks of the ops against their peers; see README.md."""

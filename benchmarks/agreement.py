@@ -1,0 +1,80 @@
+"""When two results count as the same. Where rounding decides, only a small share may fall on the other side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Compilers contract multiply-adds on the GPU, each in its own way, so what hangs on the last bit may differ there.
+_CUDA_SHARE = 2e-3
+
+# Pixels whose interpolated value is this close to the threshold are few: one in ten thousand is on the safe side.
+PIXEL_SHARE = 1e-4
+
+
+def _share_on(tensor: Tensor) -> float:
+    return _CUDA_SHARE if tensor.device.type == "cuda" else 0.0
+
+
+def same_kept(share: float = 0.0) -> Callable[[Tensor, Tensor], None]:
+    """Demands the same kept indices in the same order; on CUDA, or with a `share`, that few boxes differ."""
+
+    def check(ours: Tensor, theirs: Tensor) -> None:
+        allowed = max(share, _share_on(ours))
+        if allowed == 0:
+            assert torch.equal(ours, theirs), (
+                f"{len(ours)} boxes kept, {len(theirs)} by the peer, not the same"
+            )
+            return
+        differ = len(set(ours.tolist()) ^ set(theirs.tolist()))
+        assert differ <= allowed * max(len(ours), 1), f"{differ} boxes are kept by one of them only"
+
+    return check
+
+
+def close_features(ours: Tensor, theirs: Tensor) -> None:
+    """Demands equal means of bilinear samples of normally distributed features, up to rounding.
+
+    Coordinates up to 336 are rounded to 3e-5 pixels, and neighbours differ by up to ten. Half-precision results may
+    be one rounding step apart.
+    """
+    assert ours.shape == theirs.shape, f"shape {list(ours.shape)} and {list(theirs.shape)}"
+    assert ours.dtype == theirs.dtype, f"dtype {ours.dtype} and {theirs.dtype}"
+    relative = 1e-4 if ours.dtype == torch.float32 else torch.finfo(ours.dtype).eps
+    apart = ~torch.isclose(ours, theirs, rtol=relative, atol=5e-4)
+    count = int(apart.sum())
+    worst = float((ours - theirs).abs().max()) if ours.numel() else 0.0
+    assert count <= _share_on(ours) * ours.numel(), f"{count} of {ours.numel()} values, by up to {worst:.2g}"
+
+
+def same_pixels(share: float = PIXEL_SHARE) -> Callable[[Tensor, Tensor], None]:
+    """Demands equal masks or values, but for a share of the pixels that either of them sets; uint8 may differ by 1."""
+
+    def check(ours: Tensor, theirs: Tensor) -> None:
+        assert ours.shape == theirs.shape, f"shape {list(ours.shape)} and {list(theirs.shape)}"
+        assert ours.dtype == theirs.dtype, f"dtype {ours.dtype} and {theirs.dtype}"
+        differ = painted = 0
+        # One mask at a time: all of them are gigabytes in the large case.
+        for mine, other in zip(ours, theirs, strict=True):
+            if mine.dtype == torch.bool:
+                apart = mine ^ other
+            else:
+                apart = (mine.to(torch.int16) - other.to(torch.int16)).abs() > 1
+            differ += int(apart.sum())
+            painted += int(((mine != 0) | (other != 0)).sum())
+        assert differ <= share * painted, f"{differ} of {painted} pixels"
+
+    return check
+
+
+def same_panoptic(ours: Any, theirs: tuple[Tensor, list[tuple[bool, int]]]) -> None:
+    """Demands the same segments in the same order and, but for few pixels, the same map."""
+    panoptic, segments = ours
+    found = list(zip(segments.isthing.tolist(), segments.label.tolist(), strict=True))
+    expected_map, expected = theirs
+    assert found == expected, f"segments (isthing, label) {found} and {expected}"
+    differ = int((panoptic != expected_map).sum())
+    assert differ <= PIXEL_SHARE * panoptic.numel(), f"{differ} of {panoptic.numel()} pixels"

@@ -1,0 +1,101 @@
+"""Options, fixtures and the closing table of the benchmarks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from . import measuring
+from .harness import Prepared, Row, prepare
+from .report import Report, measure, ratio_table
+
+_REPORT = pytest.StashKey[Report]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full",
+        action="store_true",
+        help="also time the large cases (2048 x 4096), the slow peers and torch.compile",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cuda: needs an NVIDIA GPU and the CUDA ops")
+    config.addinivalue_line("markers", "full: runs with --full only")
+    config.stash[_REPORT] = Report()
+    if not config.pluginmanager.hasplugin("benchmark"):
+        raise pytest.UsageError('The benchmarks need pytest-benchmark: pip install ".[bench]"')
+    if config.getoption("benchmark_columns", None) is None:
+        config.option.benchmark_columns = ["median", "iqr", "min", "rounds", "iterations"]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--full"):
+        return
+    dropped = [item for item in items if item.get_closest_marker("full")]
+    items[:] = [item for item in items if not item.get_closest_marker("full")]
+    config.hook.pytest_deselected(items=dropped)
+
+
+@pytest.fixture(scope="session")
+def copy_bandwidth() -> Callable[[torch.device], float]:
+    """The device's own copy speed in bytes per second, measured once in the run."""
+    return functools.cache(measuring.copy_bandwidth)
+
+
+@pytest.fixture(scope="session")
+def prepared(pytestconfig: pytest.Config) -> Callable[[Row], Prepared]:
+    """Inputs and verdicts; those of the last case are kept, because the rows of a case follow each other."""
+    kept = functools.lru_cache(maxsize=1)(prepare)
+    full = bool(pytestconfig.getoption("--full"))
+    return lambda row: kept(row.comparison, row.case, row.device, full)
+
+
+@pytest.fixture
+def time_row(
+    benchmark: Any,
+    prepared: Callable[[Row], Prepared],
+    copy_bandwidth: Callable[[torch.device], float],
+    pytestconfig: pytest.Config,
+) -> Callable[[Row], None]:
+    """Checks a row against its peers, then times it: `time_row(row)`."""
+
+    def time_one(row: Row) -> None:
+        problem = row.peer.problem(row.device) if row.peer is not None else None
+        if problem is not None:
+            pytest.skip(problem)
+        inputs = prepared(row)
+        if row.peer is not None:
+            verdicts = [inputs.verdicts[row.peer.name]]
+        else:
+            verdicts = list(inputs.verdicts.values()) or ["no peer runs here that could check the result"]
+        differences = [verdict for verdict in verdicts if verdict is not None]
+        if differences:
+            pytest.fail("\n".join(differences), pytrace=False)
+        result = measure(benchmark, row, inputs, copy_bandwidth, pytestconfig)
+        if result is not None:
+            pytestconfig.stash[_REPORT].add(row, result)
+
+    return time_one
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    from panfpn_fast import _load
+
+    build = {name: text for name, text in _load.build_report().items() if name != "installed in"}
+    machine_info["panfpn_fast"] = build
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    lines = ratio_table(config.stash[_REPORT])
+    if lines:
+        terminalreporter.section("ours against the peers")
+        for line in lines:
+            terminalreporter.write_line(line)

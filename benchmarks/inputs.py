@@ -1,0 +1,139 @@
+"""Inputs drawn like those of a detector on COCO. All are made on the CPU from a seed, so every device gets the same."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# A COCO image after detectron2's resizing, the same padded to whole cells of P5, and a Cityscapes image twice over.
+IMAGE = (800, 1333)
+PADDED = (800, 1344)
+LARGE = (2048, 4096)
+
+THINGS = 80
+STUFF = 53
+PYRAMID_SCALES = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
+
+
+class Detections(NamedTuple):
+    """What a mask head and its box head yield for one image."""
+
+    masks: Tensor  # float32 [N, 28, 28], probabilities
+    boxes: Tensor  # float32 [N, 4]
+    scores: Tensor  # float32 [N], all different
+    classes: Tensor  # int64 [N], below THINGS
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _log_uniform(count: int, low: float, high: float, random: torch.Generator) -> Tensor:
+    exponent = torch.rand(count, generator=random, dtype=torch.float64)
+    return low * (high / low) ** exponent
+
+
+def _clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    height, width = size
+    limit = torch.tensor([width, height, width, height], dtype=boxes.dtype)
+    return torch.minimum(boxes.clamp(min=0.0), limit)
+
+
+def boxes(count: int, size: tuple[int, int] = IMAGE, *, seed: int = 0) -> Tensor:
+    """Boxes of log-uniform size anywhere in an image.
+
+    Args:
+        count: How many.
+        size: (height, width) of the image; boxes are clipped to it.
+        seed: Of the random numbers.
+
+    Returns:
+        float32 [count, 4]. Square roots of the areas are 16 to 800 pixels before clipping, aspect ratios 1:2 to 2:1.
+    """
+    random = _generator(seed)
+    side = _log_uniform(count, 16.0, 800.0, random)
+    stretch = _log_uniform(count, math.sqrt(0.5), math.sqrt(2.0), random)
+    extent = torch.stack([side * stretch, side / stretch], dim=1)
+    centre = torch.rand(count, 2, generator=random, dtype=torch.float64)
+    centre = centre * torch.tensor([size[1], size[0]], dtype=torch.float64)
+    return _clip(torch.cat([centre - extent / 2, centre + extent / 2], dim=1), size).float()
+
+
+def proposals(count: int, size: tuple[int, int] = IMAGE, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Boxes as an RPN or a box head yields them before suppression: half of them crowd around objects.
+
+    Args:
+        count: How many.
+        size: (height, width) of the image.
+        seed: Of the random numbers.
+
+    Returns:
+        Boxes float32 [count, 4] and scores float32 [count], no two of them equal. Each object has about twenty
+        boxes, which differ from it by a tenth of its sides.
+    """
+    random = _generator(seed + 1)
+    background = boxes(count, size, seed=seed)
+    objects = boxes(max(count // 40, 1), size, seed=seed + 2)
+    nearest = objects[torch.randint(len(objects), (count,), generator=random)]
+    extent = (nearest[:, 2:] - nearest[:, :2]).repeat(1, 2)
+    crowd = _clip(nearest + 0.1 * extent * torch.randn(count, 4, generator=random), size)
+    crowd = torch.cat(
+        [torch.minimum(crowd[:, :2], crowd[:, 2:]), torch.maximum(crowd[:, :2], crowd[:, 2:])], 1
+    )
+    in_crowd = torch.rand(count, 1, generator=random) < 0.5
+    # Equal scores would leave the order of the kept boxes open, and with it the comparison with a peer.
+    scores = (torch.randperm(count, generator=random).float() + 0.5) / count
+    return torch.where(in_crowd, crowd, background), scores
+
+
+def groups(count: int, *, seed: int = 0) -> Tensor:
+    """A thing class for each of some boxes, int64 [count]."""
+    return torch.randint(THINGS, (count,), generator=_generator(seed + 3))
+
+
+def mask_probabilities(count: int, *, side: int = 28, seed: int = 0) -> Tensor:
+    """Soft blobs that fill most of their box and have a ragged rim, float32 [count, side, side]."""
+    axis = torch.linspace(-1, 1, side)
+    noise = torch.randn(count, side, side, generator=_generator(seed + 4))
+    return torch.sigmoid(4 * (0.7 - axis[:, None] ** 2 - axis**2) + 0.7 * noise)
+
+
+def detections(count: int, size: tuple[int, int] = IMAGE, *, seed: int = 0) -> Detections:
+    """The detections of one image, all of them with scores above one half."""
+    order = torch.randperm(count, generator=_generator(seed + 5)).float()
+    return Detections(
+        masks=mask_probabilities(count, seed=seed),
+        boxes=boxes(count, size, seed=seed),
+        scores=0.5 + (order + 0.5) / (2 * count),
+        classes=groups(count, seed=seed),
+    )
+
+
+def semantic_labels(size: tuple[int, int] = IMAGE, *, seed: int = 0) -> Tensor:
+    """A label map as arg max over the semantic logits yields it: patches of a sixth of the height, int64 [H, W]."""
+    height, width = size
+    patch = height // 6
+    rows, columns = -(-height // patch), -(-width // patch)
+    labels = torch.randint(STUFF + 1, (rows, columns), generator=_generator(seed + 6))
+    return labels.repeat_interleave(patch, 0).repeat_interleave(patch, 1)[:height, :width].contiguous()
+
+
+def pyramid(
+    size: tuple[int, int] = PADDED,
+    *,
+    channels: int = 256,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    seed: int = 0,
+) -> list[Tensor]:
+    """Feature maps P2 to P5 of one image, [1, channels, height / 4, width / 4] and so on, normally distributed."""
+    random = _generator(seed + 7)
+    return [
+        torch.randn(1, channels, int(size[0] * scale), int(size[1] * scale), generator=random)
+        .to(dtype)
+        .contiguous(memory_format=memory_format)
+        for scale in PYRAMID_SCALES
+    ]

@@ -1,0 +1,40 @@
+"""panoptic_merge: detections and semantic labels into one map, against pasting and then combining."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from panfpn_fast.ops import panoptic_merge
+
+from . import inputs, peers
+from .agreement import same_panoptic
+from .harness import Arguments, Case, Comparison, Cost, Peer, Row, nbytes
+from .test_paste_masks import PIXEL_FLOPS, box_pixels
+
+
+def _arguments(count: int, size: tuple[int, int]) -> Arguments:
+    return (*inputs.detections(count, size), inputs.semantic_labels(size), size)
+
+
+def _cost(arguments: Arguments, output: Any) -> Cost:
+    return Cost(bytes=nbytes(arguments) + nbytes(output), flops=PIXEL_FLOPS * box_pixels(arguments[1]))
+
+
+COMPARISON = Comparison(
+    op="panoptic_merge",
+    ours=panoptic_merge,
+    peers=[Peer("detectron2", peers.detectron2_merge)],
+    cases=[
+        Case("100 in 800 x 1333", partial(_arguments, 100, inputs.IMAGE)),
+        Case("300 in 2048 x 4096", partial(_arguments, 300, inputs.LARGE), full=True),
+    ],
+    agree=same_panoptic,
+    cost=_cost,
+)
+
+
+@COMPARISON.rows()
+def test_panoptic_merge(row: Row, time_row: Callable[[Row], None]) -> None:
+    time_row(row)

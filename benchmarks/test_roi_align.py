@@ -1,0 +1,63 @@
+"""roi_align: all proposals of an image from P2 alone, and the mask head's boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from panfpn_fast.ops import reference, roi_align
+
+from . import inputs, peers
+from .agreement import close_features
+from .harness import Arguments, Case, Comparison, Cost, Peer, Row
+from .roi_cost import pooling_cost
+
+
+def _arguments(count: int, output_size: int, dtype: torch.dtype, layout: torch.memory_format) -> Arguments:
+    p2 = inputs.pyramid(dtype=dtype, memory_format=layout)[0]
+    return p2, [inputs.boxes(count)], output_size, inputs.PYRAMID_SCALES[0], 0, True
+
+
+def _few_boxes(arguments: Arguments) -> Arguments:
+    features, boxes, *rest = arguments
+    return features, [boxes[0][:32]], *rest
+
+
+def _cost(arguments: Arguments, output: Tensor) -> Cost:
+    features, (boxes,), _, scale, sampling_ratio, _ = arguments
+    return pooling_cost([features], boxes, [scale], output, sampling_ratio)
+
+
+def _torchvision(features: Tensor, boxes: list[Tensor], *rest: object) -> Tensor:
+    pooled: Tensor = peers.torchvision_ops().roi_align(features, boxes, *rest)
+    return pooled
+
+
+NCHW, NHWC = torch.contiguous_format, torch.channels_last
+
+COMPARISON = Comparison(
+    op="roi_align",
+    ours=roi_align,
+    peers=[
+        Peer("torchvision", peers.in_float32(_torchvision), peers.torchvision_problem),
+        Peer("reference", reference.roi_align, sample=_few_boxes),
+    ],
+    cases=[
+        Case("1000 x 7 x 7, NCHW", partial(_arguments, 1000, 7, torch.float32, NCHW)),
+        Case("1000 x 7 x 7, channels-last", partial(_arguments, 1000, 7, torch.float32, NHWC)),
+        Case(
+            "1000 x 7 x 7, channels-last bf16", partial(_arguments, 1000, 7, torch.bfloat16, NHWC), full=True
+        ),
+        Case("100 x 14 x 14, channels-last", partial(_arguments, 100, 14, torch.float32, NHWC), full=True),
+    ],
+    agree=close_features,
+    cost=_cost,
+)
+
+
+@COMPARISON.rows()
+def test_roi_align(row: Row, time_row: Callable[[Row], None]) -> None:
+    time_row(row)
