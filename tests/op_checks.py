@@ -53,8 +53,8 @@ class Op:
 OPS = {
     op.name: op
     for op in (
-        Op("roi_align"),
-        Op("multiscale_roi_align"),
+        Op("roi_align", differentiable=("input",)),
+        Op("multiscale_roi_align", differentiable=("features",)),
         Op("nms"),
         Op("batched_nms"),
         Op("paste_masks"),

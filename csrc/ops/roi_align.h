@@ -85,14 +85,18 @@ PANFPN_HOST_DEVICE Taps<A> bilinear_taps(A x, int64_t size) {
 
 constexpr int kMaxLevels = 8;
 
-// The feature maps of a pyramid, finest first, as both devices hand them to their kernels.
-template <typename T>
-struct Pyramid {
-  const T* data[kMaxLevels];
+// The maps of a pyramid, finest first.
+struct PyramidShape {
   int64_t height[kMaxLevels], width[kMaxLevels];
   double scale[kMaxLevels];
   int levels;
   int64_t batch, channels;
+};
+
+// Feature maps (const T), or their gradients, as both devices hand them to their kernels.
+template <typename T>
+struct Pyramid : PyramidShape {
+  T* data[kMaxLevels];
 };
 
 // How a box chooses its level: Lin et al. 2017 (Feature Pyramid Networks), equation 1, with detectron2's
@@ -154,10 +158,31 @@ inline void check_roi_align_inputs(const Tensor& input, const Tensor& boxes, int
   check_roi_boxes(boxes, input, "roi_align");
 }
 
+// What the backward ops are told about the maps; their other arguments are those of forward.
+struct MapSizes {
+  int64_t batch;
+  std::vector<int64_t> heights, widths;
+};
+
+inline void check_roi_backward_inputs(const Tensor& grad, const Tensor& boxes, const MapSizes& sizes,
+                                      size_t levels, const char* op) {
+  STD_TORCH_CHECK(grad.dim() == 4 && grad.size(0) == boxes.size(0), op, ": grad must be [K, C, H, W]");
+  STD_TORCH_CHECK(grad.size(2) > 0 && grad.size(3) > 0, op, ": grad must have cells");
+  STD_TORCH_CHECK(levels >= 1 && levels <= kMaxLevels, op, ": takes 1 to ", kMaxLevels, " feature maps");
+  STD_TORCH_CHECK(sizes.heights.size() == levels && sizes.widths.size() == levels, op,
+                  ": takes one height and width per feature map");
+  STD_TORCH_CHECK(sizes.batch >= 0, op, ": sizes must not be negative");
+  for (size_t level = 0; level < levels; ++level) {
+    STD_TORCH_CHECK(sizes.heights[level] >= 0 && sizes.widths[level] >= 0, op,
+                    ": sizes must not be negative");
+  }
+  check_roi_boxes(boxes, grad, op);
+}
+
 // Describes `features`, which must be alive, dense and all in one memory layout.
 template <typename T>
-Pyramid<T> make_pyramid(const std::vector<Tensor>& features, const std::vector<double>& scales) {
-  Pyramid<T> pyramid{};
+Pyramid<const T> make_pyramid(const std::vector<Tensor>& features, const std::vector<double>& scales) {
+  Pyramid<const T> pyramid{};
   pyramid.levels = static_cast<int>(features.size());
   pyramid.batch = features[0].size(0);
   pyramid.channels = features[0].size(1);
@@ -166,6 +191,18 @@ Pyramid<T> make_pyramid(const std::vector<Tensor>& features, const std::vector<d
     pyramid.height[level] = features[level].size(2);
     pyramid.width[level] = features[level].size(3);
     pyramid.scale[level] = scales[level];
+  }
+  return pyramid;
+}
+
+// The same for gradients, which are to be written.
+template <typename T>
+Pyramid<T> make_grad_pyramid(const std::vector<Tensor>& grads, const std::vector<double>& scales) {
+  const Pyramid<const T> read = make_pyramid<T>(grads, scales);
+  Pyramid<T> pyramid{};
+  static_cast<PyramidShape&>(pyramid) = read;
+  for (int level = 0; level < pyramid.levels; ++level) {
+    pyramid.data[level] = grads[level].mutable_data_ptr<T>();
   }
   return pyramid;
 }
@@ -183,6 +220,11 @@ inline DenseFeatures dense_features(const std::vector<Tensor>& features) {
     dense.maps.push_back(dense.channels_last ? feature : torch::stable::contiguous(feature));
   }
   return dense;
+}
+
+// One tensor in a layout that a kernel can read.
+inline Tensor dense_grad(const Tensor& grad) {
+  return is_channels_last(grad) ? grad : torch::stable::contiguous(grad);
 }
 
 struct RoiAlignParams {
