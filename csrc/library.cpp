@@ -11,7 +11,8 @@ PANFPN_LIBRARY(m) {
 
   // Its input's gradient, [batch, C, height, width] in the named layout.
   m.def(
-      "roi_align_backward(Tensor grad, Tensor boxes, float spatial_scale, SymInt sampling_ratio, bool aligned, "
+      "roi_align_backward(Tensor grad, Tensor boxes, float spatial_scale, SymInt sampling_ratio, bool "
+      "aligned, "
       "SymInt batch, SymInt height, SymInt width, bool channels_last, bool deterministic) -> Tensor");
 
   // The same from the pyramid level that each box's size assigns it to.
@@ -23,7 +24,8 @@ PANFPN_LIBRARY(m) {
 
   // Its features' gradients.
   m.def(
-      "multiscale_roi_align_backward(Tensor grad, Tensor boxes, float[] spatial_scales, SymInt sampling_ratio, "
+      "multiscale_roi_align_backward(Tensor grad, Tensor boxes, float[] spatial_scales, SymInt "
+      "sampling_ratio, "
       "bool aligned, float canonical_box_size, SymInt canonical_level, float level_epsilon, SymInt batch, "
       "SymInt[] heights, SymInt[] widths, bool channels_last, bool deterministic) -> Tensor[]");
 

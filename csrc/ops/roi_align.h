@@ -46,23 +46,28 @@ PANFPN_HOST_DEVICE RoiAxis<A> make_roi_axis(A low, A high, A scale, int64_t pool
   return axis;
 }
 
-// Half-open range of the samples of a cell that may lie on a map of `size` pixels (a superset by at most two
-// at either end): it bounds the loop for boxes that are far larger than the map.
+// Half-open range of the samples of a cell that may lie between two coordinates (a superset by at most two at
+// either end): it bounds the loop for boxes that are far larger than the map.
 struct SampleRange {
   int64_t begin, end;
 };
 
 template <typename A>
-PANFPN_HOST_DEVICE SampleRange samples_on_map(const RoiAxis<A>& axis, int64_t cell_index, int64_t size) {
+PANFPN_HOST_DEVICE SampleRange samples_between(const RoiAxis<A>& axis, int64_t cell_index, double low,
+                                               double high) {
   const double step = static_cast<double>(axis.cell) / static_cast<double>(axis.grid);
   if (!(step > 0)) return {0, axis.grid};
   const double base = static_cast<double>(axis.start) + static_cast<double>(cell_index) * axis.cell;
   const double grid = static_cast<double>(axis.grid);
-  double begin = std::floor((-1.0 - base) / step) - 2.0,
-         end = std::ceil((static_cast<double>(size) - base) / step) + 2.0;
+  double begin = std::floor((low - base) / step) - 2.0, end = std::ceil((high - base) / step) + 2.0;
   begin = begin < 0 ? 0 : (begin > grid ? grid : begin);
   end = end < begin ? begin : (end > grid ? grid : end);
   return {static_cast<int64_t>(begin), static_cast<int64_t>(end)};
+}
+
+template <typename A>
+PANFPN_HOST_DEVICE SampleRange samples_on_map(const RoiAxis<A>& axis, int64_t cell_index, int64_t size) {
+  return samples_between(axis, cell_index, -1.0, static_cast<double>(size));
 }
 
 // The two pixels that a sample at `x` interpolates between, and their weights.

@@ -63,8 +63,8 @@ PANFPN_INLINE void scale_and_store(Lanes<A> (&sum)[V], A* to) {
 
 // Weighted sums over `count` places for all channels -> `to`, whose channels are padded to whole registers.
 template <typename T, typename A>
-PANFPN_INLINE void sum_all_channels(const T* const* places, const A* weights, int64_t count,
-                                    int64_t channels, A* to) {
+PANFPN_INLINE void sum_all_channels(const T* const* places, const A* weights, int64_t count, int64_t channels,
+                                    A* to) {
   constexpr int L = kLanes<A>;
   int64_t c = 0;
   for (; c + 4 * L <= channels; c += 4 * L) {
@@ -87,8 +87,8 @@ PANFPN_INLINE void sum_all_channels(const T* const* places, const A* weights, in
 // What a thread keeps between boxes.
 template <typename T, typename A>
 struct PoolScratch {
-  std::vector<const T*> pixels;      // of the map, for one column
-  std::vector<const A*> columns;     // of `line`, for one cell
+  std::vector<const T*> pixels;       // of the map, for one column
+  std::vector<const A*> columns;      // of `line`, for one cell
   std::vector<A> weights, line, sum;  // line: one row of cells, folded along y: [columns, padded channels]
 };
 
@@ -161,7 +161,8 @@ void pool_channels_last(const Pyramid<const T>& pyramid, const BoxFolds<accumula
   std::vector<std::pair<int64_t, const T*>> work;  // box and its image's map
   for (const auto& group : folds.groups()) {
     const int64_t map_size = pyramid.height[group.level] * pyramid.width[group.level] * pyramid.channels;
-    for (const int64_t k : group.boxes) work.emplace_back(k, pyramid.data[group.level] + group.image * map_size);
+    for (const int64_t k : group.boxes)
+      work.emplace_back(k, pyramid.data[group.level] + group.image * map_size);
   }
   parallel_in_chunks(static_cast<int64_t>(work.size()), 4, [&] {
     return [&, scratch = PoolScratch<T, A>(), fold = BoxFold<A>()](int64_t begin, int64_t end) mutable {
