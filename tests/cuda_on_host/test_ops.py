@@ -122,7 +122,7 @@ def test_wide_loads_of_channels(
 
 def backward_calls(name: str) -> list[tuple[Any, ...]]:
     """Arguments of the backward op but the last, on odd and degenerate inputs, for every layout and dtype."""
-    calls = []
+    calls: list[tuple[Any, ...]] = []
     random = torch.Generator().manual_seed(5)
     degenerate = torch.cat([torch.zeros(len(DEGENERATE_BOXES), 1), DEGENERATE_BOXES], dim=1)
     for channels, pooled, sampling_ratio in (
