@@ -9,12 +9,25 @@ PANFPN_LIBRARY(m) {
       "roi_align(Tensor input, Tensor boxes, float spatial_scale, SymInt pooled_height, SymInt pooled_width, "
       "SymInt sampling_ratio, bool aligned) -> Tensor");
 
+  // Its input's gradient, [batch, C, height, width] in the named layout.
+  m.def(
+      "roi_align_backward(Tensor grad, Tensor boxes, float spatial_scale, SymInt sampling_ratio, bool "
+      "aligned, "
+      "SymInt batch, SymInt height, SymInt width, bool channels_last, bool deterministic) -> Tensor");
+
   // The same from the pyramid level that each box's size assigns it to.
   m.def(
       "multiscale_roi_align(Tensor[] features, Tensor boxes, float[] spatial_scales, SymInt pooled_height, "
       "SymInt pooled_width, SymInt sampling_ratio, bool aligned, float canonical_box_size, SymInt "
       "canonical_level, "
       "float level_epsilon) -> Tensor");
+
+  // Its features' gradients.
+  m.def(
+      "multiscale_roi_align_backward(Tensor grad, Tensor boxes, float[] spatial_scales, SymInt "
+      "sampling_ratio, "
+      "bool aligned, float canonical_box_size, SymInt canonical_level, float level_epsilon, SymInt batch, "
+      "SymInt[] heights, SymInt[] widths, bool channels_last, bool deterministic) -> Tensor[]");
 
   // Indices of the kept boxes, by descending score.
   m.def("nms(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor");

@@ -79,14 +79,21 @@ def register_fake(op: str) -> Callable[[_F], _F]:
     return torch.library.register_fake(f"panfpn_fast::{op}")
 
 
-def register_forward_only(op: str) -> None:
-    """Makes backward through an op without a gradient an error, where torch by itself would warn and give none."""
+def register_autograd(
+    op: str, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None
+) -> None:
+    """torch.library.register_autograd for an op of ours; does nothing where the ops did not load."""
+    if _cpu_error is None:
+        torch.library.register_autograd(f"panfpn_fast::{op}", backward, setup_context=setup_context)
+
+
+def block_double_backward(op: str) -> None:
+    """Makes backward through `<op>_backward` an error, where torch by itself would warn and give none."""
 
     def backward(ctx: Any, *grads: Any) -> None:
-        raise NotImplementedError(f"panfpn_fast.ops.{op} has no backward; detach its input")
+        raise NotImplementedError(f"panfpn_fast.ops.{op} has no second derivative; detach its gradient")
 
-    if _cpu_error is None:
-        torch.library.register_autograd(f"panfpn_fast::{op}", backward)
+    register_autograd(f"{op}_backward", backward)
 
 
 def build_report() -> dict[str, str]:

@@ -55,8 +55,8 @@ class Op:
 OPS = {
     op.name: op
     for op in (
-        Op("roi_align"),
-        Op("multiscale_roi_align"),
+        Op("roi_align", differentiable=("input",)),
+        Op("multiscale_roi_align", differentiable=("features",)),
         Op("nms"),
         Op("batched_nms"),
         Op("nms_padded"),
@@ -233,9 +233,16 @@ def check_gradients(op: Op, sample: Sample) -> None:
 
 
 def check_dispatcher_op(op: Op, sample: Sample) -> None:
-    """torch.library.opcheck, on the dispatcher call that the public function makes."""
+    """torch.library.opcheck, on the dispatcher calls that the public function and its backward make."""
+    bound = inspect.signature(op.function).bind(*sample.args, **sample.kwargs).arguments
+    leaves, tree = tree_flatten({name: bound[name] for name in op.differentiable})
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
     with _RecordCalls() as record:
-        sample.run(op.function)
+        output = op.function(**{**bound, **tree.unflatten(leaves)})
+        if op.differentiable:
+            torch.autograd.grad(output, leaves, torch.ones_like(output))
+    names = {str(func).split(".")[1] for func, _, _ in record.calls}
+    assert names == {op.name, f"{op.name}_backward"} if op.differentiable else {op.name}
     for func, args, kwargs in record.calls:
         torch.library.opcheck(func, args, kwargs)
 

@@ -46,23 +46,28 @@ PANFPN_HOST_DEVICE RoiAxis<A> make_roi_axis(A low, A high, A scale, int64_t pool
   return axis;
 }
 
-// Half-open range of the samples of a cell that may lie on a map of `size` pixels (a superset by at most two
-// at either end): it bounds the loop for boxes that are far larger than the map.
+// Half-open range of the samples of a cell that may lie between two coordinates (a superset by at most two at
+// either end): it bounds the loop for boxes that are far larger than the map.
 struct SampleRange {
   int64_t begin, end;
 };
 
 template <typename A>
-PANFPN_HOST_DEVICE SampleRange samples_on_map(const RoiAxis<A>& axis, int64_t cell_index, int64_t size) {
+PANFPN_HOST_DEVICE SampleRange samples_between(const RoiAxis<A>& axis, int64_t cell_index, double low,
+                                               double high) {
   const double step = static_cast<double>(axis.cell) / static_cast<double>(axis.grid);
   if (!(step > 0)) return {0, axis.grid};
   const double base = static_cast<double>(axis.start) + static_cast<double>(cell_index) * axis.cell;
   const double grid = static_cast<double>(axis.grid);
-  double begin = std::floor((-1.0 - base) / step) - 2.0,
-         end = std::ceil((static_cast<double>(size) - base) / step) + 2.0;
+  double begin = std::floor((low - base) / step) - 2.0, end = std::ceil((high - base) / step) + 2.0;
   begin = begin < 0 ? 0 : (begin > grid ? grid : begin);
   end = end < begin ? begin : (end > grid ? grid : end);
   return {static_cast<int64_t>(begin), static_cast<int64_t>(end)};
+}
+
+template <typename A>
+PANFPN_HOST_DEVICE SampleRange samples_on_map(const RoiAxis<A>& axis, int64_t cell_index, int64_t size) {
+  return samples_between(axis, cell_index, -1.0, static_cast<double>(size));
 }
 
 // The two pixels that a sample at `x` interpolates between, and their weights.
@@ -85,14 +90,18 @@ PANFPN_HOST_DEVICE Taps<A> bilinear_taps(A x, int64_t size) {
 
 constexpr int kMaxLevels = 8;
 
-// The feature maps of a pyramid, finest first, as both devices hand them to their kernels.
-template <typename T>
-struct Pyramid {
-  const T* data[kMaxLevels];
+// The maps of a pyramid, finest first.
+struct PyramidShape {
   int64_t height[kMaxLevels], width[kMaxLevels];
   double scale[kMaxLevels];
   int levels;
   int64_t batch, channels;
+};
+
+// Feature maps (const T), or their gradients, as both devices hand them to their kernels.
+template <typename T>
+struct Pyramid : PyramidShape {
+  T* data[kMaxLevels];
 };
 
 // How a box chooses its level: Lin et al. 2017 (Feature Pyramid Networks), equation 1, with detectron2's
@@ -154,10 +163,31 @@ inline void check_roi_align_inputs(const Tensor& input, const Tensor& boxes, int
   check_roi_boxes(boxes, input, "roi_align");
 }
 
+// What the backward ops are told about the maps; their other arguments are those of forward.
+struct MapSizes {
+  int64_t batch;
+  std::vector<int64_t> heights, widths;
+};
+
+inline void check_roi_backward_inputs(const Tensor& grad, const Tensor& boxes, const MapSizes& sizes,
+                                      size_t levels, const char* op) {
+  STD_TORCH_CHECK(grad.dim() == 4 && grad.size(0) == boxes.size(0), op, ": grad must be [K, C, H, W]");
+  STD_TORCH_CHECK(grad.size(2) > 0 && grad.size(3) > 0, op, ": grad must have cells");
+  STD_TORCH_CHECK(levels >= 1 && levels <= kMaxLevels, op, ": takes 1 to ", kMaxLevels, " feature maps");
+  STD_TORCH_CHECK(sizes.heights.size() == levels && sizes.widths.size() == levels, op,
+                  ": takes one height and width per feature map");
+  STD_TORCH_CHECK(sizes.batch >= 0, op, ": sizes must not be negative");
+  for (size_t level = 0; level < levels; ++level) {
+    STD_TORCH_CHECK(sizes.heights[level] >= 0 && sizes.widths[level] >= 0, op,
+                    ": sizes must not be negative");
+  }
+  check_roi_boxes(boxes, grad, op);
+}
+
 // Describes `features`, which must be alive, dense and all in one memory layout.
 template <typename T>
-Pyramid<T> make_pyramid(const std::vector<Tensor>& features, const std::vector<double>& scales) {
-  Pyramid<T> pyramid{};
+Pyramid<const T> make_pyramid(const std::vector<Tensor>& features, const std::vector<double>& scales) {
+  Pyramid<const T> pyramid{};
   pyramid.levels = static_cast<int>(features.size());
   pyramid.batch = features[0].size(0);
   pyramid.channels = features[0].size(1);
@@ -166,6 +196,18 @@ Pyramid<T> make_pyramid(const std::vector<Tensor>& features, const std::vector<d
     pyramid.height[level] = features[level].size(2);
     pyramid.width[level] = features[level].size(3);
     pyramid.scale[level] = scales[level];
+  }
+  return pyramid;
+}
+
+// The same for gradients, which are to be written.
+template <typename T>
+Pyramid<T> make_grad_pyramid(const std::vector<Tensor>& grads, const std::vector<double>& scales) {
+  const Pyramid<const T> read = make_pyramid<T>(grads, scales);
+  Pyramid<T> pyramid{};
+  static_cast<PyramidShape&>(pyramid) = read;
+  for (int level = 0; level < pyramid.levels; ++level) {
+    pyramid.data[level] = grads[level].mutable_data_ptr<T>();
   }
   return pyramid;
 }
@@ -183,6 +225,11 @@ inline DenseFeatures dense_features(const std::vector<Tensor>& features) {
     dense.maps.push_back(dense.channels_last ? feature : torch::stable::contiguous(feature));
   }
   return dense;
+}
+
+// One tensor in a layout that a kernel can read.
+inline Tensor dense_grad(const Tensor& grad) {
+  return is_channels_last(grad) ? grad : torch::stable::contiguous(grad);
 }
 
 struct RoiAlignParams {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,8 +53,8 @@ def multiscale_roi_align(
 
     Note:
         Equals detectron2's ROIPooler (ROIAlignV2 for `aligned=True`); the level rule is equation 1 of Feature Pyramid
-        Networks (Lin et al. 2017). Boxes with NaN or infinite coordinates give zeros. Deterministic; no host sync;
-        forward only.
+        Networks (Lin et al. 2017). Boxes with NaN or infinite coordinates give zeros. No host sync. Differentiable
+        once, in the features, and as deterministic as `roi_align`.
 
     Example:
         >>> import torch
@@ -152,4 +153,57 @@ def _fake(
     )
 
 
-_load.register_forward_only("multiscale_roi_align")
+@_load.register_fake("multiscale_roi_align_backward")
+def _fake_backward(
+    grad: Tensor,
+    boxes: Tensor,
+    spatial_scales: Sequence[float],
+    sampling_ratio: int,
+    aligned: bool,
+    canonical_box_size: float,
+    canonical_level: int,
+    level_epsilon: float,
+    batch: int,
+    heights: Sequence[int],
+    widths: Sequence[int],
+    channels_last: bool,
+    deterministic: bool,
+) -> list[Tensor]:
+    return [
+        torch.empty(
+            (batch, grad.shape[1], height, width),
+            dtype=grad.dtype,
+            device=grad.device,
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+        )
+        for height, width in zip(heights, widths, strict=True)
+    ]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    features, boxes, spatial_scales, _, _, *rest = inputs
+    ctx.save_for_backward(boxes)
+    ctx.forward = (spatial_scales, *rest)
+    ctx.batch = features[0].shape[0]
+    ctx.heights = [feature.shape[2] for feature in features]
+    ctx.widths = [feature.shape[3] for feature in features]
+    ctx.channels_last = all(_checks.channels_last_only(feature) for feature in features)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor] | None, ...]:
+    (boxes,) = ctx.saved_tensors
+    grads = torch.ops.panfpn_fast.multiscale_roi_align_backward(
+        grad,
+        boxes,
+        *ctx.forward,
+        ctx.batch,
+        ctx.heights,
+        ctx.widths,
+        ctx.channels_last,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    return (grads, *[None] * 9)
+
+
+_load.register_autograd("multiscale_roi_align", _backward, _setup_context)
+_load.block_double_backward("multiscale_roi_align")

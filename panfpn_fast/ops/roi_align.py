@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,11 @@ def roi_align(
 
     Note:
         Equals torchvision.ops.roi_align, but accumulates float16 and bfloat16 in float32. A box that has a NaN or
-        infinite coordinate or an index outside of the batch gives zeros. Deterministic; no host sync; forward only.
+        infinite coordinate or an index outside of the batch gives zeros. No host sync.
+
+        Differentiable once, in `input`; boxes have no gradient. Forward is deterministic, and backward on the CPU. On
+        CUDA backward adds with atomics, whose order varies, unless `torch.use_deterministic_algorithms(True)` is set:
+        then each pixel collects its sum in the order of the boxes.
 
     Example:
         >>> import torch
@@ -76,4 +81,40 @@ def _fake(
     return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=memory_format)
 
 
-_load.register_forward_only("roi_align")
+@_load.register_fake("roi_align_backward")
+def _fake_backward(
+    grad: Tensor,
+    boxes: Tensor,
+    spatial_scale: float,
+    sampling_ratio: int,
+    aligned: bool,
+    batch: int,
+    height: int,
+    width: int,
+    channels_last: bool,
+    deterministic: bool,
+) -> Tensor:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    size = (batch, grad.shape[1], height, width)
+    return torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, boxes, spatial_scale, _, _, sampling_ratio, aligned = inputs
+    ctx.save_for_backward(boxes)
+    batch, _, height, width = input.shape
+    ctx.forward = (spatial_scale, sampling_ratio, aligned, batch, height, width)
+    ctx.channels_last = _checks.channels_last_only(input)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (boxes,) = ctx.saved_tensors
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    input_grad = torch.ops.panfpn_fast.roi_align_backward(
+        grad, boxes, *ctx.forward, ctx.channels_last, deterministic
+    )
+    return input_grad, None, None, None, None, None, None
+
+
+_load.register_autograd("roi_align", _backward, _setup_context)
+_load.block_double_backward("roi_align")

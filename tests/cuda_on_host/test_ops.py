@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from op_checks import OPS, assert_agrees
+from op_checks import OPS, assert_agrees, averaging_tolerance
+from op_samples import DEGENERATE_BOXES, random_rois
 
 import panfpn_fast.ops
 
@@ -98,6 +99,78 @@ def test_channels_last_kernel(on_host: None, thread_order: str) -> None:
         actual = panfpn_fast.ops.roi_align(features.to(memory_format=torch.channels_last), *args)
         assert actual.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("channels", [1, 5, 8, 132])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_wide_loads_of_channels(
+    channels: int, dtype: torch.dtype, on_host: None, host_library: ctypes.CDLL
+) -> None:
+    """Whole packs of 16 bytes, lanes without channels, more channels than lanes, and none of it divisible."""
+    features = torch.randn(1, channels, 9, 11, generator=torch.Generator().manual_seed(0)).to(dtype)
+    # Of few samples, of more than a warp has lanes, and of few samples that lie further apart than a warp.
+    boxes = torch.tensor(
+        [[0.0, 1.0, 2.0, 8.0, 7.0], [0.0, -90.0, -70.0, 90.0, 80.0], [9.0, 0.0, 0.0, 5.0, 5.0]]
+    )
+    for sampling_ratio in (0, 2):
+        args = (boxes, (2, 3), 1.0, sampling_ratio, True)
+        expected = OPS["roi_align"].reference(features, *args)
+        actual = panfpn_fast.ops.roi_align(features.to(memory_format=torch.channels_last), *args)
+        tolerance = averaging_tolerance(dtype)
+        torch.testing.assert_close(actual, expected, rtol=tolerance.relative, atol=tolerance.absolute)
+
+
+def backward_calls(name: str) -> list[tuple[Any, ...]]:
+    """Arguments of the backward op but the last, on odd and degenerate inputs, for every layout and dtype."""
+    calls: list[tuple[Any, ...]] = []
+    random = torch.Generator().manual_seed(5)
+    degenerate = torch.cat([torch.zeros(len(DEGENERATE_BOXES), 1), DEGENERATE_BOXES], dim=1)
+    for channels, pooled, sampling_ratio in (
+        (5, (3, 2), 0),
+        (8, (7, 7), 2),
+        (132, (1, 9), 0),
+        (4, (2, 35), 0),
+    ):
+        rois = torch.cat([random_rois(9, 2, (52, 68), channels), degenerate, torch.full((1, 5), 7.0)])
+        for dtype in (torch.float32, torch.float16):
+            for channels_last in (False, True):
+                grad = torch.randn(len(rois), channels, *pooled, generator=random).to(dtype)
+                if channels_last:
+                    grad = grad.contiguous(memory_format=torch.channels_last)
+                if name == "roi_align":
+                    calls.append((grad, rois, 0.25, sampling_ratio, True, 2, 13, 17, channels_last))
+                else:
+                    levels = ([0.25, 0.125], sampling_ratio, False, 32.0, 3, 1e-8)
+                    calls.append((grad, rois, *levels, 2, [13, 7], [17, 9], channels_last))
+    return calls
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("name", ["roi_align", "multiscale_roi_align"])
+def test_backward_kernels_agree_with_the_cpu(
+    name: str, deterministic: bool, thread_order: str, host_library: ctypes.CDLL
+) -> None:
+    host_op = getattr(torch.ops.panfpn_fast_cuda_on_host, f"{name}_backward")
+    cpu_op = getattr(torch.ops.panfpn_fast, f"{name}_backward")
+    for i, call in enumerate(backward_calls(name)):
+        actual, expected = host_op(*call, deterministic), cpu_op(*call, deterministic)
+        assert_agrees(
+            actual, expected, averaging_tolerance(call[0].dtype), f"{name}, call {i}, {thread_order}"
+        )
+
+
+@pytest.mark.parametrize("name", ["roi_align", "multiscale_roi_align"])
+def test_deterministic_backward_does_not_depend_on_the_order_of_threads(
+    name: str, host_library: ctypes.CDLL
+) -> None:
+    host_op = getattr(torch.ops.panfpn_fast_cuda_on_host, f"{name}_backward")
+    results = []
+    for order in ORDERS.values():
+        host_library.panfpn_host_set_order(order, 1)
+        results.append([host_op(*call, True) for call in backward_calls(name)[:4]])
+    host_library.panfpn_host_set_order(ORDERS["forward"], 0)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0)
 
 
 def test_threshold_follows_the_cuda_peer(on_host: None) -> None:

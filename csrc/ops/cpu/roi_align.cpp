@@ -10,10 +10,22 @@ Tensor roi_align(const Tensor& input, const Tensor& boxes, double spatial_scale,
   return pool_features({input}, {spatial_scale}, boxes, params, "roi_align");
 }
 
+// Always deterministic, so the request for it changes nothing.
+Tensor roi_align_backward(const Tensor& grad, const Tensor& boxes, double spatial_scale,
+                          int64_t sampling_ratio, bool aligned, int64_t batch, int64_t height, int64_t width,
+                          bool channels_last, bool /*deterministic*/) {
+  const MapSizes sizes{batch, {height}, {width}};
+  check_roi_backward_inputs(grad, boxes, sizes, 1, "roi_align_backward");
+  const RoiAlignParams params{grad.size(2), grad.size(3), sampling_ratio, aligned, LevelRule{}};
+  return pool_features_backward(grad, {spatial_scale}, boxes, sizes, channels_last, params,
+                                "roi_align_backward")[0];
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(panfpn_fast, CPU, m) {
   m.impl("roi_align", TORCH_BOX(&roi_align));
+  m.impl("roi_align_backward", TORCH_BOX(&roi_align_backward));
 }
 
 }  // namespace panfpn

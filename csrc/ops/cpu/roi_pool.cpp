@@ -1,136 +1,210 @@
-// A cell's grid of samples is a product of its rows and columns, and so are the bilinear weights. So each
-// axis is folded first: the samples that touch one row (or column) of pixels add up to one weight for it, and
-// a cell becomes a weighted sum over its few pixels, each read once instead of once per sample.
+// Channels-last maps are read where they lie, box by box. NCHW maps are first cut into blocks of channels
+// that are small enough for the cache and lie as the vector instructions want them; then all boxes are pooled
+// from one block.
 #include "ops/cpu/roi_pool.h"
 
 #include <algorithm>
 
+#include "ops/cpu/channel_block.h"
+#include "ops/cpu/roi_fold.h"
+
 namespace panfpn {
 namespace {
 
-// For each cell along one axis: the pixels that contribute and the sum of their samples' weights.
-template <typename A>
-class AxisWeights {
- public:
-  struct Entry {
-    int64_t pixel;
-    A weight;
-  };
+// A map, or a part of it, with its channels side by side.
+template <typename T>
+struct MapView {
+  const T* data;
+  int64_t row_stride, pixel_stride;
+  int64_t top, left;  // of the part
 
-  void fold(const RoiAxis<A>& axis, int64_t cells, int64_t size) {
-    entries_.clear();
-    starts_.assign(1, 0);
-    for (int64_t cell = 0; cell < cells; ++cell) {
-      if (axis.grid > 0) {
-        const SampleRange range = samples_on_map(axis, cell, size);
-        for (int64_t i = range.begin; i < range.end; ++i) {
-          const Taps<A> taps = bilinear_taps(axis.sample(cell, i), size);
-          if (!taps.valid) continue;
-          add(taps.low, taps.low_weight);
-          if (taps.high_weight != A(0)) add(taps.high, taps.high_weight);
-        }
-      }
-      starts_.push_back(entries_.size());
-    }
+  const T* pixel(int64_t row, int64_t column) const {
+    return data + (row - top) * row_stride + (column - left) * pixel_stride;
   }
-
-  const Entry* begin(int64_t cell) const { return entries_.data() + starts_[cell]; }
-  const Entry* end(int64_t cell) const { return entries_.data() + starts_[cell + 1]; }
-
- private:
-  // Samples come in order, so a pixel seen before is one of the last two entries of this cell.
-  void add(int64_t pixel, A weight) {
-    const size_t first = starts_.back();
-    for (size_t i = entries_.size(); i > first && i + 2 > entries_.size(); --i) {
-      if (entries_[i - 1].pixel == pixel) {
-        entries_[i - 1].weight += weight;
-        return;
-      }
-    }
-    entries_.push_back({pixel, weight});
-  }
-
-  std::vector<Entry> entries_;
-  std::vector<size_t> starts_;
 };
 
-// Pools one box into `out`, channels-last: [pooled_height, pooled_width, C].
-template <typename T, typename A>
-void pool_box_channels_last(const T* map, int64_t width, int64_t channels, const RoiAlignParams& params,
-                            const AxisWeights<A>& rows, const AxisWeights<A>& columns, A scale,
-                            std::vector<A>& sum, T* out) {
-  for (int64_t ph = 0; ph < params.pooled_height; ++ph) {
-    for (int64_t pw = 0; pw < params.pooled_width; ++pw) {
-      std::fill(sum.begin(), sum.end(), A(0));
-      for (auto row = rows.begin(ph); row != rows.end(ph); ++row) {
-        for (auto column = columns.begin(pw); column != columns.end(pw); ++column) {
-          const A weight = row->weight * column->weight;
-          const T* pixel = map + (row->pixel * width + column->pixel) * channels;
-          for (int64_t c = 0; c < channels; ++c) sum[c] += weight * static_cast<A>(pixel[c]);
-        }
-      }
-      for (int64_t c = 0; c < channels; ++c) *out++ = static_cast<T>(sum[c] * scale);
-    }
+// sum += weight * lanes for V registers at `from`.
+template <typename T, typename A, int V>
+PANFPN_INLINE void multiply_add(const T* from, A weight, Lanes<A> (&sum)[V]) {
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) {
+    Lanes<A> lanes;
+    load_lanes(from + v * kLanes<A>, lanes);
+    sum[v] += lanes * weight;
   }
 }
 
-// Pools one box into `out`, NCHW: [C, pooled_height, pooled_width].
+// Weighted sum of V registers at `offset` in each of `count` places.
+template <typename T, typename A, int V>
+PANFPN_INLINE void sum_places(const T* const* places, const A* weights, int64_t count, int64_t offset,
+                              Lanes<A> (&sum)[V]) {
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) sum[v] = Lanes<A>{};
+  for (int64_t i = 0; i < count; ++i) multiply_add<T, A, V>(places[i] + offset, weights[i], sum);
+}
+
+// The same for the last channels, fewer than a register has lanes.
 template <typename T, typename A>
-void pool_box_nchw(const T* map, int64_t height, int64_t width, int64_t channels,
-                   const RoiAlignParams& params, const AxisWeights<A>& rows, const AxisWeights<A>& columns,
-                   A scale, T* out) {
-  for (int64_t c = 0; c < channels; ++c, map += height * width) {
-    for (int64_t ph = 0; ph < params.pooled_height; ++ph) {
-      for (int64_t pw = 0; pw < params.pooled_width; ++pw) {
-        A sum = 0;
-        for (auto row = rows.begin(ph); row != rows.end(ph); ++row) {
-          const T* line = map + row->pixel * width;
-          A line_sum = 0;
-          for (auto column = columns.begin(pw); column != columns.end(pw); ++column) {
-            line_sum += column->weight * static_cast<A>(line[column->pixel]);
-          }
-          sum += row->weight * line_sum;
-        }
-        *out++ = static_cast<T>(sum * scale);
+PANFPN_INLINE void sum_places_of_rest(const T* const* places, const A* weights, int64_t count, int64_t offset,
+                                      int64_t rest, Lanes<A>& sum) {
+  sum = Lanes<A>{};
+  for (int64_t i = 0; i < count; ++i) {
+    Lanes<A> lanes;
+    load_some<T, A>(places[i] + offset, rest, lanes);
+    sum += lanes * weights[i];
+  }
+}
+
+template <typename A, int V>
+PANFPN_INLINE void scale_and_store(Lanes<A> (&sum)[V], A* to) {
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) store_lanes(sum[v], to + v * kLanes<A>);
+}
+
+// Weighted sums over `count` places for all channels -> `to`, whose channels are padded to whole registers.
+template <typename T, typename A>
+PANFPN_INLINE void sum_all_channels(const T* const* places, const A* weights, int64_t count, int64_t channels,
+                                    A* to) {
+  constexpr int L = kLanes<A>;
+  int64_t c = 0;
+  for (; c + 4 * L <= channels; c += 4 * L) {
+    Lanes<A> sum[4];
+    sum_places<T, A, 4>(places, weights, count, c, sum);
+    scale_and_store<A, 4>(sum, to + c);
+  }
+  for (; c + L <= channels; c += L) {
+    Lanes<A> sum[1];
+    sum_places<T, A, 1>(places, weights, count, c, sum);
+    scale_and_store<A, 1>(sum, to + c);
+  }
+  if (c < channels) {
+    Lanes<A> sum;
+    sum_places_of_rest<T, A>(places, weights, count, c, channels - c, sum);
+    store_lanes(sum, to + c);
+  }
+}
+
+// What a thread keeps between boxes.
+template <typename T, typename A>
+struct PoolScratch {
+  std::vector<const T*> pixels;       // of the map, for one column
+  std::vector<const A*> columns;      // of `line`, for one cell
+  std::vector<A> weights, line, sum;  // line: one row of cells, folded along y: [columns, padded channels]
+};
+
+// Pools one box: [pooled_height, pooled_width, channels] -> out, whose cells lie `channels` apart.
+template <typename T, typename A, typename Out>
+PANFPN_VECTOR_CLONES void pool_box(const MapView<T>& map, const BoxFold<A>& box, int64_t channels,
+                                   int64_t pooled_height, int64_t pooled_width, PoolScratch<T, A>& scratch,
+                                   Out* out) {
+  constexpr int L = kLanes<A>;
+  const int64_t padded = (channels + L - 1) / L * L;
+  const int64_t touched = static_cast<int64_t>(box.columns.pixels().size());
+  const int64_t* columns = box.columns.pixels().data();
+  const int64_t* rows = box.rows.pixels().data();
+  scratch.line.resize(touched * padded);
+  scratch.sum.resize(padded);
+  for (int64_t ph = 0; ph < pooled_height; ++ph) {
+    const auto* row = box.rows.begin(ph);
+    const int64_t row_count = box.rows.end(ph) - row;
+    scratch.pixels.resize(row_count);
+    scratch.weights.resize(row_count);
+    for (int64_t i = 0; i < row_count; ++i) scratch.weights[i] = row[i].weight * box.scale;
+    for (int64_t j = 0; j < touched; ++j) {
+      for (int64_t i = 0; i < row_count; ++i) {
+        scratch.pixels[i] = map.pixel(rows[row[i].slot], columns[j]);
       }
+      sum_all_channels<T, A>(scratch.pixels.data(), scratch.weights.data(), row_count, channels,
+                             scratch.line.data() + j * padded);
+    }
+    for (int64_t pw = 0; pw < pooled_width; ++pw) {
+      const auto* column = box.columns.begin(pw);
+      const int64_t column_count = box.columns.end(pw) - column;
+      scratch.columns.resize(column_count);
+      scratch.weights.resize(column_count);
+      for (int64_t i = 0; i < column_count; ++i) {
+        scratch.columns[i] = scratch.line.data() + column[i].slot * padded;
+        scratch.weights[i] = column[i].weight;
+      }
+      A* sum = scratch.sum.data();
+      sum_all_channels<A, A>(scratch.columns.data(), scratch.weights.data(), column_count, padded, sum);
+      int64_t c = 0;
+      for (; c + L <= channels; c += L) {
+        Lanes<A> lanes;
+        load_lanes(sum + c, lanes);
+        store_lanes(lanes, out + c);
+      }
+      if (c < channels) {
+        Lanes<A> lanes;
+        load_lanes(sum + c, lanes);
+        store_some<Out, A>(lanes, channels - c, out + c);
+      }
+      out += channels;
     }
   }
 }
 
 template <typename T>
-void pool_boxes(const Pyramid<T>& pyramid, const accumulate_t<T>* boxes, int64_t count,
-                const RoiAlignParams& params, bool channels_last, T* out) {
-  using A = accumulate_t<T>;
-  const int64_t out_size = pyramid.channels * params.pooled_height * params.pooled_width;
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    AxisWeights<A> rows, columns;
-    std::vector<A> sum(channels_last ? pyramid.channels : 0);
+void zero_unusable(const BoxFolds<accumulate_t<T>>& folds, int64_t count, int64_t out_size, T* out) {
+  torch::stable::parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
+    BoxFold<accumulate_t<T>> scratch;
     for (int64_t k = begin; k < end; ++k) {
-      const A* box = boxes + k * 5;
-      T* box_out = out + k * out_size;
-      const int level = level_of_box(params.rule, pyramid.levels, box[1], box[2], box[3], box[4]);
-      const int64_t height = pyramid.height[level], width = pyramid.width[level];
-      const bool in_batch = box[0] >= A(0) && box[0] < static_cast<A>(pyramid.batch);  // false for NaN
-      if (!in_batch || height == 0 || width == 0) {
-        std::fill(box_out, box_out + out_size, T(0));
-        continue;
-      }
-      const A map_scale = static_cast<A>(pyramid.scale[level]);
-      const RoiAxis<A> y = make_roi_axis(box[2], box[4], map_scale, params.pooled_height,
-                                         params.sampling_ratio, params.aligned);
-      const RoiAxis<A> x = make_roi_axis(box[1], box[3], map_scale, params.pooled_width,
-                                         params.sampling_ratio, params.aligned);
-      rows.fold(y, params.pooled_height, height);
-      columns.fold(x, params.pooled_width, width);
-      const A samples = static_cast<A>(y.grid) * static_cast<A>(x.grid);
-      const A scale = A(1) / std::max(samples, A(1));
-      const T* map = pyramid.data[level] + static_cast<int64_t>(box[0]) * pyramid.channels * height * width;
-      if (channels_last) {
-        pool_box_channels_last(map, width, pyramid.channels, params, rows, columns, scale, sum, box_out);
-      } else {
-        pool_box_nchw(map, height, width, pyramid.channels, params, rows, columns, scale, box_out);
-      }
+      if (!folds.get(k, scratch).usable) std::fill(out + k * out_size, out + (k + 1) * out_size, T(0));
     }
+  });
+}
+
+template <typename T>
+void pool_channels_last(const Pyramid<const T>& pyramid, const BoxFolds<accumulate_t<T>>& folds,
+                        const RoiAlignParams& params, T* out) {
+  using A = accumulate_t<T>;
+  std::vector<std::pair<int64_t, const T*>> work;  // box and its image's map
+  for (const auto& group : folds.groups()) {
+    const int64_t map_size = pyramid.height[group.level] * pyramid.width[group.level] * pyramid.channels;
+    for (const int64_t k : group.boxes)
+      work.emplace_back(k, pyramid.data[group.level] + group.image * map_size);
+  }
+  parallel_in_chunks(static_cast<int64_t>(work.size()), 4, [&] {
+    return [&, scratch = PoolScratch<T, A>(), fold = BoxFold<A>()](int64_t begin, int64_t end) mutable {
+      for (int64_t i = begin; i < end; ++i) {
+        const auto [k, map] = work[i];
+        const BoxFold<A>& box = folds.get(k, fold);
+        const MapView<T> view{map, pyramid.width[box.level] * pyramid.channels, pyramid.channels, 0, 0};
+        pool_box<T, A, T>(view, box, pyramid.channels, params.pooled_height, params.pooled_width, scratch,
+                          out + k * params.pooled_height * params.pooled_width * pyramid.channels);
+      }
+    };
+  });
+}
+
+template <typename T>
+void pool_nchw(const Pyramid<const T>& pyramid, const BoxFolds<accumulate_t<T>>& folds,
+               const RoiAlignParams& params, T* out) {
+  using A = accumulate_t<T>;
+  constexpr int L = kLanes<A>;
+  const auto groups = folds.groups();
+  const int64_t channels = pyramid.channels, blocks = (channels + L - 1) / L;
+  const int64_t cells = params.pooled_height * params.pooled_width;
+  parallel_in_chunks(static_cast<int64_t>(groups.size()) * blocks, 1, [&] {
+    return [&, scratch = PoolScratch<A, A>(), fold = BoxFold<A>(), block = std::vector<A>(),
+            pooled = std::vector<A>(cells * L)](int64_t task, int64_t) mutable {
+      const auto& group = groups[task / blocks];
+      const int64_t first = task % blocks * L, some = std::min<int64_t>(L, channels - first);
+      const int64_t width = pyramid.width[group.level], plane = pyramid.height[group.level] * width;
+      const int64_t block_width = group.right - group.left;
+      block.resize((group.bottom - group.top) * block_width * L);
+      const T* planes = pyramid.data[group.level] + (group.image * channels + first) * plane;
+      for (int64_t y = group.top; y < group.bottom; ++y) {
+        planes_to_block<T, A>(planes + y * width + group.left, plane, some, block_width,
+                              block.data() + (y - group.top) * block_width * L);
+      }
+      const MapView<A> view{block.data(), block_width * L, L, group.top, group.left};
+      for (const int64_t k : group.boxes) {
+        pool_box<A, A, A>(view, folds.get(k, fold), L, params.pooled_height, params.pooled_width, scratch,
+                          pooled.data());
+        block_to_planes<T, A>(pooled.data(), cells, out + (k * channels + first) * cells, cells, some);
+      }
+    };
   });
 }
 
@@ -140,12 +214,22 @@ Tensor pool_features(const std::vector<Tensor>& features, const std::vector<doub
                      const Tensor& boxes_in, const RoiAlignParams& params, const char* op) {
   const DenseFeatures dense = dense_features(features);
   const Tensor boxes = torch::stable::contiguous(boxes_in);
-  Tensor out = empty_nchw({boxes.size(0), features[0].size(1), params.pooled_height, params.pooled_width},
-                          features[0], dense.channels_last);
+  const int64_t count = boxes.size(0), channels = features[0].size(1);
+  Tensor out = empty_nchw({count, channels, params.pooled_height, params.pooled_width}, features[0],
+                          dense.channels_last);
+  if (out.numel() == 0) return out;
   dispatch_floating(features[0].scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    pool_boxes<T>(make_pyramid<T>(dense.maps, scales), boxes.const_data_ptr<accumulate_t<T>>(), boxes.size(0),
-                  params, dense.channels_last, out.mutable_data_ptr<T>());
+    using A = accumulate_t<T>;
+    const Pyramid<const T> pyramid = make_pyramid<T>(dense.maps, scales);
+    const BoxFolds<A> folds(boxes.const_data_ptr<A>(), count, pyramid, params);
+    T* out_data = out.mutable_data_ptr<T>();
+    zero_unusable<T>(folds, count, channels * params.pooled_height * params.pooled_width, out_data);
+    if (dense.channels_last) {
+      pool_channels_last<T>(pyramid, folds, params, out_data);
+    } else {
+      pool_nchw<T>(pyramid, folds, params, out_data);
+    }
   });
   return out;
 }

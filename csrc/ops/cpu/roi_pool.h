@@ -10,4 +10,10 @@ namespace panfpn {
 Tensor pool_features(const std::vector<Tensor>& features, const std::vector<double>& scales,
                      const Tensor& boxes, const RoiAlignParams& params, const char* op);
 
+// The gradient of each feature map for `grad`, that of the pooled output. The order of its sums depends on
+// the boxes alone, not on the number of threads.
+std::vector<Tensor> pool_features_backward(const Tensor& grad, const std::vector<double>& scales,
+                                           const Tensor& boxes, const MapSizes& sizes, bool channels_last,
+                                           const RoiAlignParams& params, const char* op);
+
 }  // namespace panfpn

@@ -11,4 +11,10 @@ namespace panfpn {
 Tensor pool_features(const std::vector<Tensor>& features, const std::vector<double>& scales,
                      const Tensor& boxes, const RoiAlignParams& params, const char* op);
 
+// The gradient of each feature map for `grad`, that of the pooled output. Fast: atomics, in any order.
+// Deterministic: each pixel collects its sum in the order of the boxes.
+std::vector<Tensor> pool_features_backward(const Tensor& grad, const std::vector<double>& scales,
+                                           const Tensor& boxes, const MapSizes& sizes, bool channels_last,
+                                           bool deterministic, const RoiAlignParams& params, const char* op);
+
 }  // namespace panfpn

@@ -1,0 +1,120 @@
+// A register's worth of accumulators, and what loads and stores it from and to each dtype of feature maps.
+//
+// Vectors of 64 bytes whatever the processor has: the compiler cuts them for the narrower clones of a
+// PANFPN_VECTOR_CLONES function. They are passed by reference, because their calling convention differs
+// between the clones.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "ops/cpu/simd.h"
+#include "stable_compat.h"
+
+#define PANFPN_INLINE inline __attribute__((always_inline))
+
+namespace panfpn {
+
+template <typename A>
+struct LanesOf;
+template <>
+struct LanesOf<float> {
+  typedef float type __attribute__((vector_size(64)));
+};
+template <>
+struct LanesOf<double> {
+  typedef double type __attribute__((vector_size(64)));
+};
+template <typename A>
+using Lanes = typename LanesOf<A>::type;
+template <typename A>
+inline constexpr int kLanes = 64 / sizeof(A);
+
+using HalfBits = uint16_t __attribute__((vector_size(32)));
+using WordBits = uint32_t __attribute__((vector_size(64)));
+
+PANFPN_INLINE void load_lanes(const float* from, Lanes<float>& to) {
+  std::memcpy(&to, from, sizeof(to));
+}
+PANFPN_INLINE void load_lanes(const double* from, Lanes<double>& to) {
+  std::memcpy(&to, from, sizeof(to));
+}
+PANFPN_INLINE void load_lanes(const c10::BFloat16* from, Lanes<float>& to) {
+  HalfBits bits;
+  std::memcpy(&bits, from, sizeof(bits));
+  const WordBits wide = __builtin_convertvector(bits, WordBits) << 16;
+  std::memcpy(&to, &wide, sizeof(to));
+}
+// Exponents are rebased from 15 to 127; infinities and NaN go on to 255. Subnormals get the leading one of
+// 2^-14, which is then subtracted.
+PANFPN_INLINE void load_lanes(const c10::Half* from, Lanes<float>& to) {
+  HalfBits bits;
+  std::memcpy(&bits, from, sizeof(bits));
+  const WordBits wide = __builtin_convertvector(bits, WordBits);
+  const WordBits sign = (wide & 0x8000u) << 16, exponent = wide & 0x7C00u, shifted = (wide & 0x7FFFu) << 13;
+  const WordBits special = static_cast<WordBits>(exponent == 0x7C00u) & 0x38000000u;
+  const WordBits normal = shifted + 0x38000000u + special;
+  const WordBits with_one = shifted + 0x38800000u;
+  Lanes<float> subnormal;
+  std::memcpy(&subnormal, &with_one, sizeof(subnormal));
+  subnormal -= 0x1p-14f;
+  WordBits subnormal_bits;
+  std::memcpy(&subnormal_bits, &subnormal, sizeof(subnormal_bits));
+  const WordBits is_subnormal = static_cast<WordBits>(exponent == 0u);
+  const WordBits result = sign | (subnormal_bits & is_subnormal) | (normal & ~is_subnormal);
+  std::memcpy(&to, &result, sizeof(to));
+}
+
+PANFPN_INLINE void store_lanes(const Lanes<float>& from, float* to) {
+  std::memcpy(to, &from, sizeof(from));
+}
+PANFPN_INLINE void store_lanes(const Lanes<double>& from, double* to) {
+  std::memcpy(to, &from, sizeof(from));
+}
+// Rounds to nearest, ties to even.
+PANFPN_INLINE void store_lanes(const Lanes<float>& from, c10::BFloat16* to) {
+  WordBits bits;
+  std::memcpy(&bits, &from, sizeof(bits));
+  const WordBits rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
+  const WordBits is_nan = static_cast<WordBits>((bits & 0x7FFFFFFFu) > 0x7F800000u);
+  const HalfBits result = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7FC0u), HalfBits);
+  std::memcpy(to, &result, sizeof(result));
+}
+// The same. A step of 2^-24 is that of float16's subnormals and of float32 from 0.5 on, so adding 0.5 rounds
+// them.
+PANFPN_INLINE void store_lanes(const Lanes<float>& from, c10::Half* to) {
+  WordBits bits;
+  std::memcpy(&bits, &from, sizeof(bits));
+  const WordBits sign = bits >> 16 & 0x8000u, size = bits & 0x7FFFFFFFu;
+  const WordBits normal = (size - 0x38000000u + 0xFFFu + (size >> 13 & 1u)) >> 13;
+  Lanes<float> shifted;
+  std::memcpy(&shifted, &size, sizeof(shifted));
+  shifted += 0.5f;
+  WordBits subnormal;
+  std::memcpy(&subnormal, &shifted, sizeof(subnormal));
+  subnormal -= 0x3F000000u;
+  const WordBits is_small = static_cast<WordBits>(size < 0x38800000u);
+  const WordBits is_large = static_cast<WordBits>(size >= 0x47800000u);
+  const WordBits is_nan = static_cast<WordBits>(size > 0x7F800000u);
+  const WordBits finite = (subnormal & is_small) | (normal & ~is_small);
+  const WordBits result = sign | (finite & ~is_large) | (is_large & 0x7C00u) | (is_nan & 0x0200u);
+  const HalfBits narrow = __builtin_convertvector(result, HalfBits);
+  std::memcpy(to, &narrow, sizeof(narrow));
+}
+
+// The first `count` lanes only; the others are zero.
+template <typename T, typename A>
+PANFPN_INLINE void load_some(const T* from, int64_t count, Lanes<A>& to) {
+  T padded[kLanes<A>];
+  std::memset(static_cast<void*>(padded), 0, sizeof(padded));
+  std::memcpy(static_cast<void*>(padded), from, static_cast<size_t>(count) * sizeof(T));
+  load_lanes(padded, to);
+}
+template <typename T, typename A>
+PANFPN_INLINE void store_some(const Lanes<A>& from, int64_t count, T* to) {
+  T padded[kLanes<A>];
+  store_lanes(from, padded);
+  std::memcpy(static_cast<void*>(to), padded, static_cast<size_t>(count) * sizeof(T));
+}
+
+}  // namespace panfpn

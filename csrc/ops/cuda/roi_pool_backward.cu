@@ -1,0 +1,368 @@
+// Two ways to the same sums, both with `grad` channels-last.
+//
+// Fast: a warp takes a cell, as in forward, and adds its pixels with vector atomics to float32 maps.
+// Deterministic: a block takes a tile of pixels and some channels, walks through the boxes that meet the tile
+// in their order and keeps the sums in registers. It needs no memory of its own but six integers per box.
+#include "ops/cuda/launch.cuh"
+#include "ops/cuda/roi_cell.cuh"
+#include "ops/cuda/roi_pool.h"
+
+namespace panfpn {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+
+__device__ void add_pack(float* to, const Pack<float, 1>& pack) {
+  atomicAdd(to, pack.values[0]);
+}
+__device__ void add_pack(float* to, const Pack<float, 4>& pack) {
+#if defined(PANFPN_CUDA_ON_HOST) || __CUDA_ARCH__ >= 900
+  atomicAdd(reinterpret_cast<float4*>(to),
+            make_float4(pack.values[0], pack.values[1], pack.values[2], pack.values[3]));
+#else
+  for (int v = 0; v < 4; ++v) atomicAdd(to + v, pack.values[v]);
+#endif
+}
+
+// Adds grad [K, pooled_height, pooled_width, C] to the float32 maps `sums` [N, H, W, C].
+template <typename T, int V>
+__global__ void __launch_bounds__(kThreads)
+    add_cells(const T* grad, Pyramid<float> sums, const float* boxes, int64_t cells, RoiAlignParams params) {
+  const int64_t channels = sums.channels, lane = threadIdx.x % 32;
+  for (int64_t index = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32; index < cells;
+       index += int64_t{gridDim.x} * kWarps) {
+    const int64_t pw = index % params.pooled_width, ph = index / params.pooled_width % params.pooled_height;
+    const int64_t k = index / params.pooled_width / params.pooled_height;
+    const Cell<float> cell = find_cell(sums, boxes + k * 5, params);
+    if (!cell.usable) continue;
+    float* map = sums.data[cell.level] + cell.image * channels * cell.height * cell.width;
+    for (int64_t first = 0; first < channels; first += 32 * V) {
+      const int64_t c = first + lane * V;
+      const bool active = c < channels;
+      Pack<T, V> values{};
+      if (active) values = *reinterpret_cast<const Pack<T, V>*>(grad + index * channels + c);
+      visit_pixels(cell, ph, pw, [&](int64_t row, int64_t column, float weight) {
+        if (!active || weight == 0.0f) return;
+        Pack<float, V> pack;
+        PANFPN_UNROLL
+        for (int v = 0; v < V; ++v) pack.values[v] = weight * static_cast<float>(values.values[v]);
+        add_pack(map + (row * cell.width + column) * channels + c, pack);
+      });
+    }
+  }
+}
+
+// sums [pixels, C] -> out: the same in another dtype.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) convert(const float* sums, int64_t count, T* out) {
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < count;
+       i += int64_t{gridDim.x} * kThreads) {
+    out[i] = static_cast<T>(sums[i]);
+  }
+}
+
+// sums [N, pixels, C] -> out [N, C, pixels], through tiles of 32 x 32 so that both sides are read and written
+// in rows.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    convert_to_nchw(const float* sums, int64_t batch, int64_t pixels, int64_t channels, T* out) {
+  using Row = float[33];
+  PANFPN_SHARED(Row, tile, 32);
+  const int64_t pixel_tiles = (pixels + 31) / 32, channel_tiles = (channels + 31) / 32;
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+  for (int64_t index = blockIdx.x; index < batch * pixel_tiles * channel_tiles; index += gridDim.x) {
+    const int64_t first_channel = index % channel_tiles * 32,
+                  first_pixel = index / channel_tiles % pixel_tiles * 32,
+                  image = index / channel_tiles / pixel_tiles;
+    for (int i = warp; i < 32; i += kWarps) {
+      const int64_t pixel = first_pixel + i, c = first_channel + lane;
+      if (pixel < pixels && c < channels) tile[i][lane] = sums[(image * pixels + pixel) * channels + c];
+    }
+    __syncthreads();
+    for (int i = warp; i < 32; i += kWarps) {
+      const int64_t pixel = first_pixel + lane, c = first_channel + i;
+      if (pixel < pixels && c < channels) {
+        out[(image * channels + c) * pixels + pixel] = static_cast<T>(tile[lane][i]);
+      }
+    }
+    __syncthreads();
+  }
+}
+
+// Half-open range of the pixels that a box can touch, on its map; level is -1 where it touches none.
+struct BoxRange {
+  int level, top, bottom, left, right;
+  int64_t image;
+};
+
+// A superset of the pixels that samples along the axis touch: a few more where coordinates are coarse.
+__device__ void touched_range(const RoiAxis<float>& axis, int64_t cells, int64_t size, int* begin, int* end) {
+  const double start = axis.start, stop = start + static_cast<double>(axis.cell) * static_cast<double>(cells);
+  const double low = start < stop ? start : stop, high = start < stop ? stop : start;
+  const double margin = 1.0 + 1e-6 * (fabs(low) + fabs(high)), last = static_cast<double>(size - 1);
+  double first_pixel = floor(low - margin), last_pixel = floor(high + margin) + 1.0;
+  if (first_pixel > last + 1.0 || last_pixel < -1.0) {
+    *begin = *end = 0;
+    return;
+  }
+  first_pixel = first_pixel < 0.0 ? 0.0 : (first_pixel > last ? last : first_pixel);
+  last_pixel = last_pixel < 0.0 ? 0.0 : (last_pixel > last ? last : last_pixel);
+  *begin = static_cast<int>(first_pixel);
+  *end = static_cast<int>(last_pixel) + 1;
+}
+
+__global__ void __launch_bounds__(kThreads) find_ranges(PyramidShape shape, const float* boxes, int64_t count,
+                                                        RoiAlignParams params, BoxRange* ranges) {
+  for (int64_t k = int64_t{blockIdx.x} * kThreads + threadIdx.x; k < count;
+       k += int64_t{gridDim.x} * kThreads) {
+    const Cell<float> cell = find_cell(shape, boxes + k * 5, params);
+    BoxRange range{-1, 0, 0, 0, 0, 0};
+    if (cell.usable) {
+      range.level = cell.level;
+      range.image = cell.image;
+      touched_range(cell.y, params.pooled_height, cell.height, &range.top, &range.bottom);
+      touched_range(cell.x, params.pooled_width, cell.width, &range.left, &range.right);
+    }
+    ranges[k] = range;
+  }
+}
+
+constexpr int kTile = 8;    // pixels along each side; a warp takes a row
+constexpr int kStaged = 4;  // boxes whose weights are computed at once
+constexpr int kCells = 32;  // cells along each axis whose weights are held at once
+
+// How much a cell's samples weigh on one pixel.
+__device__ float weight_on_pixel(const RoiAxis<float>& axis, int64_t cell, int64_t pixel, int64_t size) {
+  const double low = pixel == 0 ? -1.0 : static_cast<double>(pixel - 1),
+               high = static_cast<double>(pixel == size - 1 ? size : pixel + 1);
+  SampleRange range{0, axis.grid};
+  if (axis.grid > 4) range = samples_between(axis, cell, low, high);
+  float weight = 0.0f;
+  for (int64_t i = range.begin; i < range.end; ++i) {
+    const Taps<float> taps = bilinear_taps(axis.sample(cell, i), size);
+    if (!taps.valid) continue;
+    if (taps.low == pixel) weight += taps.low_weight;
+    if (taps.high == pixel) weight += taps.high_weight;
+  }
+  return weight;
+}
+
+struct TileGrid {
+  int64_t first[kMaxLevels + 1];  // number of the first tile of each level, and of all of them
+};
+
+template <typename T, int V>
+__global__ void __launch_bounds__(kThreads)
+    gather_tiles(const T* grad, Pyramid<T> out, bool channels_last, const float* boxes,
+                 const BoxRange* ranges, int64_t count, TileGrid tiles, RoiAlignParams params) {
+  using Weights = float[2][kTile][kCells];
+  using Masks = unsigned[2][kTile];
+  PANFPN_SHARED(int64_t, hits, kThreads);
+  PANFPN_SHARED(int, hits_of_warp, kWarps);
+  PANFPN_SHARED(Weights, weights, kStaged);  // of each axis, 0 being y, on each pixel of the tile
+  PANFPN_SHARED(Masks, touching, kStaged);   // cells whose weight is not zero
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+  const int64_t channels = out.channels, chunks = (channels + 32 * V - 1) / (32 * V);
+  const int64_t most_cells =
+      params.pooled_height > params.pooled_width ? params.pooled_height : params.pooled_width;
+  const int segment = most_cells <= 8 ? 8 : (most_cells <= 16 ? 16 : 32);  // lanes for the cells of a pixel
+  const int pixels_at_once = 32 / segment, groups = kTile / pixels_at_once;
+
+  for (int64_t index = blockIdx.x; index < tiles.first[out.levels] * chunks; index += gridDim.x) {
+    const int64_t c = index % chunks * 32 * V + lane * V, tile = index / chunks;
+    const bool active = c < channels;
+    int level = 0;
+    while (tile >= tiles.first[level + 1]) ++level;
+    const int64_t height = out.height[level], width = out.width[level];
+    const int64_t across = (width + kTile - 1) / kTile, down = (height + kTile - 1) / kTile;
+    const int64_t place = tile - tiles.first[level], image = place / across / down;
+    const int64_t left = place % across * kTile, top = place / across % down * kTile;
+    float sum[kTile][V] = {};
+
+    for (int64_t base = 0; base < count; base += kThreads) {
+      const int64_t k = base + threadIdx.x;
+      bool hit = false;
+      if (k < count) {
+        const BoxRange range = ranges[k];
+        hit = range.level == level && range.image == image && range.top < top + kTile && range.bottom > top &&
+              range.left < left + kTile && range.right > left;
+      }
+      const unsigned votes = __ballot_sync(kFullWarp, hit);
+      if (lane == 0) hits_of_warp[warp] = __popc(votes);
+      __syncthreads();
+      int before = 0, total = 0;
+      for (int w = 0; w < kWarps; ++w) {
+        if (w < warp) before += hits_of_warp[w];
+        total += hits_of_warp[w];
+      }
+      if (hit) hits[before + __popc(votes & ((1u << lane) - 1u))] = k;
+      __syncthreads();
+
+      for (int first = 0; first < total; first += kStaged) {
+        const int staged = total - first < kStaged ? total - first : kStaged;
+        for (int64_t ph0 = 0; ph0 < params.pooled_height; ph0 += kCells) {
+          for (int64_t pw0 = 0; pw0 < params.pooled_width; pw0 += kCells) {
+            for (int item = warp; item < staged * 2 * groups; item += kWarps) {
+              const int b = item / groups / 2, axis = item / groups % 2;
+              const int pixel = item % groups * pixels_at_once + lane / segment, cell_lane = lane % segment;
+              const Cell<float> cell = find_cell(out, boxes + hits[first + b] * 5, params);
+              const int64_t at = (axis == 0 ? top : left) + pixel, size = axis == 0 ? height : width;
+              const int64_t index_of_cell = (axis == 0 ? ph0 : pw0) + cell_lane;
+              float weight = 0.0f;
+              if (at < size && index_of_cell < (axis == 0 ? params.pooled_height : params.pooled_width)) {
+                weight = weight_on_pixel(axis == 0 ? cell.y : cell.x, index_of_cell, at, size);
+                if (axis == 0) weight *= cell.scale;
+              }
+              weights[b][axis][pixel][cell_lane] = weight;
+              const unsigned nonzero = __ballot_sync(kFullWarp, weight != 0.0f) >> (lane / segment * segment);
+              if (cell_lane == 0) {
+                touching[b][axis][pixel] = segment == 32 ? nonzero : nonzero & ((1u << segment) - 1u);
+              }
+            }
+            __syncthreads();
+            for (int b = 0; b < staged && active; ++b) {
+              unsigned columns = 0;
+              for (int x = 0; x < kTile; ++x) columns |= touching[b][1][x];
+              for (unsigned rows = touching[b][0][warp]; rows != 0; rows &= rows - 1) {
+                const int i = __ffs(static_cast<int>(rows)) - 1;
+                const float row_weight = weights[b][0][warp][i];
+                for (unsigned rest = columns; rest != 0; rest &= rest - 1) {
+                  const int j = __ffs(static_cast<int>(rest)) - 1;
+                  const int64_t cell =
+                      (hits[first + b] * params.pooled_height + ph0 + i) * params.pooled_width + pw0 + j;
+                  const auto pack = *reinterpret_cast<const Pack<T, V>*>(grad + cell * channels + c);
+                  PANFPN_UNROLL
+                  for (int x = 0; x < kTile; ++x) {
+                    const float weight = row_weight * weights[b][1][x][j];
+                    if (weight == 0.0f) continue;
+                    PANFPN_UNROLL
+                    for (int v = 0; v < V; ++v) sum[x][v] += weight * static_cast<float>(pack.values[v]);
+                  }
+                }
+              }
+            }
+            __syncthreads();
+          }
+        }
+      }
+    }
+
+    const int64_t y = top + warp;
+    if (!active || y >= height) continue;
+    PANFPN_UNROLL
+    for (int i = 0; i < kTile; ++i) {
+      const int64_t x = left + i;
+      if (x >= width) continue;
+      Pack<T, V> pack;
+      PANFPN_UNROLL
+      for (int v = 0; v < V; ++v) pack.values[v] = static_cast<T>(sum[i][v]);
+      T* map = out.data[level] + image * channels * height * width;
+      if (channels_last) {
+        *reinterpret_cast<Pack<T, V>*>(map + (y * width + x) * channels + c) = pack;
+      } else {
+        PANFPN_UNROLL
+        for (int v = 0; v < V; ++v) map[((c + v) * height + y) * width + x] = pack.values[v];
+      }
+    }
+  }
+}
+
+template <typename T>
+void backward_fast(const Tensor& grad, const std::vector<Tensor>& grads, const std::vector<double>& scales,
+                   const Tensor& boxes, bool channels_last, const RoiAlignParams& params) {
+  const auto stream = current_stream(grad);
+  const bool in_place = channels_last && std::is_same_v<T, float>;
+  std::vector<Tensor> sums = grads;
+  for (Tensor& sum : sums) {
+    if (!in_place) {
+      const std::array<int64_t, 4> sizes{sum.size(0), sum.size(1), sum.size(2), sum.size(3)};
+      sum = torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()),
+                                 ScalarType::Float, std::nullopt, grad.device(), std::nullopt,
+                                 torch::headeronly::MemoryFormat::ChannelsLast);
+    }
+    torch::stable::zero_(sum);
+  }
+  const Pyramid<float> pyramid = make_grad_pyramid<float>(sums, scales);
+  const T* grad_data = grad.const_data_ptr<T>();
+  const int64_t cells = grad.size(0) * grad.size(2) * grad.size(3);
+  bool packs = takes_packs<T, 4>(pyramid.channels, {grad_data});
+  for (int level = 0; level < pyramid.levels; ++level) {
+    packs &= takes_packs<float, 4>(pyramid.channels, {pyramid.data[level]});
+  }
+  const auto launch = [&](auto* kernel) {
+    PANFPN_LAUNCH(kernel, dim3(blocks_for(cells, kWarps)), dim3(kThreads), 0, stream, grad_data, pyramid,
+                  boxes.const_data_ptr<float>(), cells, params);
+  };
+  packs ? launch(add_cells<T, 4>) : launch(add_cells<T, 1>);
+  for (int level = 0; level < pyramid.levels && !in_place; ++level) {
+    T* out = grads[level].mutable_data_ptr<T>();
+    const int64_t pixels = pyramid.height[level] * pyramid.width[level];
+    if (channels_last) {
+      const int64_t values = pyramid.batch * pixels * pyramid.channels;
+      PANFPN_LAUNCH(convert<T>, dim3(blocks_for(values, kThreads)), dim3(kThreads), 0, stream,
+                    pyramid.data[level], values, out);
+    } else {
+      const int64_t tiles = pyramid.batch * ((pixels + 31) / 32) * ((pyramid.channels + 31) / 32);
+      PANFPN_LAUNCH(convert_to_nchw<T>, dim3(blocks_for(tiles, 1)), dim3(kThreads), 0, stream,
+                    pyramid.data[level], pyramid.batch, pixels, pyramid.channels, out);
+    }
+  }
+}
+
+template <typename T>
+void backward_deterministic(const Tensor& grad, const std::vector<Tensor>& grads,
+                            const std::vector<double>& scales, const Tensor& boxes, bool channels_last,
+                            const RoiAlignParams& params) {
+  const auto stream = current_stream(grad);
+  const Pyramid<T> pyramid = make_grad_pyramid<T>(grads, scales);
+  const T* grad_data = grad.const_data_ptr<T>();
+  const auto* boxes_data = boxes.const_data_ptr<float>();
+  const int64_t count = boxes.size(0), bytes = static_cast<int64_t>(sizeof(BoxRange));
+  Tensor memory = empty({count * bytes}, ScalarType::Byte, grad);
+  auto* ranges = reinterpret_cast<BoxRange*>(memory.mutable_data_ptr<uint8_t>());
+  PANFPN_LAUNCH(find_ranges, dim3(blocks_for(count, kThreads)), dim3(kThreads), 0, stream, pyramid,
+                boxes_data, count, params, ranges);
+  TileGrid tiles{};
+  bool packs = takes_packs<T, 4>(pyramid.channels, {grad_data});
+  for (int level = 0; level < pyramid.levels; ++level) {
+    tiles.first[level + 1] = tiles.first[level] + pyramid.batch *
+                                                      ((pyramid.height[level] + kTile - 1) / kTile) *
+                                                      ((pyramid.width[level] + kTile - 1) / kTile);
+    packs &= takes_packs<T, 4>(pyramid.channels, {pyramid.data[level]});
+  }
+  const auto launch = [&](auto* kernel, int64_t pack) {
+    const int64_t chunks = (pyramid.channels + 32 * pack - 1) / (32 * pack);
+    PANFPN_LAUNCH(kernel, dim3(blocks_for(tiles.first[pyramid.levels] * chunks, 1)), dim3(kThreads), 0,
+                  stream, grad_data, pyramid, channels_last, boxes_data, ranges, count, tiles, params);
+  };
+  packs ? launch(gather_tiles<T, 4>, 4) : launch(gather_tiles<T, 1>, 1);
+}
+
+}  // namespace
+
+std::vector<Tensor> pool_features_backward(const Tensor& grad_in, const std::vector<double>& scales,
+                                           const Tensor& boxes_in, const MapSizes& sizes, bool channels_last,
+                                           bool deterministic, const RoiAlignParams& params, const char* op) {
+  const DeviceGuard guard(grad_in.get_device_index());
+  const Tensor grad = torch::stable::contiguous(grad_in, torch::headeronly::MemoryFormat::ChannelsLast),
+               boxes = torch::stable::contiguous(boxes_in);
+  std::vector<Tensor> grads;
+  for (size_t level = 0; level < scales.size(); ++level) {
+    STD_TORCH_CHECK(sizes.heights[level] < INT32_MAX && sizes.widths[level] < INT32_MAX, op,
+                    ": feature maps must have sides below 2^31");
+    grads.push_back(empty_nchw({sizes.batch, grad.size(1), sizes.heights[level], sizes.widths[level]}, grad,
+                               channels_last));
+  }
+  dispatch_feature_type(grad.scalar_type(), op, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (deterministic) {
+      backward_deterministic<T>(grad, grads, scales, boxes, channels_last, params);
+    } else {
+      backward_fast<T>(grad, grads, scales, boxes, channels_last, params);
+    }
+  });
+  return grads;
+}
+
+}  // namespace panfpn
