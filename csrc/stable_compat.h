@@ -33,8 +33,9 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, cons
                                   dtype);
 }
 
-// How the 4-D tensor lies in memory: plain NCHW wins where both readings hold (one channel, one pixel), so that the
-// fake implementation can decide by the same rule. The stride of a dimension of size 1 means nothing.
+// How the 4-D tensor lies in memory: plain NCHW wins where both readings hold (one channel, one pixel), so
+// that the fake implementation can decide by the same rule. The stride of a dimension of size 1 means
+// nothing.
 inline bool is_channels_last(const Tensor& t) {
   if (t.is_contiguous()) return false;
   int64_t expected = 1;

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_MAX_SAMPLING_RATIO = 1024
+_MAX_SIDE = 2**31 - 1  # of an output or an image
 INTEGER = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -69,7 +71,7 @@ def check_device(name: str, value: Tensor, device: torch.device, other: str) -> 
 def check_number(name: str, value: Any) -> None:
     """Checks that a value is a number other than NaN."""
     if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected a Python number, got {type(value).__name__}")
     if value != value:  # NaN; math.isnan would stop torch.compile
         raise ValueError(f"{name}: expected a number, got nan")
 
@@ -81,21 +83,36 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a finite number above 0, got {value}")
 
 
-def check_int(name: str, value: Any) -> None:
-    """Checks that a value is an integer."""
+def check_int(name: str, value: Any, maximum: int = 2**62) -> None:
+    """Checks that a value is an integer that is not beyond all measure."""
     if not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected a Python int, got {type(value).__name__}")
+    if not -maximum <= value <= maximum:
+        raise ValueError(f"{name}: expected an integer of at most {maximum}, got {value}")
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Checks that a value is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
+
+
+def check_sampling_ratio(value: Any) -> None:
+    """Checks a number of samples; each costs time in every cell, so that a slip would look like a hang."""
+    check_int("sampling_ratio", value)
+    if value > _MAX_SAMPLING_RATIO:
+        raise ValueError(f"sampling_ratio: expected at most {_MAX_SAMPLING_RATIO}, got {value}")
 
 
 def int_pair(name: str, value: Any, minimum: int) -> tuple[int, int]:
     """Reads one integer, or a (height, width) of two, each at least `minimum`."""
     pair: Any = (value, value) if isinstance(value, (int, torch.SymInt)) else value
     if not isinstance(pair, Sequence) or isinstance(pair, str):
-        raise TypeError(f"{name}: expected an integer or (height, width), got {type(value).__name__}")
+        raise TypeError(f"{name}: expected a Python int or (height, width), got {type(value).__name__}")
     if len(pair) != 2:
         raise ValueError(f"{name}: expected (height, width), got {len(pair)} values")
     for side in pair:
-        check_int(name, side)
+        check_int(name, side, _MAX_SIDE)
         if side < minimum:
             raise ValueError(f"{name}: expected integers of at least {minimum}, got {tuple(pair)}")
     height, width = pair

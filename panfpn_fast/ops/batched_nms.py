@@ -28,7 +28,8 @@ def batched_nms(
         iou_threshold: A box is struck out above this, not at it.
         exact: "class" compares the groups themselves. "torchvision" reproduces the arithmetic of shifting each
             group by a multiple of the largest coordinate, as torchvision does for few boxes: the shift rounds
-            coordinates, and negative coordinates let groups touch, so that some boxes differ.
+            coordinates, and negative coordinates let groups touch, so that some boxes differ. Half-precision boxes
+            are shifted in float32, where in their own type the shift would overflow.
 
     Returns:
         int64 indices of the kept boxes, by descending score, on the device of `boxes`.

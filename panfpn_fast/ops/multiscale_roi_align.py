@@ -38,7 +38,8 @@ def multiscale_roi_align(
         output_size: Cells along height and width, or one number for both.
         spatial_scales: Feature pixels per unit of the boxes' coordinates for each map: consecutive powers of two,
             for example (1/4, 1/8, 1/16, 1/32).
-        sampling_ratio: Samples along each side of a cell; 0 or less means as many as it spans pixels, rounded up.
+        sampling_ratio: Samples along each side of a cell; 0 or less means as many as it spans pixels, rounded up;
+            at most 1024.
         aligned: Whether pixel centres lie at half coordinates, as in `roi_align`.
         canonical_box_size: Side of the box that belongs to `canonical_level`.
         canonical_level: Level k has the scale 2**-k.
@@ -53,8 +54,8 @@ def multiscale_roi_align(
 
     Note:
         Equals detectron2's ROIPooler (ROIAlignV2 for `aligned=True`); the level rule is equation 1 of Feature Pyramid
-        Networks (Lin et al. 2017). Boxes with NaN or infinite coordinates give zeros. No host sync. Differentiable
-        once, in the features, and as deterministic as `roi_align`.
+        Networks (Lin et al. 2017). Boxes with NaN or infinite coordinates give zeros; boxes of negative area
+        belong to the finest level, where detectron2 leaves them out. No host sync. Differentiable once, in the features, and as deterministic as `roi_align`.
 
     Example:
         >>> import torch
@@ -67,7 +68,8 @@ def multiscale_roi_align(
     _check_scales(spatial_scales, len(features))
     rois = _checks.batched_boxes(boxes, features[0].shape[0], features[0])
     height, width = _checks.int_pair("output_size", output_size, 1)
-    _checks.check_int("sampling_ratio", sampling_ratio)
+    _checks.check_sampling_ratio(sampling_ratio)
+    _checks.check_bool("aligned", aligned)
     _checks.check_positive("canonical_box_size", canonical_box_size)
     _checks.check_int("canonical_level", canonical_level)
     _checks.check_number("level_epsilon", level_epsilon)

@@ -89,7 +89,7 @@ def panoptic_merge(
     Args:
         masks: [N, M_h, M_w] or [N, 1, M_h, M_w], values in 0..1; float32, float16, bfloat16, float64 or bool.
         boxes: [N, 4] rows of (x1, y1, x2, y2) in pixels of the image, floating.
-        scores: [N], floating.
+        scores: [N], floating; compared in float32.
         classes: Thing class of each instance [N], any integers.
         semantic: Label map [height, width], uint8, int16, int32 or int64; 1..4095 are stuff, everything else is void,
             as 0 is for things and other.

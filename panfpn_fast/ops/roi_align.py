@@ -31,7 +31,8 @@ def roi_align(
         boxes: [K, 5] rows of (index in the batch, x1, y1, x2, y2), or a list of N tensors [L, 4]; any floating dtype.
         output_size: Cells along height and width, or one number for both.
         spatial_scale: Feature pixels per unit of the boxes' coordinates, for example 1/4.
-        sampling_ratio: Samples along each side of a cell; 0 or less means as many as it spans pixels, rounded up.
+        sampling_ratio: Samples along each side of a cell; 0 or less means as many as it spans pixels, rounded up;
+            at most 1024.
         aligned: Whether pixel centres lie at half coordinates.
 
     Returns:
@@ -60,7 +61,8 @@ def roi_align(
     rois = _checks.batched_boxes(boxes, input.shape[0], input)
     height, width = _checks.int_pair("output_size", output_size, 1)
     _checks.check_positive("spatial_scale", spatial_scale)
-    _checks.check_int("sampling_ratio", sampling_ratio)
+    _checks.check_sampling_ratio(sampling_ratio)
+    _checks.check_bool("aligned", aligned)
     if not _load.native(input.device):
         return reference.roi_align(input, rois, (height, width), spatial_scale, sampling_ratio, aligned)
     return torch.ops.panfpn_fast.roi_align(input, rois, spatial_scale, height, width, sampling_ratio, aligned)

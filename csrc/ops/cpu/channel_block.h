@@ -11,7 +11,8 @@ namespace panfpn {
 using Quad = float __attribute__((vector_size(16)));
 
 // Transposes 4 x 4 numbers whose rows lie `from_stride` and `to_stride` apart.
-PANFPN_INLINE void transpose_quads(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+PANFPN_ALWAYS_INLINE void transpose_quads(const float* from, int64_t from_stride, float* to,
+                                          int64_t to_stride) {
   using Index = int32_t __attribute__((vector_size(16)));
   Quad a, b, c, d;
   std::memcpy(&a, from, sizeof(a));
@@ -33,14 +34,14 @@ PANFPN_INLINE void transpose_quads(const float* from, int64_t from_stride, float
 }
 
 // Transposes kLanes x kLanes contiguous numbers.
-PANFPN_INLINE void transpose_block(const float* from, float* to) {
+PANFPN_ALWAYS_INLINE void transpose_block(const float* from, float* to) {
   for (int row = 0; row < 16; row += 4) {
     for (int column = 0; column < 16; column += 4) {
       transpose_quads(from + row * 16 + column, 16, to + column * 16 + row, 16);
     }
   }
 }
-PANFPN_INLINE void transpose_block(const double* from, double* to) {
+PANFPN_ALWAYS_INLINE void transpose_block(const double* from, double* to) {
   for (int row = 0; row < 8; ++row) {
     for (int column = 0; column < 8; ++column) to[column * 8 + row] = from[row * 8 + column];
   }

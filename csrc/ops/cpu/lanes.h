@@ -11,8 +11,6 @@
 #include "ops/cpu/simd.h"
 #include "stable_compat.h"
 
-#define PANFPN_INLINE inline __attribute__((always_inline))
-
 namespace panfpn {
 
 template <typename A>
@@ -33,13 +31,13 @@ inline constexpr int kLanes = 64 / sizeof(A);
 using HalfBits = uint16_t __attribute__((vector_size(32)));
 using WordBits = uint32_t __attribute__((vector_size(64)));
 
-PANFPN_INLINE void load_lanes(const float* from, Lanes<float>& to) {
+PANFPN_ALWAYS_INLINE void load_lanes(const float* from, Lanes<float>& to) {
   std::memcpy(&to, from, sizeof(to));
 }
-PANFPN_INLINE void load_lanes(const double* from, Lanes<double>& to) {
+PANFPN_ALWAYS_INLINE void load_lanes(const double* from, Lanes<double>& to) {
   std::memcpy(&to, from, sizeof(to));
 }
-PANFPN_INLINE void load_lanes(const c10::BFloat16* from, Lanes<float>& to) {
+PANFPN_ALWAYS_INLINE void load_lanes(const c10::BFloat16* from, Lanes<float>& to) {
   HalfBits bits;
   std::memcpy(&bits, from, sizeof(bits));
   const WordBits wide = __builtin_convertvector(bits, WordBits) << 16;
@@ -47,7 +45,7 @@ PANFPN_INLINE void load_lanes(const c10::BFloat16* from, Lanes<float>& to) {
 }
 // Exponents are rebased from 15 to 127; infinities and NaN go on to 255. Subnormals get the leading one of
 // 2^-14, which is then subtracted.
-PANFPN_INLINE void load_lanes(const c10::Half* from, Lanes<float>& to) {
+PANFPN_ALWAYS_INLINE void load_lanes(const c10::Half* from, Lanes<float>& to) {
   HalfBits bits;
   std::memcpy(&bits, from, sizeof(bits));
   const WordBits wide = __builtin_convertvector(bits, WordBits);
@@ -65,14 +63,14 @@ PANFPN_INLINE void load_lanes(const c10::Half* from, Lanes<float>& to) {
   std::memcpy(&to, &result, sizeof(to));
 }
 
-PANFPN_INLINE void store_lanes(const Lanes<float>& from, float* to) {
+PANFPN_ALWAYS_INLINE void store_lanes(const Lanes<float>& from, float* to) {
   std::memcpy(to, &from, sizeof(from));
 }
-PANFPN_INLINE void store_lanes(const Lanes<double>& from, double* to) {
+PANFPN_ALWAYS_INLINE void store_lanes(const Lanes<double>& from, double* to) {
   std::memcpy(to, &from, sizeof(from));
 }
 // Rounds to nearest, ties to even.
-PANFPN_INLINE void store_lanes(const Lanes<float>& from, c10::BFloat16* to) {
+PANFPN_ALWAYS_INLINE void store_lanes(const Lanes<float>& from, c10::BFloat16* to) {
   WordBits bits;
   std::memcpy(&bits, &from, sizeof(bits));
   const WordBits rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
@@ -82,7 +80,7 @@ PANFPN_INLINE void store_lanes(const Lanes<float>& from, c10::BFloat16* to) {
 }
 // The same. A step of 2^-24 is that of float16's subnormals and of float32 from 0.5 on, so adding 0.5 rounds
 // them.
-PANFPN_INLINE void store_lanes(const Lanes<float>& from, c10::Half* to) {
+PANFPN_ALWAYS_INLINE void store_lanes(const Lanes<float>& from, c10::Half* to) {
   WordBits bits;
   std::memcpy(&bits, &from, sizeof(bits));
   const WordBits sign = bits >> 16 & 0x8000u, size = bits & 0x7FFFFFFFu;
@@ -104,14 +102,14 @@ PANFPN_INLINE void store_lanes(const Lanes<float>& from, c10::Half* to) {
 
 // The first `count` lanes only; the others are zero.
 template <typename T, typename A>
-PANFPN_INLINE void load_some(const T* from, int64_t count, Lanes<A>& to) {
+PANFPN_ALWAYS_INLINE void load_some(const T* from, int64_t count, Lanes<A>& to) {
   T padded[kLanes<A>];
   std::memset(static_cast<void*>(padded), 0, sizeof(padded));
   std::memcpy(static_cast<void*>(padded), from, static_cast<size_t>(count) * sizeof(T));
   load_lanes(padded, to);
 }
 template <typename T, typename A>
-PANFPN_INLINE void store_some(const Lanes<A>& from, int64_t count, T* to) {
+PANFPN_ALWAYS_INLINE void store_some(const Lanes<A>& from, int64_t count, T* to) {
   T padded[kLanes<A>];
   store_lanes(from, padded);
   std::memcpy(static_cast<void*>(to), padded, static_cast<size_t>(count) * sizeof(T));

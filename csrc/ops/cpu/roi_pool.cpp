@@ -25,7 +25,7 @@ struct MapView {
 
 // sum += weight * lanes for V registers at `from`.
 template <typename T, typename A, int V>
-PANFPN_INLINE void multiply_add(const T* from, A weight, Lanes<A> (&sum)[V]) {
+PANFPN_ALWAYS_INLINE void multiply_add(const T* from, A weight, Lanes<A> (&sum)[V]) {
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
     Lanes<A> lanes;
@@ -36,8 +36,8 @@ PANFPN_INLINE void multiply_add(const T* from, A weight, Lanes<A> (&sum)[V]) {
 
 // Weighted sum of V registers at `offset` in each of `count` places.
 template <typename T, typename A, int V>
-PANFPN_INLINE void sum_places(const T* const* places, const A* weights, int64_t count, int64_t offset,
-                              Lanes<A> (&sum)[V]) {
+PANFPN_ALWAYS_INLINE void sum_places(const T* const* places, const A* weights, int64_t count, int64_t offset,
+                                     Lanes<A> (&sum)[V]) {
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) sum[v] = Lanes<A>{};
   for (int64_t i = 0; i < count; ++i) multiply_add<T, A, V>(places[i] + offset, weights[i], sum);
@@ -45,8 +45,8 @@ PANFPN_INLINE void sum_places(const T* const* places, const A* weights, int64_t 
 
 // The same for the last channels, fewer than a register has lanes.
 template <typename T, typename A>
-PANFPN_INLINE void sum_places_of_rest(const T* const* places, const A* weights, int64_t count, int64_t offset,
-                                      int64_t rest, Lanes<A>& sum) {
+PANFPN_ALWAYS_INLINE void sum_places_of_rest(const T* const* places, const A* weights, int64_t count,
+                                             int64_t offset, int64_t rest, Lanes<A>& sum) {
   sum = Lanes<A>{};
   for (int64_t i = 0; i < count; ++i) {
     Lanes<A> lanes;
@@ -56,15 +56,15 @@ PANFPN_INLINE void sum_places_of_rest(const T* const* places, const A* weights, 
 }
 
 template <typename A, int V>
-PANFPN_INLINE void scale_and_store(Lanes<A> (&sum)[V], A* to) {
+PANFPN_ALWAYS_INLINE void scale_and_store(Lanes<A> (&sum)[V], A* to) {
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) store_lanes(sum[v], to + v * kLanes<A>);
 }
 
 // Weighted sums over `count` places for all channels -> `to`, whose channels are padded to whole registers.
 template <typename T, typename A>
-PANFPN_INLINE void sum_all_channels(const T* const* places, const A* weights, int64_t count, int64_t channels,
-                                    A* to) {
+PANFPN_ALWAYS_INLINE void sum_all_channels(const T* const* places, const A* weights, int64_t count,
+                                           int64_t channels, A* to) {
   constexpr int L = kLanes<A>;
   int64_t c = 0;
   for (; c + 4 * L <= channels; c += 4 * L) {
