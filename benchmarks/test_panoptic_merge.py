@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from panfpn_fast.ops import panoptic_merge
+from panfpn_fast.ops import PanopticSegments, panoptic_merge, panoptic_merge_padded
 
 from . import inputs, peers
 from .agreement import same_panoptic
@@ -22,6 +22,16 @@ def _cost(arguments: Arguments, output: Any) -> Cost:
     return Cost(bytes=nbytes(arguments) + nbytes(output), flops=PIXEL_FLOPS * box_pixels(arguments[1]))
 
 
+def _padded(*arguments: Any) -> Any:
+    return panoptic_merge_padded(*arguments, max_segments=200)
+
+
+def _same_padded(ours: Any, theirs: Any) -> None:
+    panoptic, segments, count = ours
+    rows = PanopticSegments(*(column[: int(count)] for column in segments))
+    same_panoptic((panoptic, rows), theirs)
+
+
 COMPARISON = Comparison(
     op="panoptic_merge",
     ours=panoptic_merge,
@@ -34,7 +44,22 @@ COMPARISON = Comparison(
     cost=_cost,
 )
 
+# Where a CUDA graph needs a table of fixed size: the same work, and no host read on a GPU.
+PADDED = Comparison(
+    op="panoptic_merge_padded",
+    ours=_padded,
+    peers=[Peer("detectron2", peers.detectron2_merge)],
+    cases=[Case("100 in 800 x 1333", partial(_arguments, 100, inputs.IMAGE))],
+    agree=_same_padded,
+    cost=_cost,
+)
+
 
 @COMPARISON.rows()
 def test_panoptic_merge(row: Row, time_row: Callable[[Row], None]) -> None:
+    time_row(row)
+
+
+@PADDED.rows()
+def test_panoptic_merge_padded(row: Row, time_row: Callable[[Row], None]) -> None:
     time_row(row)

@@ -12,6 +12,7 @@ from panfpn_fast.ops import reference, roi_align
 
 from . import inputs, peers
 from .agreement import close_features
+from .gradients import close_gradients, forward_backward
 from .harness import Arguments, Case, Comparison, Cost, Peer, Row
 from .roi_cost import pooling_cost
 
@@ -19,6 +20,12 @@ from .roi_cost import pooling_cost
 def _arguments(count: int, output_size: int, dtype: torch.dtype, layout: torch.memory_format) -> Arguments:
     p2 = inputs.pyramid(dtype=dtype, memory_format=layout)[0]
     return p2, [inputs.boxes(count)], output_size, inputs.PYRAMID_SCALES[0], 0, True
+
+
+def _training_arguments(layout: torch.memory_format) -> Arguments:
+    """Two samples along each side of a cell: with an adaptive grid the peer takes minutes."""
+    p2, boxes, output_size, scale, _, aligned = _arguments(1000, 7, torch.float32, layout)
+    return p2, boxes, output_size, scale, 2, aligned
 
 
 def _few_boxes(arguments: Arguments) -> Arguments:
@@ -29,6 +36,13 @@ def _few_boxes(arguments: Arguments) -> Arguments:
 def _cost(arguments: Arguments, output: Tensor) -> Cost:
     features, (boxes,), _, scale, sampling_ratio, _ = arguments
     return pooling_cost([features], boxes, [scale], output, sampling_ratio)
+
+
+def _training_cost(arguments: Arguments, gradient: Tensor) -> Cost:
+    features, (boxes,), side, scale, sampling_ratio, _ = arguments
+    pooled = features.new_empty(len(boxes), features.shape[1], side, side)
+    forward = pooling_cost([features], boxes, [scale], pooled, sampling_ratio)
+    return Cost(bytes=2 * forward.bytes, flops=2 * forward.flops)
 
 
 def _torchvision(features: Tensor, boxes: list[Tensor], *rest: object) -> Tensor:
@@ -57,7 +71,28 @@ COMPARISON = Comparison(
     cost=_cost,
 )
 
+# The gradient is as large as the map; forward and backward each visit every sample.
+TRAINING = Comparison(
+    op="roi_align, forward and backward",
+    ours=forward_backward(roi_align),
+    peers=[
+        Peer("torchvision", forward_backward(_torchvision), peers.torchvision_problem),
+        Peer("reference", forward_backward(reference.roi_align), sample=_few_boxes),
+    ],
+    cases=[
+        Case(f"1000 x 7 x 7, {name}", partial(_training_arguments, layout))
+        for name, layout in (("NCHW", NCHW), ("channels-last", NHWC))
+    ],
+    agree=close_gradients,
+    cost=_training_cost,
+)
+
 
 @COMPARISON.rows()
 def test_roi_align(row: Row, time_row: Callable[[Row], None]) -> None:
+    time_row(row)
+
+
+@TRAINING.rows()
+def test_roi_align_training(row: Row, time_row: Callable[[Row], None]) -> None:
     time_row(row)

@@ -54,8 +54,9 @@ def multiscale_roi_align(
 
     Note:
         Equals detectron2's ROIPooler (ROIAlignV2 for `aligned=True`); the level rule is equation 1 of Feature Pyramid
-        Networks (Lin et al. 2017). Boxes with NaN or infinite coordinates give zeros; boxes of negative area
-        belong to the finest level, where detectron2 leaves them out. No host sync. Differentiable once, in the features, and as deterministic as `roi_align`.
+        Networks (Lin et al. 2017). Boxes with NaN or infinite coordinates give zeros; boxes of negative area belong to
+        the finest level, where detectron2 leaves them out. No host sync. Differentiable once, in the features, and as
+        deterministic as `roi_align`.
 
     Example:
         >>> import torch
