@@ -14,7 +14,7 @@ DEGENERATE_BOXES = torch.tensor(
         [float("nan"), 1.0, 5.0, 6.0],
         [1.0, 1.0, float("inf"), 6.0],
         [float("-inf"), float("-inf"), float("inf"), float("inf")],
-        [1.0, 1.0, 5.0, float("nan")],
+        [1.0, 1.0, 5.0, float("-inf")],
         [-1e30, -1e30, 1e30, 1e30],
         [3e38, -3e38, -3e38, 3e38],
         [-3e38, -3e38, 3e38, 3e38],

@@ -36,13 +36,14 @@ PANFPN_HOST_DEVICE RoiAxis<A> make_roi_axis(A low, A high, A scale, int64_t pool
   const A offset = aligned ? A(0.5) : A(0);
   const A start = low * scale - offset;
   A extent = high * scale - offset - start;
+  const bool finite = std::isfinite(start) && std::isfinite(extent);  // before -inf is made 1
   if (!aligned && extent < A(1)) extent = A(1);
   RoiAxis<A> axis{start, extent / static_cast<A>(pooled), sampling_ratio};
   if (sampling_ratio <= 0) {
     const A grid = std::ceil(extent / static_cast<A>(pooled));
     axis.grid = grid > A(0) && grid < static_cast<A>(kMaxGrid) ? static_cast<int64_t>(grid) : 0;
   }
-  if (!(std::isfinite(start) && std::isfinite(extent))) axis.grid = 0;
+  if (!finite) axis.grid = 0;
   return axis;
 }
 

@@ -1,6 +1,6 @@
-// Channels-last maps are read where they lie, box by box. NCHW maps are first cut into blocks of channels
-// that are small enough for the cache and lie as the vector instructions want them; then all boxes are pooled
-// from one block.
+// Channels-last maps are read where they lie, box by box. NCHW maps, and channels-last ones that many large
+// boxes read again and again, are first cut into blocks of channels that are small enough for the cache and
+// lie as the vector instructions want them; then all boxes are pooled from one block.
 #include "ops/cpu/roi_pool.h"
 
 #include <algorithm>
@@ -154,12 +154,16 @@ void zero_unusable(const BoxFolds<accumulate_t<T>>& folds, int64_t count, int64_
   });
 }
 
+template <typename A>
+using Group = typename BoxFolds<A>::Group;
+
+// Box by box from channels-last maps where they lie.
 template <typename T>
-void pool_channels_last(const Pyramid<const T>& pyramid, const BoxFolds<accumulate_t<T>>& folds,
-                        const RoiAlignParams& params, T* out) {
+void pool_in_place(const Pyramid<const T>& pyramid, const BoxFolds<accumulate_t<T>>& folds,
+                   const std::vector<Group<accumulate_t<T>>>& groups, const RoiAlignParams& params, T* out) {
   using A = accumulate_t<T>;
   std::vector<std::pair<int64_t, const T*>> work;  // box and its image's map
-  for (const auto& group : folds.groups()) {
+  for (const auto& group : groups) {
     const int64_t map_size = pyramid.height[group.level] * pyramid.width[group.level] * pyramid.channels;
     for (const int64_t k : group.boxes)
       work.emplace_back(k, pyramid.data[group.level] + group.image * map_size);
@@ -177,12 +181,13 @@ void pool_channels_last(const Pyramid<const T>& pyramid, const BoxFolds<accumula
   });
 }
 
+// Block of channels by block, all boxes of a map from one block before the next.
 template <typename T>
-void pool_nchw(const Pyramid<const T>& pyramid, const BoxFolds<accumulate_t<T>>& folds,
-               const RoiAlignParams& params, T* out) {
+void pool_in_blocks(const Pyramid<const T>& pyramid, const BoxFolds<accumulate_t<T>>& folds,
+                    const std::vector<Group<accumulate_t<T>>>& groups, const RoiAlignParams& params,
+                    bool channels_last, T* out) {
   using A = accumulate_t<T>;
   constexpr int L = kLanes<A>;
-  const auto groups = folds.groups();
   const int64_t channels = pyramid.channels, blocks = (channels + L - 1) / L;
   const int64_t cells = params.pooled_height * params.pooled_width;
   parallel_in_chunks(static_cast<int64_t>(groups.size()) * blocks, 1, [&] {
@@ -193,19 +198,45 @@ void pool_nchw(const Pyramid<const T>& pyramid, const BoxFolds<accumulate_t<T>>&
       const int64_t width = pyramid.width[group.level], plane = pyramid.height[group.level] * width;
       const int64_t block_width = group.right - group.left;
       block.resize((group.bottom - group.top) * block_width * L);
-      const T* planes = pyramid.data[group.level] + (group.image * channels + first) * plane;
+      const T* map = pyramid.data[group.level] + group.image * channels * plane;
       for (int64_t y = group.top; y < group.bottom; ++y) {
-        planes_to_block<T, A>(planes + y * width + group.left, plane, some, block_width,
-                              block.data() + (y - group.top) * block_width * L);
+        A* const line = block.data() + (y - group.top) * block_width * L;
+        const int64_t pixel = y * width + group.left;
+        if (channels_last) {
+          pixels_to_block<T, A>(map + pixel * channels + first, channels, some, block_width, line);
+        } else {
+          planes_to_block<T, A>(map + first * plane + pixel, plane, some, block_width, line);
+        }
       }
       const MapView<A> view{block.data(), block_width * L, L, group.top, group.left};
       for (const int64_t k : group.boxes) {
         pool_box<A, A, A>(view, folds.get(k, fold), L, params.pooled_height, params.pooled_width, scratch,
                           pooled.data());
-        block_to_planes<T, A>(pooled.data(), cells, out + (k * channels + first) * cells, cells, some);
+        if (channels_last) {
+          block_to_pixels<T, A>(pooled.data(), cells, out + k * cells * channels + first, channels, some);
+        } else {
+          block_to_planes<T, A>(pooled.data(), cells, out + (k * channels + first) * cells, cells, some);
+        }
       }
     };
   });
+}
+
+// Whether a channels-last map is better cut into blocks: it is too large for the cache, and its boxes read
+// each pixel so often that the copy is made up for.
+template <typename T>
+bool worth_blocks(const Group<accumulate_t<T>>& group, const BoxFolds<accumulate_t<T>>& folds,
+                  int64_t channels) {
+  constexpr int64_t kCacheBytes = 4 << 20, kReads = 8;
+  const int64_t pixels = (group.bottom - group.top) * (group.right - group.left);
+  if (pixels * channels * static_cast<int64_t>(sizeof(T)) <= kCacheBytes) return false;
+  int64_t reads = 0;
+  BoxFold<accumulate_t<T>> scratch;
+  for (const int64_t k : group.boxes) {
+    const auto& box = folds.get(k, scratch);
+    reads += static_cast<int64_t>(box.rows.pixels().size() * box.columns.pixels().size());
+  }
+  return reads >= kReads * pixels;
 }
 
 }  // namespace
@@ -225,11 +256,13 @@ Tensor pool_features(const std::vector<Tensor>& features, const std::vector<doub
     const BoxFolds<A> folds(boxes.const_data_ptr<A>(), count, pyramid, params);
     T* out_data = out.mutable_data_ptr<T>();
     zero_unusable<T>(folds, count, channels * params.pooled_height * params.pooled_width, out_data);
-    if (dense.channels_last) {
-      pool_channels_last<T>(pyramid, folds, params, out_data);
-    } else {
-      pool_nchw<T>(pyramid, folds, params, out_data);
+    std::vector<Group<A>> in_place, in_blocks;
+    for (auto& group : folds.groups()) {
+      const bool cut = !dense.channels_last || worth_blocks<T>(group, folds, channels);
+      (cut ? in_blocks : in_place).push_back(std::move(group));
     }
+    pool_in_place<T>(pyramid, folds, in_place, params, out_data);
+    pool_in_blocks<T>(pyramid, folds, in_blocks, params, dense.channels_last, out_data);
   });
   return out;
 }
