@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from types import ModuleType
 
 import pytest
 import torch
+from hypothesis import settings
+
+# CI repeats its examples, so that it judges the change at hand; elsewhere every run looks at new ones.
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 _WITHOUT_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU here")
 
