@@ -17,10 +17,6 @@ if os.environ.get("CI"):
 _WITHOUT_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU here")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "cuda: needs a CUDA GPU")
-
-
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, _WITHOUT_GPU])])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each device in turn; those that are missing are skipped."""

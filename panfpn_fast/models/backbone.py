@@ -55,7 +55,6 @@ class ResNet(nn.Module):
     """
 
     out_channels = (256, 512, 1024, 2048)
-    strides = (4, 8, 16, 32)
 
     def __init__(self, name: str, stride_in_1x1: bool) -> None:
         super().__init__()

@@ -145,3 +145,20 @@ def test_autocast_leaves_the_maps_as_they_are() -> None:
     assert inside.dtype == torch.bfloat16
     assert from_float.dtype == torch.float32
     assert torch.equal(inside, outside)
+
+
+def test_large_channels_last_maps_that_are_read_in_blocks() -> None:
+    """Large boxes that read each pixel of a map beyond the cache many times, and more boxes than are kept folded."""
+    random = torch.Generator().manual_seed(0)
+    features = torch.randn(1, 70, 130, 131, generator=random).contiguous(memory_format=torch.channels_last)
+    corner = torch.rand(40, 2, generator=random) * 30
+    large = torch.cat(
+        [torch.zeros(40, 1), corner, corner + 80 + 20 * torch.rand(40, 2, generator=random)], dim=1
+    )
+    many = torch.cat([large, torch.tensor([[0.0, 3.0, 4.0, 9.0, 8.0]]).repeat(16400, 1)])
+    expected = reference.roi_align(features, many[:41], 2, sampling_ratio=0, aligned=True)
+    for rois in (large, many):
+        pooled = roi_align(features, rois, 2, sampling_ratio=0, aligned=True)
+        assert pooled.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(pooled[:41], expected[: len(rois)], rtol=1e-5, atol=2e-5)
+        assert torch.equal(pooled[40:], pooled[40:41].expand(len(rois) - 40, -1, -1, -1))
