@@ -60,4 +60,49 @@ PANFPN_LIBRARY(m) {
       "panoptic_merge_padded(Tensor masks, Tensor boxes, Tensor scores, Tensor classes, Tensor semantic, "
       "float score_threshold, float overlap_threshold, SymInt stuff_area_threshold, float mask_threshold, "
       "str rule, SymInt max_segments) -> (Tensor, Tensor, Tensor)");
+
+  // The semantic head. On CUDA these are Triton's (panfpn_fast/kernels), under the same names and with the
+  // same schemas in the namespace panfpn_fast_triton.
+
+  // Class of the largest logit [N, height, width] after an upsampling by the factor, a crop and a resize to
+  // (height, width), and its softmax probability (empty unless asked for).
+  m.def(
+      "upsample_argmax(Tensor logits, SymInt scale_factor, SymInt crop_height, SymInt crop_width, SymInt "
+      "height, "
+      "SymInt width, bool return_prob) -> (Tensor, Tensor)");
+
+  // Loss (a scalar, or [N, H, W] for reduction "none"), and what its backward needs: the logarithm of each
+  // pixel's sum of exponentials [N, H, W] and the sum of the targets' weights.
+  m.def(
+      "upsample_cross_entropy(Tensor logits, Tensor target, Tensor? weight, SymInt scale_factor, SymInt "
+      "ignore_index, float label_smoothing, str reduction) -> (Tensor, Tensor, Tensor)");
+
+  // Its logits' gradient.
+  m.def(
+      "upsample_cross_entropy_backward(Tensor grad, Tensor logits, Tensor target, Tensor? weight, Tensor "
+      "log_sum_exp, Tensor total_weight, SymInt scale_factor, SymInt ignore_index, float label_smoothing, "
+      "str "
+      "reduction) -> Tensor");
+
+  // Mean and reciprocal standard deviation of each group, [N, num_groups].
+  m.def("group_norm_statistics(Tensor input, SymInt num_groups, float eps) -> (Tensor, Tensor)");
+
+  // Normalises, applies ReLU, upsamples and adds, in one pass.
+  m.def(
+      "group_norm_relu_upsample(Tensor input, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, SymInt "
+      "scale_factor, Tensor? residual) -> Tensor");
+
+  // Gradients of its input (through the statistics too), weight and bias.
+  m.def(
+      "group_norm_relu_upsample_backward(Tensor grad, Tensor input, Tensor mean, Tensor rstd, Tensor weight, "
+      "Tensor bias, SymInt scale_factor) -> (Tensor, Tensor, Tensor)");
+
+  // Normalises, applies ReLU and multiplies by the matrix [K, C] -> [N, K, H, W]; adds the residual,
+  // upsampled by 2 where it is half as large.
+  m.def(
+      "group_norm_relu_project(Tensor input, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, Tensor "
+      "proj_weight, Tensor? proj_bias, Tensor? residual) -> Tensor");
+
+  // Gradient of the input of a bilinear upsampling.
+  m.def("bilinear_upsample_backward(Tensor grad, SymInt scale_factor) -> Tensor");
 }

@@ -59,6 +59,23 @@ _cpu_error = _load_cpu()
 _cuda_error = "the CPU ops did not load" if _cpu_error is not None else _load_cuda()
 
 
+_triton_error: str | None = "they were not loaded"
+
+
+def load_triton() -> None:
+    """Imports the Triton kernels where there is a GPU for them; keeps what went wrong."""
+    global _triton_error
+    if _cpu_error is not None or not torch.cuda.is_available():
+        _triton_error = _cpu_error or "torch finds no CUDA GPU here"
+        return
+    try:
+        importlib.import_module("panfpn_fast.kernels")
+    except ImportError as error:
+        _triton_error = f"{error}\ntorch's CUDA builds bring Triton along; else: pip install triton"
+    else:
+        _triton_error = None
+
+
 def native(device: torch.device) -> bool:
     """Whether an op on this device is native; devices that have no native ops take the reference.
 
@@ -70,6 +87,19 @@ def native(device: torch.device) -> bool:
     if device.type == "cuda" and _cuda_error is not None:
         raise ImportError(f"panfpn_fast: there are no CUDA ops: {_cuda_error}")
     return device.type in ("cpu", "cuda", "meta")
+
+
+def semantic_ops(device: torch.device) -> Any:
+    """The namespace with the semantic head's ops for a device: C++ on the CPU, Triton on CUDA, or None: the reference.
+
+    Raises:
+        ImportError: The ops for the device should be there and are not; says why and what to do.
+    """
+    if device.type == "cuda":
+        if _triton_error is not None:
+            raise ImportError(f"panfpn_fast: there are no Triton kernels: {_triton_error}")
+        return torch.ops.panfpn_fast_triton
+    return torch.ops.panfpn_fast if native(device) else None
 
 
 def register_fake(op: str) -> Callable[[_F], _F]:

@@ -5,6 +5,7 @@ Each is a function here, a dispatcher op `torch.ops.panfpn_fast.<op>` and a plai
 
 from __future__ import annotations
 
+from panfpn_fast import _load
 from panfpn_fast.ops.batched_nms import batched_nms
 from panfpn_fast.ops.multiscale_roi_align import multiscale_roi_align
 from panfpn_fast.ops.nms import nms
@@ -27,3 +28,5 @@ __all__ = [
     "paste_masks_rle",
     "roi_align",
 ]
+
+_load.load_triton()
