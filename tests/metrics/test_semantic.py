@@ -1,0 +1,67 @@
+"""Known answers for the metrics of label maps."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from panfpn_fast.metrics import SemanticQuality
+
+
+def test_iou_and_its_means() -> None:
+    quality = SemanticQuality(4)
+    truth = torch.tensor([[0, 0, 0, 0, 1, 1, 255, 255]])
+    predicted = torch.tensor([[0, 0, 0, 1, 1, 255, 2, 0]])  # a pixel of class 1 is predicted as nothing
+    quality.add(truth, predicted)
+    result = quality.result()
+    assert result["iou"][:2] == pytest.approx([3 / 4, 1 / 3])
+    assert all(
+        math.isnan(value) for value in result["iou"][2:]
+    )  # class 2 is predicted on ignored pixels only
+    assert result["miou"] == pytest.approx((3 / 4 + 1 / 3) / 2)
+    assert result["fiou"] == pytest.approx(4 / 6 * 3 / 4 + 2 / 6 / 3)
+
+
+def test_a_class_that_is_only_predicted_counts_in_the_mean() -> None:
+    quality = SemanticQuality(2)
+    quality.add(torch.tensor([[0, 0]]), torch.tensor([[0, 1]]))
+    assert quality.result()["iou"] == [0.5, 0.0]
+    assert quality.result()["fiou"] == 0.5
+
+
+def test_instances_weigh_the_same() -> None:
+    quality = SemanticQuality(2, instance_sizes={1: 6.0})
+    truth = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 1, 0, 0]])
+    instances = torch.tensor([[7, 7, 9, 9, 9, 9, 9, 9, 0, 0]])
+    predicted = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1, 0]])
+    quality.add(truth, predicted, instances)
+    # Both instances weigh 6: the found one, the missed one, and one wrong pixel.
+    assert quality.result()["iiou"] == pytest.approx(6 / (6 + 6 + 1))
+    assert quality.result()["iou"][1] == pytest.approx(6 / 9)
+
+
+def test_images_add_up() -> None:
+    both, once = SemanticQuality(3), SemanticQuality(3)
+    random = torch.Generator().manual_seed(0)
+    truth, predicted = torch.randint(0, 3, (2, 2, 9, 7), generator=random)
+    for i in range(2):
+        both.add(truth[i], predicted[i])
+    once.add(truth.reshape(18, 7), predicted.reshape(18, 7))
+    assert both.result() == once.result()
+
+
+def test_bad_input() -> None:
+    quality = SemanticQuality(3)
+    with pytest.raises(ValueError, match="predicted: expected shape"):
+        quality.add(torch.zeros(2, 2), torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"expected labels 0\.\.2 or 255, got 0\.\.3"):
+        quality.add(torch.tensor([[0, 3]]), torch.tensor([[0, 0]]))
+
+
+def test_nothing_counted() -> None:
+    quality = SemanticQuality(2)
+    quality.add(torch.full((2, 2), 255), torch.zeros(2, 2))
+    assert math.isnan(quality.result()["miou"])
+    assert math.isnan(quality.result()["fiou"])
