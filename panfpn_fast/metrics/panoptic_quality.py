@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 
 from panfpn_fast import _load
+from panfpn_fast.data.files import read_panoptic_json, read_rgb
 
 VOID = 0
 _PathLike = str | os.PathLike[str]
@@ -213,32 +211,6 @@ class PanopticQuality:
         return result
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
-        raise ValueError(f"{path}: expected COCO's panoptic format, an object with a list 'annotations'")
-    return content
-
-
-def read_label_png(path: Path) -> npt.NDArray[np.uint8]:
-    """Reads a PNG of COCO's panoptic format as it is, uint8 [H, W, 3].
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It cannot be decoded; names it.
-    """
-    try:
-        with Image.open(path) as image:
-            return np.ascontiguousarray(image.convert("RGB"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except (OSError, ValueError, SyntaxError) as error:  # what PIL raises for a PNG cut short or damaged
-        raise ValueError(f"{path}: cannot be decoded: {error}") from None
-
-
 def pq_compute(
     gt_json_file: _PathLike,
     pred_json_file: _PathLike,
@@ -277,7 +249,7 @@ def pq_compute(
     for folder in (truth_folder, predicted_folder):
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder")
-    truth, predicted = _read_json(truth_json), _read_json(predicted_json)
+    truth, predicted = read_panoptic_json(truth_json), read_panoptic_json(predicted_json)
     categories = {int(category["id"]): bool(category["isthing"]) for category in truth["categories"]}
     predictions = {annotation["image_id"]: annotation for annotation in predicted["annotations"]}
 
@@ -287,9 +259,9 @@ def pq_compute(
             raise KeyError(f"image {image_id}: {predicted_json} has no prediction for it")
         prediction = predictions[image_id]
         return match_segments(
-            read_label_png(truth_folder / annotation["file_name"]),
+            read_rgb(truth_folder / annotation["file_name"]),
             annotation["segments_info"],
-            read_label_png(predicted_folder / prediction["file_name"]),
+            read_rgb(predicted_folder / prediction["file_name"]),
             prediction["segments_info"],
             categories,
             image_id,

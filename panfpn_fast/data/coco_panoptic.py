@@ -1,0 +1,137 @@
+"""Data sets in COCO's panoptic format: images, a PNG of segment ids for each, and a JSON that names the segments."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from panfpn_fast.data.categories import Categories, Category, get_categories
+from panfpn_fast.data.files import DataError, read_panoptic_json, read_rgb
+from panfpn_fast.data.sample import Sample
+
+_PathLike = str | os.PathLike[str]
+
+
+class CocoPanopticDataset:
+    """Images with panoptic annotations.
+
+    Args:
+        image_folder: Where the images are.
+        annotation_json: The JSON: `images`, `annotations`, `categories`.
+        annotation_folder: Where the PNGs are; by default the JSON's name without its suffix.
+        categories: Name of a known data set, or None: those that the JSON lists.
+
+    Raises:
+        FileNotFoundError: There is no such JSON.
+        DataError: It is damaged or lacks a part.
+
+    Note:
+        A sample's segments are checked against its PNG when it is loaded: every id of the map must be in the table, and
+        every category must be known. The format: cocodataset.org/#format-data, "Panoptic Segmentation".
+    """
+
+    def __init__(
+        self,
+        image_folder: _PathLike,
+        annotation_json: _PathLike,
+        annotation_folder: _PathLike | None = None,
+        categories: str | None = None,
+    ) -> None:
+        self.image_folder = Path(image_folder)
+        self.annotation_json = Path(annotation_json)
+        self.annotation_folder = (
+            self.annotation_json.with_suffix("") if annotation_folder is None else Path(annotation_folder)
+        )
+        content = read_panoptic_json(self.annotation_json)
+        self.categories = (
+            categories_of(content, self.annotation_json) if categories is None else get_categories(categories)
+        )
+        self._things = {category.id: i for i, category in enumerate(self.categories.things)}
+        self._stuff = {category.id: i + 1 for i, category in enumerate(self.categories.stuff)}
+        if not isinstance(content.get("images"), list):
+            raise DataError(f"{self.annotation_json}: lists no 'images'")
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        self._annotations: list[dict[str, Any]] = content["annotations"]
+        for annotation in self._annotations:
+            if annotation["image_id"] not in names:
+                raise DataError(f"{self.annotation_json}: 'images' lacks image {annotation['image_id']}")
+        self._image_names = [names[annotation["image_id"]] for annotation in self._annotations]
+
+    def __len__(self) -> int:
+        """Number of annotated images."""
+        return len(self._annotations)
+
+    def load(self, index: int) -> Sample:
+        """Reads one image and its annotation.
+
+        Raises:
+            FileNotFoundError: A file is missing; named.
+        DataError: A file is damaged, sizes differ, or an id or a category is unknown.
+        """
+        annotation = self._annotations[index]
+        image_path = self.image_folder / self._image_names[index]
+        png_path = self.annotation_folder / annotation["file_name"]
+        image, colours = read_rgb(image_path), read_rgb(png_path).astype(np.int32)
+        if image.shape != colours.shape:
+            raise DataError(
+                f"{png_path}: is {colours.shape[1]} x {colours.shape[0]} pixels, and its image {image_path} "
+                f"{image.shape[1]} x {image.shape[0]}"
+            )
+        ids = colours[..., 0] + 256 * colours[..., 1] + 65536 * colours[..., 2]
+        table = annotation["segments_info"]
+        isthing, label, crowd = [], [], []
+        for segment in table:
+            category = segment["category_id"]
+            if category not in self._things and category not in self._stuff:
+                raise DataError(
+                    f"{self.annotation_json}: segment {segment['id']} of image {annotation['image_id']} has the "
+                    f"unknown category {category}"
+                )
+            isthing.append(category in self._things)
+            label.append(self._things.get(category, self._stuff.get(category, 0)))
+            crowd.append(bool(segment.get("iscrowd", 0)))
+        return Sample(
+            image=torch.from_numpy(image).permute(2, 0, 1).contiguous(),
+            segments=torch.from_numpy(_rows_of(ids, [segment["id"] for segment in table], png_path)),
+            isthing=torch.tensor(isthing, dtype=torch.bool),
+            label=torch.tensor(label, dtype=torch.int64),
+            crowd=torch.tensor(crowd, dtype=torch.bool),
+            image_id=annotation["image_id"],
+            file_name=str(image_path),
+        )
+
+
+def _rows_of(
+    ids: np.ndarray[Any, np.dtype[np.int32]], table: list[int], path: Path
+) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """Replaces each id by 1 + its row in the table; 0 stays 0."""
+    known = np.array([0, *table], dtype=np.int64)
+    order = np.argsort(known, kind="stable")
+    place = np.minimum(np.searchsorted(known[order], ids), len(known) - 1)
+    rows = order[place]
+    unknown = ids[known[rows] != ids]
+    if unknown.size:
+        raise DataError(f"{path}: has the segment {unknown[0]}, which its segments_info lacks")
+    return rows.astype(np.int32)
+
+
+def categories_of(content: dict[str, Any], path: Path) -> Categories:
+    """The categories that a panoptic JSON lists, things and stuff in ascending id order."""
+    if not isinstance(content.get("categories"), list):
+        raise DataError(f"{path}: lists no 'categories'; name the data set that they are of")
+    found = sorted(
+        (
+            Category(
+                entry["id"], entry["name"], bool(entry["isthing"]), tuple(entry.get("color", (128, 128, 128)))
+            )
+            for entry in content["categories"]
+        ),
+        key=lambda category: category.id,
+    )
+    things = tuple(category for category in found if category.isthing)
+    stuff = tuple(category for category in found if not category.isthing)
+    return Categories(path.stem, things, stuff)
