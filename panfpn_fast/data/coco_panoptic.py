@@ -47,13 +47,13 @@ class CocoPanopticDataset:
             self.annotation_json.with_suffix("") if annotation_folder is None else Path(annotation_folder)
         )
         content = read_panoptic_json(self.annotation_json)
+        if not isinstance(content.get("images"), list):
+            raise DataError(f"{self.annotation_json}: lists no 'images'")
         self.categories = (
             categories_of(content, self.annotation_json) if categories is None else get_categories(categories)
         )
         self._things = {category.id: i for i, category in enumerate(self.categories.things)}
         self._stuff = {category.id: i + 1 for i, category in enumerate(self.categories.stuff)}
-        if not isinstance(content.get("images"), list):
-            raise DataError(f"{self.annotation_json}: lists no 'images'")
         names = {image["id"]: image["file_name"] for image in content["images"]}
         self._annotations: list[dict[str, Any]] = content["annotations"]
         for annotation in self._annotations:
