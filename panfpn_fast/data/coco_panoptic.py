@@ -70,7 +70,7 @@ class CocoPanopticDataset:
 
         Raises:
             FileNotFoundError: A file is missing; named.
-        DataError: A file is damaged, sizes differ, or an id or a category is unknown.
+            DataError: A file is damaged, sizes differ, or an id or a category is unknown.
         """
         annotation = self._annotations[index]
         image_path = self.image_folder / self._image_names[index]

@@ -40,6 +40,23 @@ def decode_boxes(deltas: Tensor, boxes: Tensor, weights: Sequence[float]) -> Ten
     )
 
 
+def encode_boxes(targets: Tensor, boxes: Tensor, weights: Sequence[float]) -> Tensor:
+    """Computes the deltas with which :func:`decode_boxes` moves ``boxes`` onto ``targets``.
+
+    Args:
+        targets: [..., 4].
+        boxes: [..., 4]; deltas of a box without area are not finite.
+        weights: what each of the four is multiplied by.
+
+    Returns:
+        [..., 4] (dx, dy, dw, dh).
+    """
+    size, target_size = boxes[..., 2:] - boxes[..., :2], targets[..., 2:] - targets[..., :2]
+    centre, target_centre = boxes[..., :2] + 0.5 * size, targets[..., :2] + 0.5 * target_size
+    moves = torch.cat(((target_centre - centre) / size, (target_size / size).log()), dim=-1)
+    return moves * moves.new_tensor(weights)
+
+
 def clip_boxes(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Cuts boxes [..., 4] to an image of ``size`` (height, width); NaN stays NaN."""
     height, width = size

@@ -15,8 +15,6 @@ from panfpn_fast.models.boxes import clip_boxes, decode_boxes, nonempty
 from panfpn_fast.models.config import FPN_STRIDES, PanopticFPNConfig
 from panfpn_fast.models.layers import ExactConstants, at_least_float32, init_normal
 
-_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
-
 
 def cell_anchors(size: float, ratios: Sequence[float]) -> list[list[float]]:
     """Returns one position's anchors, centred on (0, 0).
@@ -61,6 +59,7 @@ class RPN(ExactConstants):
     """
 
     cells: Tensor  # [levels, A, 4]
+    box_weights = (1.0, 1.0, 1.0, 1.0)
 
     def __init__(self, config: PanopticFPNConfig) -> None:
         super().__init__()
@@ -125,7 +124,7 @@ class RPN(ExactConstants):
         for level, (anchor, logit, delta) in enumerate(zip(anchors, logits, deltas, strict=True)):
             score, index = logit.topk(min(self.pre_nms_topk, logit.shape[1]), dim=1)  # [N, k]
             chosen = delta.gather(1, index[..., None].expand(-1, -1, 4))
-            boxes.append(decode_boxes(chosen, anchor[index], _WEIGHTS))
+            boxes.append(decode_boxes(chosen, anchor[index], self.box_weights))
             scores.append(score)
             levels.append(torch.full_like(score[0], level, dtype=torch.int64))
         return [

@@ -1,0 +1,252 @@
+"""The losses of the instance branch (Mask R-CNN's) and of the semantic branch, as in the paper.
+
+Each is a sum over what was sampled, divided by a count. In distributed training counts are means over the processes,
+so that averaged gradients are those of one process with all the images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from panfpn_fast import ops
+from panfpn_fast.data.sample import IGNORE, Target
+from panfpn_fast.models.boxes import clip_boxes, decode_boxes, encode_boxes, nonempty
+from panfpn_fast.models.panoptic_fpn import PanopticFPN
+from panfpn_fast.models.rpn import RPN
+from panfpn_fast.training.matching import NEGATIVE, POSITIVE, Samples, match, sample
+
+_RPN_SAMPLES, _RPN_POSITIVES = 256, 128
+_BOX_SAMPLES, _BOX_POSITIVES = 512, 128
+_PRE_NMS, _POST_NMS = 2000, 1000
+
+
+class Sampled(NamedTuple):
+    """An image's boxes for the box and mask heads.
+
+    Attributes:
+        boxes: [S, 4]; objects first.
+        classes: int64 [S]: of objects; background is the number of things; -1 marks slots that were left over.
+        instance: int64 [S], of objects: which one.
+        target_boxes: [S, 4], of objects: that instance's.
+        positives: How many slots at the front may hold objects.
+    """
+
+    boxes: Tensor
+    classes: Tensor
+    instance: Tensor
+    target_boxes: Tensor
+    positives: int
+
+
+def averaged(count: Tensor) -> Tensor:
+    """A count, averaged over the processes of distributed training, and at least one of all of them."""
+    processes = 1
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        processes = torch.distributed.get_world_size()
+        count = count.clone()
+        torch.distributed.all_reduce(count)
+    return count.clamp(min=1) / processes
+
+
+def rpn_losses(
+    rpn: RPN,
+    anchors: Sequence[Tensor],
+    logits: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    targets: Sequence[Target],
+    seeds: Sequence[int],
+) -> dict[str, Tensor]:
+    """Objectness and box regression of sampled anchors.
+
+    Args:
+        rpn: The region proposal network.
+        anchors: Per level, [M, 4].
+        logits: Per level, [N, M].
+        deltas: Per level, [N, M, 4].
+        targets: Per image.
+        seeds: Per image, of the sampling.
+
+    Returns:
+        loss_rpn_cls (binary cross-entropy) and loss_rpn_box (L1), both divided by 256 samples for each image: 0.3 and
+        0.7 are the overlaps for background and objects, half of the samples at most are objects.
+    """
+    all_anchors = torch.cat(list(anchors))
+    all_logits, all_deltas = torch.cat(list(logits), dim=1), torch.cat(list(deltas), dim=1)
+    classification, regression = [], []
+    for image, (target, seed) in enumerate(zip(targets, seeds, strict=True)):
+        with torch.no_grad():
+            matches = match(all_anchors, target.boxes, 0.3, 0.7, keep_best=True)
+            chosen = sample(matches.label, _RPN_SAMPLES, _RPN_POSITIVES, seed)
+        logit = all_logits[image][chosen.rows]
+        loss = F.binary_cross_entropy_with_logits(
+            logit, (chosen.label == POSITIVE).to(logit), reduction="none"
+        )
+        classification.append((loss * (chosen.label >= NEGATIVE)).sum())
+        if len(target.boxes) > 0:
+            near = target.boxes[matches.instance[chosen.rows]]
+            wanted = encode_boxes(near, all_anchors[chosen.rows], rpn.box_weights)
+            regression.append(_l1(all_deltas[image][chosen.rows], wanted, chosen.label == POSITIVE))
+    scale = 1.0 / (_RPN_SAMPLES * len(targets))
+    nothing = all_deltas.sum() * 0
+    return {
+        "loss_rpn_cls": torch.stack(classification).sum() * scale,
+        "loss_rpn_box": (torch.stack(regression).sum() if regression else nothing) * scale,
+    }
+
+
+def _l1(found: Tensor, wanted: Tensor, counted: Tensor) -> Tensor:
+    """Sum of absolute differences over the rows that count; the others may hold anything, NaN too."""
+    difference = (found - torch.where(counted[:, None], wanted, found.detach())).abs()
+    return torch.where(counted[:, None], difference, 0.0).sum()
+
+
+@torch.no_grad()
+def propose(
+    rpn: RPN,
+    anchors: Sequence[Tensor],
+    logits: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    sizes: Sequence[tuple[int, int]],
+) -> tuple[Tensor, Tensor]:
+    """Proposals for training: 2000 of each level before NMS, 1000 after, in static shapes.
+
+    Returns:
+        Boxes [N, 1000, 4] and bool [N, 1000], whether each slot holds one.
+    """
+    boxes, scores, levels = [], [], []
+    for level, (anchor, logit, delta) in enumerate(zip(anchors, logits, deltas, strict=True)):
+        score, index = logit.topk(min(_PRE_NMS, logit.shape[1]), dim=1)
+        decoded = decode_boxes(
+            delta.gather(1, index[..., None].expand(-1, -1, 4)), anchor[index], rpn.box_weights
+        )
+        boxes.append(decoded)
+        scores.append(score)
+        levels.append(torch.full_like(score, level, dtype=torch.int64))
+    decoded, score = torch.cat(boxes, dim=1), torch.cat(scores, dim=1)
+    clipped = torch.stack([clip_boxes(image, size) for image, size in zip(decoded, sizes, strict=True)])
+    usable = decoded.isfinite().all(dim=2) & score.isfinite() & nonempty(clipped)
+    # What cannot be used comes last and empty, so that it suppresses nothing.
+    score = torch.where(usable, score, -torch.inf)
+    clipped = torch.where(usable[..., None], clipped, 0.0)
+    keep, _ = ops.nms_padded(clipped, score, torch.cat(levels, dim=1), rpn.nms_threshold, _POST_NMS)
+    chosen = keep.clamp(min=0)
+    valid = (keep >= 0) & usable.gather(1, chosen)
+    return clipped.gather(1, chosen[..., None].expand(-1, -1, 4)), valid
+
+
+@torch.no_grad()
+def sample_boxes(boxes: Tensor, valid: Tensor, target: Target, num_things: int, seed: int) -> Sampled:
+    """Chooses an image's boxes for the heads: 512, of which at most a quarter overlap an instance by half or more.
+
+    Args:
+        boxes: Proposals [P, 4].
+        valid: bool [P], which slots hold one.
+        target: The image's; its own boxes are candidates too.
+        num_things: The label of background.
+        seed: Of the choice.
+    """
+    candidates = torch.cat((boxes, target.boxes.to(boxes)))
+    matches = match(candidates, target.boxes.to(boxes), 0.5, 0.5, keep_best=False)
+    usable = torch.cat((valid, valid.new_ones(len(target.boxes))))
+    label = torch.where(usable, matches.label, -1)
+    chosen = sample(label, _BOX_SAMPLES, _BOX_POSITIVES, seed)
+    if boxes.device.type == "cpu":  # where asking how many there are costs nothing, and empty slots would
+        keep = chosen.label >= NEGATIVE
+        chosen = Samples(chosen.rows[keep], chosen.label[keep])
+        positives = int((chosen.label == POSITIVE).sum())
+    else:
+        positives = _BOX_POSITIVES
+    instance = matches.instance[chosen.rows]
+    background = torch.where(chosen.label == NEGATIVE, num_things, -1)
+    if len(target.boxes) == 0:
+        return Sampled(candidates[chosen.rows], background, instance, candidates[chosen.rows], positives)
+    classes = torch.where(chosen.label == POSITIVE, target.classes[instance], background)
+    return Sampled(candidates[chosen.rows], classes, instance, target.boxes.to(boxes)[instance], positives)
+
+
+def box_losses(
+    logits: Tensor, deltas: Tensor, sampled: Sequence[Sampled], num_things: int, weights: Sequence[float]
+) -> dict[str, Tensor]:
+    """Classification (cross-entropy) and refinement (L1 on the true class' deltas) of the sampled boxes.
+
+    Args:
+        logits: [K, things + 1].
+        deltas: [K, things, 4].
+        sampled: Per image; K slots in all.
+        num_things: The label of background.
+        weights: Scale of (dx, dy, dw, dh).
+
+    Returns:
+        loss_cls and loss_box, both divided by the number of sampled boxes.
+    """
+    classes = torch.cat([image.classes for image in sampled])
+    boxes = torch.cat([image.boxes for image in sampled])
+    target_boxes = torch.cat([image.target_boxes for image in sampled])
+    count = averaged((classes >= 0).sum())
+    is_object = (classes >= 0) & (classes < num_things)
+    own = deltas[torch.arange(len(deltas), device=deltas.device), classes.clamp(0, num_things - 1)]
+    wanted = encode_boxes(target_boxes, boxes, weights)
+    return {
+        "loss_cls": F.cross_entropy(logits, classes, ignore_index=-1, reduction="sum") / count,
+        "loss_box": _l1(own, wanted, is_object) / count,
+    }
+
+
+def mask_targets(target: Target, boxes: Tensor, instance: Tensor, size: int) -> Tensor:
+    """Each box' part of its instance's mask, at the mask head's size.
+
+    Args:
+        target: The image's.
+        boxes: [P, 4].
+        instance: int64 [P].
+        size: Side of the masks.
+
+    Returns:
+        float32 [P, size, size] of zeros and ones: whether the instance covers half of a cell or more (ROIAlign with
+        adaptive sampling, aligned, as detectron2's BitMasks.crop_and_resize).
+    """
+    count = len(target.boxes)
+    number = torch.arange(1, count + 1, device=boxes.device, dtype=torch.int32)
+    masks = (target.instances[None] == number[:, None, None]).to(torch.float32)[:, None]
+    rois = torch.cat((instance[:, None].to(boxes), boxes), dim=1)
+    covered: Tensor = ops.roi_align(masks, rois, size, 1.0, 0, True)
+    return (covered[:, 0] >= 0.5).to(torch.float32)
+
+
+def mask_loss(
+    model: PanopticFPN, features: Sequence[Tensor], targets: Sequence[Target], sampled: Sequence[Sampled]
+) -> Tensor:
+    """Binary cross-entropy of the true class' masks of the sampled objects, averaged over their pixels."""
+    boxes = [image.boxes[: image.positives] for image in sampled]
+    classes = torch.cat([image.classes[: image.positives] for image in sampled])
+    counted = (classes >= 0) & (classes < model.config.num_things)
+    logits = model.mask_head(features, boxes, classes.clamp(0, model.config.num_things - 1))
+    wanted = []
+    for target, image, image_boxes in zip(targets, sampled, boxes, strict=True):
+        if len(target.boxes) == 0:
+            wanted.append(logits.new_zeros(len(image_boxes), *logits.shape[1:]))
+        else:
+            wanted.append(
+                mask_targets(target, image_boxes, image.instance[: image.positives], logits.shape[-1])
+            )
+    loss = F.binary_cross_entropy_with_logits(logits, torch.cat(wanted).to(logits), reduction="none")
+    pixels = averaged(counted.sum()) * logits.shape[-1] * logits.shape[-2]
+    return (loss * counted[:, None, None]).sum() / pixels
+
+
+def semantic_loss(model: PanopticFPN, features: Sequence[Tensor], targets: Sequence[Target]) -> Tensor:
+    """Cross-entropy of the semantic branch at the input's resolution, averaged over the pixels that are not void."""
+    logits = model.semantic_head(features)
+    stride = model.semantic_head.stride
+    height, width = logits.shape[2] * stride, logits.shape[3] * stride
+    semantic = targets[0].semantic.new_full((len(targets), height, width), IGNORE)
+    for image, target in zip(semantic, targets, strict=True):
+        image[: target.semantic.shape[0], : target.semantic.shape[1]] = target.semantic
+    count = averaged((semantic != IGNORE).sum())
+    total: Tensor = ops.upsample_cross_entropy(logits, semantic, stride, ignore_index=IGNORE, reduction="sum")
+    return total / count
