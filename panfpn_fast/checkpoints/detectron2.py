@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -70,7 +70,7 @@ def key(name: str) -> str:
     raise KeyError(name)
 
 
-def is_detectron2(weights: Iterable[str]) -> bool:
+def is_detectron2(weights: Collection[str]) -> bool:
     """Returns whether these tensor names are those of a detectron2 FPN network."""
     names = set(weights)
     return _STEM in names or "backbone.fpn_lateral2.weight" in names
@@ -111,19 +111,21 @@ def settings(weights: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _backbone(weights: Iterable[str]) -> str:
+def _backbone(weights: Collection[str]) -> str:
     blocks: dict[int, set[int]] = {2: set(), 3: set(), 4: set(), 5: set()}
     for name in weights:
         match = re.match(r"backbone\.bottom_up\.res([2-5])\.(\d+)\.", name)
         if match:
             blocks[int(match[1])].add(int(match[2]))
     depth = tuple(len(found) for found in blocks.values())
-    for name, known in BACKBONES.items():
-        if depth == known:
+    bottleneck = any(re.match(r"backbone\.bottom_up\.res2\.0\.conv3\.", name) for name in weights)
+    published = {name: layout for name, layout in BACKBONES.items() if layout.width == 64}
+    for name, layout in published.items():
+        if (depth, bottleneck) == (layout.blocks, layout.bottleneck):
             return name
     raise CheckpointError(
-        f"a backbone of {depth} blocks per stage; known are "
-        + ", ".join(f"{name} {known}" for name, known in BACKBONES.items())
+        f"a backbone of {depth} {'bottlenecks' if bottleneck else 'basic blocks'} per stage; known are "
+        + ", ".join(f"{name} {layout.blocks}" for name, layout in published.items())
     )
 
 

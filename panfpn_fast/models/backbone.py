@@ -6,7 +6,43 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from panfpn_fast.models.config import BACKBONES
-from panfpn_fast.models.layers import FrozenBatchNorm2d, init_msra
+from panfpn_fast.models.layers import init_msra, make_norm
+
+
+def _shortcut(in_channels: int, out_channels: int, stride: int, norm: str) -> nn.Module:
+    """The identity, or a 1x1 convolution where the shapes differ."""
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    shortcut = nn.Sequential()
+    shortcut.add_module("conv", nn.Conv2d(in_channels, out_channels, 1, stride, bias=False))
+    shortcut.add_module("norm", make_norm(norm, out_channels))
+    return shortcut
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with a residual connection.
+
+    Args:
+        in_channels: channels of the input.
+        channels: channels of the output.
+        stride: 1, or 2 to halve the resolution.
+        norm: see :func:`make_norm`.
+    """
+
+    def __init__(self, in_channels: int, channels: int, stride: int, norm: str) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.norm1 = make_norm(norm, channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = make_norm(norm, channels)
+        self.shortcut = _shortcut(in_channels, channels, stride, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns [N, channels, H / stride, W / stride]."""
+        y = F.relu_(self.norm1(self.conv1(x)))
+        y = self.norm2(self.conv2(y))
+        y = y + self.shortcut(x)
+        return F.relu_(y)
 
 
 class Bottleneck(nn.Module):
@@ -17,25 +53,24 @@ class Bottleneck(nn.Module):
         channels: channels of the 3x3 convolution; the output has four times as many.
         stride: 1, or 2 to halve the resolution.
         stride_in_1x1: the stride is in the first 1x1 convolution (Caffe) instead of in the 3x3 (torchvision).
+        norm: see :func:`make_norm`.
     """
 
     expansion = 4
 
-    def __init__(self, in_channels: int, channels: int, stride: int, stride_in_1x1: bool) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, stride: int, stride_in_1x1: bool, norm: str = "frozen_bn"
+    ) -> None:
         super().__init__()
         out_channels = channels * self.expansion
         stride1, stride2 = (stride, 1) if stride_in_1x1 else (1, stride)
         self.conv1 = nn.Conv2d(in_channels, channels, 1, stride1, bias=False)
-        self.norm1 = FrozenBatchNorm2d(channels)
+        self.norm1 = make_norm(norm, channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, stride2, padding=1, bias=False)
-        self.norm2 = FrozenBatchNorm2d(channels)
+        self.norm2 = make_norm(norm, channels)
         self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
-        self.norm3 = FrozenBatchNorm2d(out_channels)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or in_channels != out_channels:
-            self.shortcut = nn.Sequential()
-            self.shortcut.add_module("conv", nn.Conv2d(in_channels, out_channels, 1, stride, bias=False))
-            self.shortcut.add_module("norm", FrozenBatchNorm2d(out_channels))
+        self.norm3 = make_norm(norm, out_channels)
+        self.shortcut = _shortcut(in_channels, out_channels, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns [N, 4 * channels, H / stride, W / stride]."""
@@ -52,25 +87,32 @@ class ResNet(nn.Module):
     Args:
         name: a key of :data:`panfpn_fast.models.config.BACKBONES`.
         stride_in_1x1: see :class:`Bottleneck`.
+        norm: see :func:`make_norm`.
+
+    Attributes:
+        out_channels: channels of C2..C5.
     """
 
-    out_channels = (256, 512, 1024, 2048)
-
-    def __init__(self, name: str, stride_in_1x1: bool) -> None:
+    def __init__(self, name: str, stride_in_1x1: bool, norm: str = "frozen_bn") -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 7, 2, padding=3, bias=False)
-        self.norm1 = FrozenBatchNorm2d(64)
-        in_channels = 64
-        for stage, (blocks, out_channels) in enumerate(
-            zip(BACKBONES[name], self.out_channels, strict=True), start=1
-        ):
+        layout = BACKBONES[name]
+        self.conv1 = nn.Conv2d(3, layout.width, 7, 2, padding=3, bias=False)
+        self.norm1 = make_norm(norm, layout.width)
+        in_channels = layout.width
+        self.out_channels: list[int] = []
+        for stage, blocks in enumerate(layout.blocks):
+            channels = layout.width * 2**stage
             layer = nn.Sequential()
             for block in range(blocks):
-                stride = 2 if block == 0 and stage > 1 else 1
-                channels = out_channels // Bottleneck.expansion
-                layer.append(Bottleneck(in_channels, channels, stride, stride_in_1x1))
-                in_channels = out_channels
-            self.add_module(f"layer{stage}", layer)
+                stride = 2 if block == 0 and stage > 0 else 1
+                if layout.bottleneck:
+                    layer.append(Bottleneck(in_channels, channels, stride, stride_in_1x1, norm))
+                    in_channels = channels * Bottleneck.expansion
+                else:
+                    layer.append(BasicBlock(in_channels, channels, stride, norm))
+                    in_channels = channels
+            self.add_module(f"layer{stage + 1}", layer)
+            self.out_channels.append(in_channels)
         self.apply(init_msra)
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -80,7 +122,7 @@ class ResNet(nn.Module):
             x: normalised images [N, 3, H, W]; H and W multiples of 32.
 
         Returns:
-            C2..C5: [N, 256, H/4, W/4], [N, 512, H/8, W/8], [N, 1024, H/16, W/16], [N, 2048, H/32, W/32].
+            C2..C5 at strides 4, 8, 16 and 32; of a ResNet-50 [N, 256, H/4, W/4] to [N, 2048, H/32, W/32].
         """
         x = F.relu_(self.norm1(self.conv1(x)))
         x = F.max_pool2d(x, 3, 2, padding=1)

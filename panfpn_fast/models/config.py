@@ -4,14 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
-BACKBONES: dict[str, tuple[int, int, int, int]] = {
-    "resnet50": (3, 4, 6, 3),
-    "resnet101": (3, 4, 23, 3),
-    "resnet152": (3, 8, 36, 3),
+
+class ResNetLayout(NamedTuple):
+    """What tells one ResNet from another.
+
+    Attributes:
+        blocks: per stage.
+        bottleneck: blocks of three convolutions, else of two.
+        width: channels behind the stem; each stage has twice those of the one before.
+    """
+
+    blocks: tuple[int, int, int, int]
+    bottleneck: bool = True
+    width: int = 64
+
+
+BACKBONES: dict[str, ResNetLayout] = {
+    "resnet50": ResNetLayout((3, 4, 6, 3)),
+    "resnet101": ResNetLayout((3, 4, 23, 3)),
+    "resnet152": ResNetLayout((3, 8, 36, 3)),
+    "resnet18": ResNetLayout((2, 2, 2, 2), bottleneck=False),
+    "resnet34": ResNetLayout((3, 4, 6, 3), bottleneck=False),
+    "resnet10_narrow": ResNetLayout((1, 1, 1, 1), bottleneck=False, width=32),
 }
-"""Bottleneck blocks per stage (He et al. 2016, table 1)."""
+"""ResNets by name (He et al. 2016, table 1), and a small one for CPUs."""
+
+NORMS = ("frozen_bn", "bn", "sync_bn", "gn")
+"""Normalisations of the backbone."""
 
 FPN_STRIDES = (4, 8, 16, 32, 64)
 """Strides of P2..P6."""
@@ -24,7 +45,9 @@ class PanopticFPNConfig:
     The defaults are detectron2's ``COCO-PanopticSegmentation/panoptic_fpn_R_50_3x``.
 
     Attributes:
-        backbone: ``"resnet50"``, ``"resnet101"`` or ``"resnet152"``.
+        backbone: a key of :data:`BACKBONES`, such as ``"resnet50"``.
+        backbone_norm: its normalisation: ``"frozen_bn"`` (statistics and scale of a checkpoint, never trained), ``"bn"``,
+            ``"sync_bn"`` (over all processes) or ``"gn"`` (groups of at least 8 channels, at most 32 groups).
         stride_in_1x1: where a bottleneck that halves the resolution has its stride: in the first 1x1
             convolution (True; Caffe, MSRA, detectron2's COCO models) or in the 3x3 one (False; torchvision,
             mmdetection). The weights do not show it, and the wrong choice ruins the result.
@@ -62,6 +85,7 @@ class PanopticFPNConfig:
     """
 
     backbone: str = "resnet50"
+    backbone_norm: str = "frozen_bn"
     stride_in_1x1: bool = True
     num_things: int = 80
     num_stuff: int = 53
@@ -129,6 +153,8 @@ class PanopticFPNConfig:
         self._check_numbers("box_weights", length=4, positive=True)
         if self.backbone not in BACKBONES:
             raise ValueError(f"backbone: expected one of {', '.join(BACKBONES)}, got {self.backbone!r}")
+        if self.backbone_norm not in NORMS:
+            raise ValueError(f"backbone_norm: expected one of {', '.join(NORMS)}, got {self.backbone_norm!r}")
         if self.stride_in_1x1 not in (True, False):
             raise ValueError(f"stride_in_1x1: expected True or False, got {self.stride_in_1x1!r}")
         if self.channel_order not in ("BGR", "RGB"):

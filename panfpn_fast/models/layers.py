@@ -43,6 +43,17 @@ class FrozenBatchNorm2d(nn.Module):
         return f"{self.weight.numel()}, eps={self.eps}"
 
 
+def make_norm(kind: str, channels: int) -> nn.Module:
+    """Makes a normalisation layer of one of the kinds that ``PanopticFPNConfig.backbone_norm`` names."""
+    if kind == "frozen_bn":
+        return FrozenBatchNorm2d(channels)
+    if kind == "bn":
+        return nn.BatchNorm2d(channels)
+    if kind == "sync_bn":
+        return nn.SyncBatchNorm(channels)
+    return nn.GroupNorm(min(32, max(1, channels // 8)), channels)
+
+
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """Returns the type for coordinates and scores: float32, or float64 where the features are float64."""
     return torch.promote_types(dtype, torch.float32)

@@ -70,8 +70,8 @@ class PanopticFPN(ExactConstants):
         super().__init__()
         config = PanopticFPNConfig().replace(**settings)
         self.config = config
-        self.backbone = ResNet(config.backbone, config.stride_in_1x1)
-        self.fpn = FPN(ResNet.out_channels, config.fpn_channels)
+        self.backbone = ResNet(config.backbone, config.stride_in_1x1, config.backbone_norm)
+        self.fpn = FPN(self.backbone.out_channels, config.fpn_channels)
         self.rpn = RPN(config)
         self.box_head = BoxHead(config)
         self.mask_head = MaskHead(config)

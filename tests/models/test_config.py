@@ -13,7 +13,8 @@ from panfpn_fast.models import PanopticFPN, PanopticFPNConfig, get_preset, prese
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("backbone", "resnet18"),
+        ("backbone", "resnet19"),
+        ("backbone_norm", "layer"),
         ("stride_in_1x1", "yes"),
         ("num_things", 0),
         ("num_things", 80.0),
