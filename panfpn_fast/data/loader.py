@@ -40,11 +40,14 @@ class Batch(NamedTuple):
 
     images: list[Tensor]
     targets: list[Target]
+    seeds: list[int]
+    """A number for each image, of its own among all the images of a run: for what training draws at random."""
 
 
 class _Item(NamedTuple):
     image: Tensor
     target: Target
+    seed: int
     skipped: list[str]
 
 
@@ -82,7 +85,7 @@ class _Positions(Dataset[_Item]):
         while True:
             try:
                 sample = self.transform(self.dataset.load(index), random)
-                return _Item(sample.image, make_target(sample), skipped)
+                return _Item(sample.image, make_target(sample), self.seed * 2**40 + position, skipped)
             except (DataError, OSError) as error:
                 if not self.skip_bad:
                     raise
@@ -178,4 +181,8 @@ class TrainLoader:
                     if message not in self.skipped:
                         self.skipped.add(message)
                         warnings.warn(f"skipped {message}", stacklevel=2)
-            yield Batch([item.image for item in items], [item.target for item in items])
+            yield Batch(
+                [item.image for item in items],
+                [item.target for item in items],
+                [item.seed for item in items],
+            )

@@ -46,8 +46,8 @@ class PanopticFPNConfig:
 
     Attributes:
         backbone: a key of :data:`BACKBONES`, such as ``"resnet50"``.
-        backbone_norm: its normalisation: ``"frozen_bn"`` (statistics and scale of a checkpoint, never trained), ``"bn"``,
-            ``"sync_bn"`` (over all processes) or ``"gn"`` (groups of at least 8 channels, at most 32 groups).
+        backbone_norm: its normalisation: ``"frozen_bn"`` (a checkpoint's statistics and scale, never trained),
+            ``"bn"``, ``"sync_bn"`` (over all processes) or ``"gn"`` (at most 32 groups of at least 8 channels).
         stride_in_1x1: where a bottleneck that halves the resolution has its stride: in the first 1x1
             convolution (True; Caffe, MSRA, detectron2's COCO models) or in the 3x3 one (False; torchvision,
             mmdetection). The weights do not show it, and the wrong choice ruins the result.

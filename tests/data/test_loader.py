@@ -25,8 +25,8 @@ def batches(count: int, **options: object) -> list[Batch]:
 
 def flat(found: list[Batch]) -> Iterator[torch.Tensor]:
     for batch in found:
-        for image, target in zip(*batch, strict=True):
-            yield from (image, *target)
+        for image, target, seed in zip(*batch, strict=True):
+            yield from (image, *target, torch.tensor(seed))
 
 
 def same(first: list[Batch], second: list[Batch]) -> bool:

@@ -1,0 +1,38 @@
+"""The learning rate over the steps, and the optimiser."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from panfpn_fast.training.config import SolverConfig
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+
+
+def learning_rate(solver: SolverConfig, step: int) -> float:
+    """The learning rate of a step, the first being 0.
+
+    Example:
+        >>> solver = SolverConfig(learning_rate=0.1, warmup_steps=10, warmup_factor=0.0, milestones=[20])
+        >>> learning_rate(solver, 5), learning_rate(solver, 19), round(learning_rate(solver, 20), 4)
+        (0.05, 0.1, 0.01)
+    """
+    rate = solver.learning_rate * solver.gamma ** sum(step >= milestone for milestone in solver.milestones)
+    if step < solver.warmup_steps:
+        part = step / solver.warmup_steps
+        rate *= solver.warmup_factor * (1 - part) + part
+    return rate
+
+
+def make_optimizer(network: nn.Module, solver: SolverConfig) -> torch.optim.SGD:
+    """SGD with momentum over all parameters that learn; those of normalisations do not decay."""
+    of_norms = {
+        id(p) for module in network.modules() if isinstance(module, _NORMS) for p in module.parameters()
+    }
+    learning = [p for p in network.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in learning if id(p) not in of_norms], "weight_decay": solver.weight_decay},
+        {"params": [p for p in learning if id(p) in of_norms], "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(groups, lr=solver.learning_rate, momentum=solver.momentum)
