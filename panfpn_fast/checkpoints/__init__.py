@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from panfpn_fast.checkpoints import detectron2, hub, reader
+from panfpn_fast.checkpoints import detectron2, hub, own, reader
 from panfpn_fast.checkpoints.hub import DownloadError
 from panfpn_fast.checkpoints.reader import CheckpointError
 from panfpn_fast.models.config import PanopticFPNConfig, presets
@@ -21,8 +21,8 @@ __all__ = ["CheckpointError", "DownloadError", "load"]
 def load(path_or_name: str | os.PathLike[str], **overrides: Any) -> PanopticFPN:
     """Makes a network from a checkpoint.
 
-    The file's content tells which framework wrote it, the backbone's depth and the number of classes. It
-    is read without running anything in it.
+    The file's content tells which framework wrote it (detectron2, or our own training), the backbone's depth
+    and the number of classes. It is read without running anything in it.
 
     Args:
         path_or_name: a file, or a published checkpoint's name such as
@@ -43,15 +43,33 @@ def load(path_or_name: str | os.PathLike[str], **overrides: Any) -> PanopticFPN:
     """
     PanopticFPNConfig().replace(**overrides)  # a misspelt setting should not wait for a download
     path = _find(path_or_name)
-    weights = _weights(path, reader.read(path))
+    content = reader.read(path)
+    # What is no dictionary of tensors is told here, with the file's name.
+    weights = {} if own.is_own(content) else _weights(path, content)
     try:
-        config = PanopticFPNConfig().replace(**{**detectron2.settings(weights), **overrides})
-        with torch.device("meta"):  # no memory and no random numbers for what is replaced at once
-            model = PanopticFPN.from_config(config)
-        detectron2.fill(model, weights)
+        model = _detectron2(weights, overrides) if weights else _own(content, overrides)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return model.eval()
+
+
+def _detectron2(weights: Mapping[str, Any], overrides: Mapping[str, Any]) -> PanopticFPN:
+    """Makes the network that detectron2 wrote."""
+    config = PanopticFPNConfig().replace(**{**detectron2.settings(weights), **overrides})
+    with torch.device("meta"):  # no memory and no random numbers for what is replaced at once
+        model = PanopticFPN.from_config(config)
+    detectron2.fill(model, weights)
+    return model
+
+
+def _own(content: Mapping[str, Any], overrides: Mapping[str, Any]) -> PanopticFPN:
+    """Makes the network that our training wrote."""
+    model = PanopticFPN(**{**own.settings(content), **overrides})
+    try:
+        model.load_state_dict(content["model"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"its tensors do not fit: {error}") from error
+    return model
 
 
 def _find(path_or_name: str | os.PathLike[str]) -> Path:

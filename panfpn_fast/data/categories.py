@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from panfpn_fast.data import category_tables as tables
 
-__all__ = ["Categories", "Category", "get_categories"]
+__all__ = ["Categories", "Category", "get_categories", "register_categories"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ _KNOWN = {
     for known in (
         _categories("coco_panoptic", tables.COCO_THINGS, tables.COCO_STUFF),
         _categories("cityscapes", tables.CITYSCAPES_THINGS, tables.CITYSCAPES_STUFF),
+        _categories("synthetic", tables.SYNTHETIC_THINGS, tables.SYNTHETIC_STUFF),
     )
 }
 
@@ -77,7 +78,8 @@ def get_categories(name: str) -> Categories:
     """Returns the classes of a data set.
 
     Args:
-        name: "coco_panoptic" (80 things, 53 stuff) or "cityscapes" (8 things, 11 stuff).
+        name: "coco_panoptic" (80 things, 53 stuff), "cityscapes" (8 things, 11 stuff), "synthetic" (4 and 4), or one
+            that `register_categories` was given.
 
     Raises:
         ValueError: If there is no data set of that name; the message lists the known ones.
@@ -91,3 +93,14 @@ def get_categories(name: str) -> Categories:
         return _KNOWN[name]
     except KeyError:
         raise ValueError(f"name: expected one of {', '.join(sorted(_KNOWN))}, got {name!r}") from None
+
+
+def register_categories(categories: Categories) -> None:
+    """Makes the classes of another data set known by their name, so that a network can be told it.
+
+    Raises:
+        ValueError: A data set of that name is known and has other classes.
+    """
+    known = _KNOWN.setdefault(categories.name, categories)
+    if known != categories:
+        raise ValueError(f"categories: {categories.name!r} is known already, with other classes")

@@ -172,3 +172,17 @@ CITYSCAPES_STUFF: tuple[Row, ...] = (
     (22, "terrain", (152, 251, 152)),
     (23, "sky", (70, 130, 180)),
 )
+
+# The shapes and grounds of panfpn_fast/data/synthetic.py.
+SYNTHETIC_THINGS: tuple[Row, ...] = (
+    (1, "disk", (220, 60, 60)),
+    (2, "box", (60, 120, 220)),
+    (3, "triangle", (240, 190, 40)),
+    (4, "ring", (150, 70, 200)),
+)
+SYNTHETIC_STUFF: tuple[Row, ...] = (
+    (11, "sky", (150, 190, 230)),
+    (12, "grass", (90, 150, 70)),
+    (13, "water", (50, 100, 140)),
+    (14, "brick", (160, 90, 70)),
+)

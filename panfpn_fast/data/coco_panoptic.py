@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from panfpn_fast.data.categories import Categories, Category, get_categories
+from panfpn_fast.data.categories import Categories, Category, get_categories, register_categories
 from panfpn_fast.data.files import DataError, read_panoptic_json, read_rgb
 from panfpn_fast.data.sample import Sample
 
@@ -52,6 +52,7 @@ class CocoPanopticDataset:
         self.categories = (
             categories_of(content, self.annotation_json) if categories is None else get_categories(categories)
         )
+        register_categories(self.categories)
         self._things = {category.id: i for i, category in enumerate(self.categories.things)}
         self._stuff = {category.id: i + 1 for i, category in enumerate(self.categories.stuff)}
         names = {image["id"]: image["file_name"] for image in content["images"]}
@@ -83,7 +84,7 @@ class CocoPanopticDataset:
             )
         ids = colours[..., 0] + 256 * colours[..., 1] + 65536 * colours[..., 2]
         table = annotation["segments_info"]
-        isthing, label, crowd = [], [], []
+        isthing, label, crowd, area = [], [], [], []
         for segment in table:
             category = segment["category_id"]
             if category not in self._things and category not in self._stuff:
@@ -94,12 +95,14 @@ class CocoPanopticDataset:
             isthing.append(category in self._things)
             label.append(self._things.get(category, self._stuff.get(category, 0)))
             crowd.append(bool(segment.get("iscrowd", 0)))
+            area.append(int(segment["area"]))
         return Sample(
             image=torch.from_numpy(image).permute(2, 0, 1).contiguous(),
             segments=torch.from_numpy(_rows_of(ids, [segment["id"] for segment in table], png_path)),
             isthing=torch.tensor(isthing, dtype=torch.bool),
             label=torch.tensor(label, dtype=torch.int64),
             crowd=torch.tensor(crowd, dtype=torch.bool),
+            area=torch.tensor(area, dtype=torch.int64),
             image_id=annotation["image_id"],
             file_name=str(image_path),
         )

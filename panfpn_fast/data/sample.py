@@ -22,6 +22,7 @@ class Sample:
         isthing: bool [S], the table: whether each segment is a thing.
         label: int64 [S], its class among things (0..), or its semantic label among stuff (1..).
         crowd: bool [S], a region of things that were not told apart.
+        area: int64 [S], each segment's pixels by the data set's own count, before any transform.
         image_id: The data set's own.
         file_name: For messages.
     """
@@ -31,6 +32,7 @@ class Sample:
     isthing: Tensor
     label: Tensor
     crowd: Tensor
+    area: Tensor
     image_id: int | str
     file_name: str
 

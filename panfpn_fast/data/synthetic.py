@@ -9,27 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from panfpn_fast.data.categories import Categories, Category
+from panfpn_fast.data.categories import get_categories
 from panfpn_fast.data.sample import Sample
 
 Map = npt.NDArray[np.float32]
 
-SYNTHETIC = Categories(
-    "synthetic",
-    things=(
-        Category(1, "disk", True, (220, 60, 60)),
-        Category(2, "box", True, (60, 120, 220)),
-        Category(3, "triangle", True, (240, 190, 40)),
-        Category(4, "ring", True, (150, 70, 200)),
-    ),
-    stuff=(
-        Category(11, "sky", False, (150, 190, 230)),
-        Category(12, "grass", False, (90, 150, 70)),
-        Category(13, "water", False, (50, 100, 140)),
-        Category(14, "brick", False, (160, 90, 70)),
-    ),
-)
-"""The classes of the scenes."""
+SYNTHETIC = get_categories("synthetic")
 
 # Of a shape that others cover, less than this is not worth a name: it becomes void.
 _LEAST_VISIBLE_PIXELS = 30
@@ -137,6 +122,9 @@ class SyntheticDataset:
             isthing=torch.tensor([isthing for isthing, _ in rows], dtype=torch.bool),
             label=torch.tensor([label for _, label in rows], dtype=torch.int64),
             crowd=torch.zeros(len(rows), dtype=torch.bool),
+            area=torch.from_numpy(
+                np.bincount(segments.ravel(), minlength=len(rows) + 1)[1:].astype(np.int64)
+            ),
             image_id=index,
             file_name=f"synthetic scene {index} of seed {self.seed}",
         )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from panfpn_fast.checkpoints import own
 from panfpn_fast.data.loader import Batch, PanopticDataset, TrainLoader
 from panfpn_fast.data.transforms import Compose, Crop, Flip, Photometric, Resize, Transform
 from panfpn_fast.models.config import get_preset
@@ -111,7 +112,7 @@ class Trainer:
         quiet: No progress bar.
 
     Note:
-        A run that is stopped and resumed takes the very steps of one that is not: what is random depends on the seed and
+        A run that is stopped and resumed takes the very steps of one that is not: what is random depends on the seed
         the step alone. On the CPU, and with deterministic algorithms on CUDA, the weights are equal bit for bit.
     """
 
@@ -144,7 +145,7 @@ class Trainer:
 
         self.model = model.to(process.device).train()
         if config.channels_last:
-            self.model = self.model.to(memory_format=torch.channels_last)
+            self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         freeze(self.model, config.freeze_at)
         network = TrainingNetwork(self.model, config.lambda_instance, config.lambda_semantic)
         self.optimizer = make_optimizer(network, config.solver)
@@ -278,6 +279,8 @@ class Trainer:
         """Whether any process was asked to stop: all must leave the loop at the same step."""
         if self.process.world_size == 1:
             return self._stop
+        if self.step % self.config.log_every:  # asking waits for the device
+            return False
         stop = torch.tensor(int(self._stop), device=self.process.device)
         torch.distributed.all_reduce(stop)
         return bool(stop)
@@ -309,12 +312,6 @@ class Trainer:
         """Writes what `panfpn_fast.load` reads: weights (their average where there is one), settings and classes."""
         if not self.process.is_first:
             return
-        categories = self.dataset.categories
         weights = self.model.state_dict() if self.average is None else self.average.state
-        content = {
-            "panfpn_fast": 1,
-            "config": dataclasses.asdict(self.model.config),
-            "categories": [dataclasses.asdict(category) for category in categories.all],
-            "model": {name: tensor.cpu() for name, tensor in weights.items()},
-        }
-        save_atomically(content, path)
+        config = dataclasses.asdict(self.model.config)
+        save_atomically(own.content_of(weights, config, self.dataset.categories), path)

@@ -167,7 +167,10 @@ def test_a_tensor_of_integers_is_named(tmp_path: Path, weights: Weights) -> None
             {"model": {"transformer.weight": np.zeros(3)}},
             "not the layout of a detectron2.*transformer.weight",
         ),
-        ({"model": {"backbone.fpn_lateral2.weight": np.zeros(3)}}, r"backbone of \(0, 0, 0, 0\) blocks"),
+        (
+            {"model": {"backbone.fpn_lateral2.weight": np.zeros(3)}},
+            r"backbone of \(0, 0, 0, 0\) basic blocks",
+        ),
         ({}, "not the layout"),
         ([1, 2], "no dictionary of tensors by name, but list"),
         ({"model": 3}, "not the layout"),

@@ -79,6 +79,7 @@ class Numbered:
             nothing.bool(),
             nothing.long(),
             nothing.bool(),
+            nothing.long(),
             index,
             "",
         )

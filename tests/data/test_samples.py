@@ -26,6 +26,7 @@ def small_sample() -> Sample:
         isthing=torch.tensor([True, False, True, True, False, True]),
         label=torch.tensor([7, 2, 7, 3, 9, 1]),
         crowd=torch.tensor([False, False, True, False, False, False]),
+        area=torch.tensor([3, 2, 3, 2, 1, 0]),
         image_id=1,
         file_name="small",
     )
@@ -94,7 +95,7 @@ def test_crop_avoids_windows_of_one_class() -> None:
     segments[:, 40:] = 2
     sample = Sample(
         torch.zeros(3, 64, 64, dtype=torch.uint8), segments, torch.tensor([False, False]), torch.tensor([1, 2]),
-        torch.tensor([False, False]), 0, "",
+        torch.tensor([False, False]), torch.tensor([2560, 1536]), 0, "",
     )  # fmt: skip
     shares = []
     for seed in range(30):
