@@ -1,4 +1,4 @@
-"""The command line: `panfpn-fast predict` and `panfpn-fast info`.
+"""The command line: `panfpn-fast predict`, `train`, `eval`, `demo` and `info`.
 
 torch is imported only by the subcommand that needs it, so that `--help` and usage errors are immediate.
 """
@@ -11,10 +11,12 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from panfpn_fast.training.command import SettingsError, add_training_commands
 
 if TYPE_CHECKING:
     from panfpn_fast.inference import CocoPanopticWriter, PanopticResult, Predictor
@@ -66,13 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(argv)
     try:
-        if args.command == "info":
-            return _info()
-        return _predict(args)
+        command: Callable[[argparse.Namespace], int] = args.run
+        return command(args)
     except BrokenPipeError:  # whoever read our output has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _EXIT_SOME_FAILED
-    except _UserError as error:
+    except (_UserError, SettingsError) as error:
         _report(str(error))
         return _EXIT_USAGE
     except KeyboardInterrupt:
@@ -86,8 +87,19 @@ def _parser() -> argparse.ArgumentParser:
         description="Panoptic segmentation with Panoptic FPN: things and stuff in one picture.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_predict(commands)
+    add_training_commands(commands)
+    info = commands.add_parser(
+        "info",
+        help="show versions, how the package was built, and what loaded",
+        description="Shows versions, how the native libraries were built, and what loaded or why not.",
+    )
+    info.set_defaults(run=_info)
+    return parser
 
+
+def _add_predict(commands: Any) -> None:
     predict = commands.add_parser(
         "predict",
         help="segment images: overlays, panoptic PNGs and a COCO result file",
@@ -141,13 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument(
         "--batch-size", type=_positive, default=1, metavar="N", help="images per pass (default: %(default)s)"
     )
-
-    commands.add_parser(
-        "info",
-        help="show versions, how the package was built, and what loaded",
-        description="Shows versions, how the native libraries were built, and what loaded or why not.",
-    )
-    return parser
+    predict.set_defaults(run=_predict)
 
 
 def _predict(args: argparse.Namespace) -> int:
@@ -337,7 +343,7 @@ def _batches(jobs: Sequence[_Job], size: int) -> Iterator[Sequence[_Job]]:
         yield jobs[start : start + size]
 
 
-def _info() -> int:
+def _info(_: argparse.Namespace) -> int:
     from panfpn_fast._load import build_report
 
     report = build_report()

@@ -16,6 +16,9 @@ Map = npt.NDArray[np.float32]
 
 SYNTHETIC = get_categories("synthetic")
 
+HELD_OUT_SEED = 1_000_000
+"""Added to a run's seed for the scenes that it is evaluated on."""
+
 # Of a shape that others cover, less than this is not worth a name: it becomes void.
 _LEAST_VISIBLE_PIXELS = 30
 _LEAST_VISIBLE_SHARE = 0.15

@@ -1,0 +1,211 @@
+"""`panfpn-fast train`, `eval` and `demo`. torch is imported only when a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from panfpn_fast.data.loader import PanopticDataset
+    from panfpn_fast.training.config import DataConfig, TrainConfig
+
+_TRAIN_DESCRIPTION = """\
+Trains a network and writes, in the folder given by --out:
+  checkpoint_*.pth   the run's state, for --resume
+  model.pth          the result, for --weights of the other commands
+  log.jsonl          losses, speed and evaluations, one JSON object a line
+  tensorboard/       the same for TensorBoard, where it is installed
+  config.json        the settings
+
+Settings come from a preset, then from a YAML file, then from NAME=VALUE on the command line, such as
+  solver.learning_rate=0.01 solver.batch_size=8 data.images=coco/train2017 model.backbone=resnet101
+Several processes: torchrun --nproc-per-node 8 -m panfpn_fast.cli train ...
+"""
+
+
+class SettingsError(ValueError):
+    """Settings that cannot be read; the message names the setting."""
+
+
+def add_training_commands(commands: Any) -> None:
+    """Adds the three to the command line."""
+    train = commands.add_parser(
+        "train",
+        help="train a network on COCO's panoptic format, Cityscapes or synthetic scenes",
+        description=_TRAIN_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument(
+        "settings", nargs="*", metavar="NAME=VALUE", help="settings that differ from the preset's"
+    )
+    train.add_argument(
+        "--preset", default="1x", help="1x, 3x, cityscapes, tiny or nuclei (default: %(default)s)"
+    )
+    train.add_argument("--config", type=Path, metavar="FILE", help="YAML file with settings")
+    train.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="default: %(default)s")
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    train.add_argument("--device", help="such as cpu (default: a CUDA GPU if there is one, else cpu)")
+    train.add_argument("--subset", type=int, metavar="N", help="train on N images only, chosen by the seed")
+    train.add_argument("--skip-bad", action="store_true", help="replace and count images that cannot be read")
+    train.set_defaults(run=_train)
+
+    evaluation = commands.add_parser(
+        "eval",
+        help="PQ, IoU and AP of a network on annotated images",
+        description="Predicts annotated images and prints panoptic quality, IoU and AP; --json keeps them.",
+    )
+    evaluation.add_argument("--weights", required=True, metavar="NAME_OR_PATH", help="checkpoint")
+    evaluation.add_argument("--images", required=True, type=Path, metavar="DIR", help="folder of the images")
+    evaluation.add_argument(
+        "--annotations", required=True, type=Path, metavar="FILE", help="JSON of COCO's panoptic format"
+    )
+    evaluation.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    evaluation.add_argument("--no-ap", action="store_true", help="leave AP out, which needs pycocotools")
+    evaluation.add_argument(
+        "--short-edge", type=int, default=800, metavar="PIXELS", help="default: %(default)s"
+    )
+    evaluation.add_argument(
+        "--max-edge", type=int, default=1333, metavar="PIXELS", help="default: %(default)s"
+    )
+    evaluation.add_argument("--device", help="such as cpu (default: a CUDA GPU if there is one, else cpu)")
+    evaluation.set_defaults(run=_eval)
+
+    demo = commands.add_parser(
+        "demo",
+        help="train a small network on synthetic scenes, in minutes, and show what it learned",
+        description="Makes synthetic scenes, trains a small network on the CPU, evaluates it on scenes that it has not "
+        "seen, and writes metrics.json, gallery.png (input, truth, prediction) and model.pth.",
+    )
+    demo.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="default: %(default)s")
+    demo.add_argument(
+        "--steps", type=int, metavar="N", help="of training (default: about five minutes' worth)"
+    )
+    demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    demo.set_defaults(run=_demo)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from panfpn_fast.training.demo import run_demo
+
+    run_demo(args.out, args.steps, args.seed)
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    import panfpn_fast
+    from panfpn_fast.data.coco_panoptic import CocoPanopticDataset
+    from panfpn_fast.evaluation import evaluate, format_table
+    from panfpn_fast.inference import Predictor
+    from panfpn_fast.inference.coco_format import atomic_write
+
+    model = panfpn_fast.load(args.weights)
+    dataset = CocoPanopticDataset(args.images, args.annotations, categories=model.config.dataset)
+    predictor = Predictor(model, args.device, short_edge=args.short_edge, max_edge=args.max_edge)
+    result = evaluate(predictor, dataset, with_ap=not args.no_ap)
+    print(format_table(result))
+    if args.json is not None:
+        with atomic_write(args.json) as file:
+            file.write(json.dumps(result, indent=1).encode())
+    return 0
+
+
+def read_settings(preset: str, config: Path | None, settings: list[str]) -> TrainConfig:
+    """Puts a preset, a YAML file and NAME=VALUE settings together.
+
+    Raises:
+        SettingsError: A setting does not exist or has a value that it cannot have.
+    """
+    try:
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+    except ImportError as error:
+        raise SettingsError(f'{error}. Training needs: pip install "panfpn_fast[train]"') from error
+    from panfpn_fast.training.config import get_train_preset
+
+    merged = OmegaConf.structured(get_train_preset(preset))
+    try:
+        if config is not None:
+            merged = OmegaConf.merge(merged, OmegaConf.load(config))
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(settings))
+        result: TrainConfig = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    except (OmegaConfBaseException, OSError) as error:
+        raise SettingsError(" ".join(str(error).split())) from error
+    result.check()
+    return result
+
+
+def _train(args: argparse.Namespace) -> int:
+    from panfpn_fast.training.distributed import process_group
+    from panfpn_fast.training.initialize import initialize
+    from panfpn_fast.training.trainer import Stopped, Trainer, make_model
+
+    config = read_settings(args.preset, args.config, args.settings)
+    config.subset = args.subset or config.subset
+    config.skip_bad |= args.skip_bad
+    dataset, held_out = make_datasets(config.data, config.seed)
+    with process_group(args.device) as process:
+        model = make_model(config, dataset)
+        if config.init:
+            for message in initialize(model, config.init):
+                if process.is_first:
+                    print(message)
+        trainer = Trainer(
+            config,
+            dataset,
+            model,
+            args.out,
+            process,
+            resume=args.resume,
+            evaluate=_evaluation(config, held_out),
+        )
+        try:
+            trainer.run()
+        except Stopped as stopped:
+            if process.is_first:
+                print(stopped)
+            return 130
+        trainer.save_result(args.out / "model.pth")
+    return 0
+
+
+def _evaluation(config: TrainConfig, held_out: PanopticDataset | None) -> Any:
+    if held_out is None:
+        return None
+    from panfpn_fast.evaluation import evaluate
+    from panfpn_fast.inference import Predictor
+
+    def run(model: Any) -> dict[str, float]:
+        edges = {"short_edge": config.data.val_short_edge, "max_edge": config.data.val_max_edge}
+        predictor = Predictor(model, model.device, **edges)
+        summary: dict[str, float] = evaluate(predictor, held_out, with_ap=False)["summary"]
+        return summary
+
+    return run
+
+
+def make_datasets(data: DataConfig, seed: int) -> tuple[PanopticDataset, PanopticDataset | None]:
+    """The data set to train on, and the one to evaluate on if there is one.
+
+    Raises:
+        SettingsError: A folder or file was not given.
+    """
+    if data.kind == "synthetic":
+        from panfpn_fast.data.synthetic import HELD_OUT_SEED, SyntheticDataset
+
+        return (
+            SyntheticDataset(data.synthetic_count, seed),
+            SyntheticDataset(data.synthetic_val_count, HELD_OUT_SEED + seed),
+        )
+    for name in ("images", "annotations"):
+        if not getattr(data, name):
+            raise SettingsError(f"data.{name}: is not set; see DataConfig for what it takes")
+    from panfpn_fast.data.coco_panoptic import CocoPanopticDataset
+
+    dataset = CocoPanopticDataset(data.images, data.annotations, categories=data.categories or None)
+    if not data.val_images:
+        return dataset, None
+    # A JSON's own classes are named after it, so those of training serve for both.
+    names = dataset.categories.name
+    return dataset, CocoPanopticDataset(data.val_images, data.val_annotations, categories=names)
