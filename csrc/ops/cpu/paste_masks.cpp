@@ -1,55 +1,11 @@
 #include <algorithm>
 #include <cstring>
-#include <span>
 
 #include "ops/cpu/mask_window.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "ops/cpu/pages.h"
 
 namespace panfpn {
 namespace {
-
-constexpr int64_t kPage = 4096;
-
-// The whole pages of some memory.
-std::span<uint8_t> pages_of(uint8_t* data, int64_t bytes) {
-  const uintptr_t address = reinterpret_cast<uintptr_t>(data);
-  const int64_t begin = static_cast<int64_t>((address + kPage - 1) / kPage * kPage - address);
-  const int64_t end =
-      static_cast<int64_t>((address + static_cast<uintptr_t>(bytes)) / kPage * kPage - address);
-  return {data + begin, static_cast<size_t>(std::max(end - begin, int64_t{0}))};
-}
-
-// Asks for huge pages under a large fresh allocation that is going to be written all over, because most of
-// that time would go into 4 KiB page faults. Only a hint: a failure changes nothing.
-void advise_huge_pages([[maybe_unused]] std::span<uint8_t> pages) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  madvise(pages.data(), pages.size(), MADV_HUGEPAGE);
-#endif
-}
-
-// Makes a large allocation zero without touching it, and says whether that worked: the kernel then provides
-// zeros at the first touch. No more than it does anyway where the allocation is fresh, as it is above the
-// largest size that glibc's malloc keeps for itself. Memory that is mapped in a way that nobody gives to
-// malloc (a shared file) would keep its contents; the first page is a probe for that.
-bool zero_at_first_touch([[maybe_unused]] uint8_t* data, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__)
-  constexpr int64_t kAlwaysFresh = int64_t{1} << 25;
-  if (bytes <= kAlwaysFresh) return false;
-  const std::span<uint8_t> pages = pages_of(data, bytes);
-  volatile uint8_t* probe = pages.data();
-  *probe = 1;
-  if (madvise(pages.data(), pages.size(), MADV_DONTNEED) != 0 || *probe != 0) return false;
-  std::memset(data, 0, static_cast<size_t>(pages.data() - data));
-  std::memset(pages.data() + pages.size(), 0,
-              static_cast<size_t>(data + bytes - (pages.data() + pages.size())));
-  return true;
-#else
-  return false;
-#endif
-}
 
 constexpr int64_t kGrainPixels = int64_t{1} << 17;  // per task
 
@@ -88,16 +44,12 @@ template <typename A>
 void paste(const A* masks, const A* boxes, int64_t count, int64_t mask_height, int64_t mask_width,
            int64_t height, int64_t width, A threshold, uint8_t* out) {
   if (count == 0 || height == 0 || width == 0) return;
-  constexpr int64_t kManyPages = 1024;
   constexpr double kMostPages = 0.3;  // of which huge ones cost less (measured)
   const PixelRule<A> rule{threshold, threshold < A(0)};
   const uint8_t outside = paste_pixel(A(0), threshold);
   const int64_t bytes = count * height * width;
   const bool blank = outside == 0 && zero_at_first_touch(out, bytes);
-  if (bytes >= kManyPages * kPage &&
-      (!blank || share_of_rows(boxes, count, mask_height, height) > kMostPages)) {
-    advise_huge_pages(pages_of(out, bytes));
-  }
+  if (!blank || share_of_rows(boxes, count, mask_height, height) > kMostPages) advise_huge_pages(out, bytes);
   const int64_t grain = std::max<int64_t>(1, kGrainPixels / width);
   torch::stable::parallel_for(0, count * height, grain, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin / height; n * height < end; ++n) {
