@@ -1,136 +1,34 @@
 // A tile of pixels is normalised into the first cache and multiplied from there, so that the activations
-// never reach memory. The product is a block of registers, pixels x outputs, over all channels: that is bound
-// by multiply-adds, which this file therefore lets the compiler fuse (CMakeLists.txt).
+// never reach memory.
 #include "ops/group_norm_relu_project.h"
-
-#include <memory>
-#include <new>
 
 #include "ops/cpu/channel_affine.h"
 #include "ops/cpu/channel_block.h"
+#include "ops/cpu/huge_pages.h"
+#include "ops/cpu/matrix.h"
 #include "ops/upsample.h"
 
 namespace panfpn {
 namespace {
 
-struct FreeAligned {
-  void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(64)); }
-};
-
-// Uninitialised numbers from the start of a cache line on.
+// The matrix [K, C] and its bias, as `multiply` reads them.
 template <typename A>
-using Scratch = std::unique_ptr<A[], FreeAligned>;
+struct Predictor {
+  PanelLayout layout;
+  Scratch<A> panels;
+  std::vector<A> bias;
 
-template <typename A>
-Scratch<A> make_scratch(int64_t count) {
-  return Scratch<A>(
-      static_cast<A*>(::operator new(static_cast<size_t>(count) * sizeof(A), std::align_val_t(64))));
-}
-
-// Divisible by the pixels of each block of registers.
-constexpr int64_t kTile = 24;
-
-// Registers of outputs in a block: with 32 registers of 64 bytes, 24 of them hold 6 pixels x 4, 12 x 2 or 24
-// x 1; narrower vectors take several registers for each of ours, so there 6 x 1.
-inline bool has_wide_registers() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  static const bool wide = __builtin_cpu_supports("avx512f");
-  return wide;
-#else
-  return false;
-#endif
-}
-
-// The matrix [K, C] as blocks of outputs, each [C, vectors * kLanes] and padded with zeros; beside it the
-// bias.
-template <typename A>
-struct PackedMatrix {
-  int64_t channels, outputs;
-  bool wide;
-  Scratch<A> weights, bias;
-
-  PackedMatrix(const std::vector<A>& matrix, const std::vector<A>& matrix_bias, int64_t channels)
-      : channels(channels),
-        outputs(static_cast<int64_t>(matrix_bias.size())),
-        wide(has_wide_registers()),
-        weights(make_scratch<A>(channels * padded())),
-        bias(make_scratch<A>(padded())) {
-    constexpr int L = kLanes<A>;
-    std::fill(weights.get(), weights.get() + channels * padded(), A(0));
-    std::fill(bias.get(), bias.get() + padded(), A(0));
-    std::copy(matrix_bias.begin(), matrix_bias.end(), bias.get());
-    for (int64_t first = 0; first < padded();) {
-      const int64_t size = vectors(first) * L;
-      A* const block = weights.get() + first * channels;
-      for (int64_t k = first; k < std::min(first + size, outputs); ++k) {
-        for (int64_t c = 0; c < channels; ++c) block[c * size + k - first] = matrix[k * channels + c];
-      }
-      first += size;
+  Predictor(const std::vector<A>& matrix, const std::vector<A>& matrix_bias, int64_t channels)
+      : layout{static_cast<int64_t>(matrix_bias.size()), channels, kLanes<A>},
+        panels(make_scratch<A>(layout.size())),
+        bias(matrix_bias) {
+    bias.resize(layout.padded());
+    std::fill(panels.get(), panels.get() + layout.size(), A(0));
+    for (int64_t k = 0; k < layout.outputs; ++k) {
+      for (int64_t c = 0; c < channels; ++c) panels[layout.index(k, c)] = matrix[k * channels + c];
     }
   }
-
-  int64_t padded() const { return (outputs + kLanes<A> - 1) / kLanes<A> * kLanes<A>; }
-  // Of the block that begins at output `first`.
-  int64_t vectors(int64_t first) const {
-    const int64_t left = (padded() - first) / kLanes<A>;
-    return wide ? (left >= 4 ? 4 : left) : 1;
-  }
 };
-
-// [P, V registers] = activations [P, channels] x weights [channels, V registers] + bias. Pixels of the two
-// lie `stride` and `to_stride` apart.
-template <typename A, int P, int V>
-PANFPN_ALWAYS_INLINE void multiply_block(const A* activations, int64_t stride, const A* weights,
-                                         const A* bias, int64_t channels, A* to, int64_t to_stride) {
-  constexpr int L = kLanes<A>;
-  Lanes<A> sum[P][V];
-#pragma GCC unroll 24
-  for (int p = 0; p < P; ++p) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) load_lanes(bias + v * L, sum[p][v]);
-  }
-  for (int64_t c = 0; c < channels; ++c) {
-    Lanes<A> weight[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) load_lanes(weights + (c * V + v) * L, weight[v]);
-#pragma GCC unroll 24
-    for (int p = 0; p < P; ++p) {
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[p][v] += weight[v] * activations[p * stride + c];
-    }
-  }
-#pragma GCC unroll 24
-  for (int p = 0; p < P; ++p) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store_lanes(sum[p][v], to + p * to_stride + v * L);
-  }
-}
-
-template <typename A, int P, int V>
-PANFPN_VECTOR_CLONES void multiply_tile(const A* activations, int64_t stride, const A* weights, const A* bias,
-                                        int64_t channels, int64_t pixels, A* to, int64_t to_stride) {
-  for (int64_t p = 0; p < pixels; p += P) {
-    multiply_block<A, P, V>(activations + p * stride, stride, weights, bias, channels, to + p * to_stride,
-                            to_stride);
-  }
-}
-
-// activations [kTile, padded channels], of which `pixels` count -> product [kTile, padded outputs].
-template <typename A>
-void multiply(const A* activations, int64_t pixels, const PackedMatrix<A>& matrix, A* product) {
-  const int64_t stride = padded_channels<A>(matrix.channels), padded = matrix.padded();
-  for (int64_t first = 0; first < padded;) {
-    const int64_t vectors = matrix.vectors(first);
-    const auto tile = !matrix.wide   ? multiply_tile<A, 6, 1>
-                      : vectors == 4 ? multiply_tile<A, 6, 4>
-                      : vectors == 3 ? multiply_tile<A, 8, 3>
-                      : vectors == 2 ? multiply_tile<A, 12, 2>
-                                     : multiply_tile<A, 24, 1>;
-    tile(activations, stride, matrix.weights.get() + first * matrix.channels, matrix.bias.get() + first,
-         matrix.channels, pixels, product + first, padded);
-    first += vectors * kLanes<A>;
-  }
-}
 
 // Activations of `channels` channels of some pixels, which lie `stride` apart, and `to_stride` in `to`.
 template <typename T, typename A>
@@ -248,17 +146,19 @@ void activate(const Map<T>& map, const ChannelAffine<A>& affine, int64_t image, 
 
 template <typename T>
 void project(const Map<T>& map, const ChannelAffine<accumulate_t<T>>& affine,
-             const PackedMatrix<accumulate_t<T>>& matrix, const T* residual, int64_t residual_height,
+             const Predictor<accumulate_t<T>>& predictor, const T* residual, int64_t residual_height,
              int64_t residual_width, int64_t batch, T* out) {
   using A = accumulate_t<T>;
-  const int64_t height = map.height, width = map.width, outputs = matrix.outputs, padded = matrix.padded();
+  const int64_t height = map.height, width = map.width, outputs = predictor.layout.outputs,
+                padded = predictor.layout.padded();
   const bool half = residual_height != height;
   torch::stable::parallel_for(0, batch * height, 1, [&](int64_t begin, int64_t end) {
-    const Scratch<A> activations = make_scratch<A>(kTile * affine.padded);
-    const Scratch<A> block = make_scratch<A>(kTile * kLanes<A>), product = make_scratch<A>(kTile * padded);
+    const Scratch<A> activations = make_scratch<A>(kPixelTile * affine.padded);
+    const Scratch<A> block = make_scratch<A>(kPixelTile * kLanes<A>),
+                     product = make_scratch<A>(kPixelTile * padded);
     // A tile that is not full is multiplied whole.
-    std::fill(activations.get(), activations.get() + kTile * affine.padded, A(0));
-    Addend<T, A> addends[kTile];
+    std::fill(activations.get(), activations.get() + kPixelTile * affine.padded, A(0));
+    Addend<T, A> addends[kPixelTile];
     for (int64_t row = begin; row < end; ++row) {
       const int64_t image = row / height, y = row % height;
       ResidualRow<T, A> added{};
@@ -268,10 +168,11 @@ void project(const Map<T>& map, const ChannelAffine<accumulate_t<T>>& affine,
         added = {residual + (first + tap.low) * size, residual + (first + tap.high) * size, tap.high_weight,
                  residual_width, half};
       }
-      for (int64_t x = 0; x < width; x += kTile) {
-        const int64_t pixels = std::min(kTile, width - x);
+      for (int64_t x = 0; x < width; x += kPixelTile) {
+        const int64_t pixels = std::min(kPixelTile, width - x);
         activate<T, A>(map, affine, image, y, x, pixels, block.get(), activations.get());
-        multiply<A>(activations.get(), pixels, matrix, product.get());
+        multiply<A>(activations.get(), affine.padded, pixels, predictor.layout, predictor.panels.get(),
+                    predictor.bias.data(), product.get(), padded);
         for (int64_t p = 0; residual != nullptr && p < pixels; ++p) addends[p] = added.at(x + p, outputs);
         const auto store = residual == nullptr ? add_and_store<T, A, 0>
                            : half              ? add_and_store<T, A, 4>
@@ -280,13 +181,6 @@ void project(const Map<T>& map, const ChannelAffine<accumulate_t<T>>& affine,
       }
     }
   });
-}
-
-// The same values, channels-last.
-Tensor to_channels_last(const Tensor& t) {
-  if (is_channels_last(t)) return t;
-  Tensor copy = empty_nchw({t.size(0), t.size(1), t.size(2), t.size(3)}, t, true);
-  return torch::stable::copy_(copy, t);
 }
 
 Tensor group_norm_relu_project(const Tensor& input, const Tensor& mean, const Tensor& rstd,
@@ -303,18 +197,20 @@ Tensor group_norm_relu_project(const Tensor& input, const Tensor& mean, const Te
     using T = typename decltype(tag)::type;
     using A = accumulate_t<T>;
     const ChannelAffine<A> affine(mean, rstd, weight, bias, op);
-    const PackedMatrix<A> matrix(
+    const Predictor<A> predictor(
         read_values<A>(proj_weight, op),
         proj_bias.has_value() ? read_values<A>(*proj_bias, op) : std::vector<A>(outputs), channels);
-    const bool channels_last = is_channels_last(input);
-    const Tensor dense = channels_last ? input : torch::stable::contiguous(input);
-    const Map<T> map{dense.const_data_ptr<T>(), channels, height, width, channels_last};
+    const bool as_pixels = is_channels_last(input);
+    const Tensor dense = as_pixels ? input : torch::stable::contiguous(input);
+    const Map<T> map{dense.const_data_ptr<T>(), channels, height, width, as_pixels};
     T* const data = out.mutable_data_ptr<T>();
+    advise_huge_pages(data, out.numel() * static_cast<int64_t>(sizeof(T)));
     if (residual.has_value()) {
-      const Tensor added = to_channels_last(*residual);
-      project<T>(map, affine, matrix, added.const_data_ptr<T>(), added.size(2), added.size(3), batch, data);
+      const Tensor added = channels_last(*residual);
+      project<T>(map, affine, predictor, added.const_data_ptr<T>(), added.size(2), added.size(3), batch,
+                 data);
     } else {
-      project<T>(map, affine, matrix, nullptr, 0, 0, batch, data);
+      project<T>(map, affine, predictor, nullptr, 0, 0, batch, data);
     }
   });
   return out;
