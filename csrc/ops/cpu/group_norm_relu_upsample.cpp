@@ -181,8 +181,8 @@ int64_t grain_of(int64_t values_per_item) {
   return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, values_per_item));
 }
 
-// Calls activate(unit, y, row) for each low row and then emit(unit, i, above, below, more) for each row of cells,
-// with the halves of the scratch that hold its low rows. A unit is an image or a plane.
+// Calls activate(unit, y, row) for each low row and then emit(unit, i, above, below, more) for each row of
+// cells, with the halves of the scratch that hold its low rows. A unit is an image or a plane.
 template <typename A, typename Activate, typename Emit>
 void for_rows_of_cells(int64_t units, const MapSize& size, int64_t row_size, int64_t more,
                        const Activate& activate, const Emit& emit) {
@@ -190,7 +190,7 @@ void for_rows_of_cells(int64_t units, const MapSize& size, int64_t row_size, int
   const int64_t grain = grain_of(size.factor * size.factor * row_size);
   torch::stable::parallel_for(0, units * cells, grain, [&](int64_t begin, int64_t end) {
     std::vector<A> scratch(2 * row_size + more);  // row y is in half y % 2
-    int64_t last = -1;                     // the last row that was made, counted through all units
+    int64_t last = -1;                            // the last row that was made, counted through all units
     for (int64_t i = begin; i < end; ++i) {
       const int64_t unit = i / cells;
       const Cell rows = cell_at(i % cells, size.height, size.factor);
@@ -327,7 +327,8 @@ void upsample_planes(const T* input, const ChannelAffine<accumulate_t<T>>& affin
         const T* row = input + (plane * size.height + y) * width;
         activate_pixels<T, A>(row, whole, L, constants.scale, constants.shift, to + 1);
         if (rest > 0) {
-          activate_pixels<T, A>(row + whole * L, 1, rest, constants.scale, constants.shift, to + 1 + whole * L);
+          activate_pixels<T, A>(row + whole * L, 1, rest, constants.scale, constants.shift,
+                                to + 1 + whole * L);
         }
         to[0] = to[1];
         to[width + 1] = to[width];
@@ -375,7 +376,8 @@ void normalise_planes(const T* input, const ChannelAffine<accumulate_t<T>>& affi
           normalise_pixels<T, A>(input + at, whole, L, constants.scale, constants.shift, add, out + at);
           at += whole * L;
           add = residual == nullptr ? nullptr : residual + at;
-          if (rest > 0) normalise_pixels<T, A>(input + at, 1, rest, constants.scale, constants.shift, add, out + at);
+          if (rest > 0)
+            normalise_pixels<T, A>(input + at, 1, rest, constants.scale, constants.shift, add, out + at);
         }
       });
 }

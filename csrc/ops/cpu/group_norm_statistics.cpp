@@ -99,31 +99,36 @@ PANFPN_ALWAYS_INLINE void sum_channels(const T* pixels, int64_t count, int64_t c
   }
 }
 
-// V registers of channels: sums of the differences from `centres`, and of their squares.
+// V registers of channels, the last of which has `rest` lanes: sums of the differences from `centres`, and of
+// their squares.
 template <typename T, typename A, int V>
-PANFPN_ALWAYS_INLINE void sum_shifted(const T* pixels, int64_t count, int64_t channels, int64_t first,
+PANFPN_ALWAYS_INLINE void sum_shifted(const T* pixels, int64_t count, int64_t channels, int64_t rest,
                                       const A* centres, A* sums, A* squares) {
   constexpr int L = kLanes<A>;
   Lanes<A> centre[V], sum[V], square[V];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int v = 0; v < V; ++v) {
-    load_lanes(centres + first + v * L, centre[v]);
+    load_lanes(centres + v * L, centre[v]);
     sum[v] = square[v] = Lanes<A>{};
   }
   for (int64_t i = 0; i < count; ++i) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       Lanes<A> lanes;
-      load_up_to<T, A>(pixels + i * channels + first + v * L, channels - first - v * L, lanes);
+      if (V > 1) {
+        load_lanes(pixels + i * channels + v * L, lanes);
+      } else {
+        load_up_to<T, A>(pixels + i * channels, rest, lanes);
+      }
       lanes -= centre[v];
       sum[v] += lanes;
       square[v] += lanes * lanes;
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int v = 0; v < V; ++v) {
-    store_lanes(sum[v], sums + first + v * L);
-    store_lanes(square[v], squares + first + v * L);
+    store_lanes(sum[v], sums + v * L);
+    store_lanes(square[v], squares + v * L);
   }
 }
 
@@ -142,10 +147,15 @@ PANFPN_VECTOR_CLONES void moments_of_pixels(const T* pixels, int64_t count, int6
     std::fill_n(centres + group * size, size, static_cast<A>(sum / static_cast<double>(pilot * size)));
   }
   int64_t c = 0;
-  for (; c + 4 * L <= channels; c += 4 * L) {
-    sum_shifted<T, A, 4>(pixels, count, channels, c, centres, sums, squares);
+  for (; c + 8 * L <= channels; c += 8 * L) {
+    sum_shifted<T, A, 8>(pixels + c, count, channels, L, centres + c, sums + c, squares + c);
   }
-  for (; c < channels; c += L) sum_shifted<T, A, 1>(pixels, count, channels, c, centres, sums, squares);
+  for (; c + 4 * L <= channels; c += 4 * L) {
+    sum_shifted<T, A, 4>(pixels + c, count, channels, L, centres + c, sums + c, squares + c);
+  }
+  for (; c < channels; c += L) {
+    sum_shifted<T, A, 1>(pixels + c, count, channels, channels - c, centres + c, sums + c, squares + c);
+  }
   for (int64_t group = 0; group < groups; ++group) {
     double sum = 0, square = 0;
     for (int64_t c = group * size; c < (group + 1) * size; ++c) {
