@@ -84,6 +84,9 @@ PANFPN_LIBRARY(m) {
       "str "
       "reduction) -> Tensor");
 
+  // 3x3 convolution with padding 1 and no bias, float32, channels-last; on the CPU only.
+  m.def("conv3x3(Tensor input, Tensor weight) -> Tensor");
+
   // Mean and reciprocal standard deviation of each group, [N, num_groups].
   m.def("group_norm_statistics(Tensor input, SymInt num_groups, float eps) -> (Tensor, Tensor)");
 

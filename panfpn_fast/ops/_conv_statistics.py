@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from panfpn_fast import _load
 from panfpn_fast.ops import _checks
+from panfpn_fast.ops._conv3x3 import conv3x3
 
 
 def check_conv(x: Any, conv_weight: Any) -> None:
@@ -50,6 +50,6 @@ def conv3x3_statistics(
             x, conv_weight = x.to(dtype), conv_weight.to(dtype)
         y, mean, rstd = ops.conv3x3_statistics(x, conv_weight, num_groups, eps)
         return y, mean, rstd
-    y = F.conv2d(x, conv_weight, padding=1)
+    y = conv3x3(x, conv_weight)
     mean, rstd = ops.group_norm_statistics(y.detach(), num_groups, eps)
     return y, mean, rstd
