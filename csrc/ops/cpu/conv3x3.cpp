@@ -8,7 +8,7 @@
 
 #include <vector>
 
-#include "ops/cpu/huge_pages.h"
+#include "ops/cpu/pages.h"
 #include "ops/cpu/matrix.h"
 
 namespace panfpn {

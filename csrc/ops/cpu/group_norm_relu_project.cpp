@@ -4,7 +4,7 @@
 
 #include "ops/cpu/channel_affine.h"
 #include "ops/cpu/channel_block.h"
-#include "ops/cpu/huge_pages.h"
+#include "ops/cpu/pages.h"
 #include "ops/cpu/matrix.h"
 #include "ops/upsample.h"
 
