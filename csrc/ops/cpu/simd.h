@@ -6,8 +6,14 @@
 // No version fuses multiplications and additions (-ffp-contract=off), so all of them give the same bits.
 #pragma once
 
+// They are chosen by what the processor can do. The name of a processor ("arch=haswell") would be that one
+// model's alone, and all later ones would get the baseline.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define PANFPN_VECTOR_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#if __GNUC__ >= 12
+#define PANFPN_VECTOR_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define PANFPN_VECTOR_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
 #else
 #define PANFPN_VECTOR_CLONES
 #endif

@@ -1,9 +1,22 @@
-// exp of a register's worth of numbers.
+// exp and log of a register's worth of numbers.
 #pragma once
 
 #include "ops/cpu/lanes.h"
 
 namespace panfpn {
+
+template <typename A>
+struct LaneBitsOf;
+template <>
+struct LaneBitsOf<float> {
+  typedef int32_t type __attribute__((vector_size(64)));
+};
+template <>
+struct LaneBitsOf<double> {
+  typedef int64_t type __attribute__((vector_size(64)));
+};
+template <typename A>
+using LaneBits = typename LaneBitsOf<A>::type;
 
 // e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln 2 / 2; ln 2 comes in two parts, of which `ln2_high`
 // has so few bits that its products with n are exact. `polynomial` holds 2 e^r, the highest power first, with
@@ -12,7 +25,6 @@ template <typename A>
 struct ExpConstants;
 template <>
 struct ExpConstants<float> {
-  using Bits = WordBits;
   static constexpr int kFraction = 23, kTerms = 7;
   static constexpr float kLog2E = 0x1.715476p+0f, kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
   static constexpr float kLowest = -87.4f, kHighest = 88.8f;  // n = -126 and n = 128
@@ -22,7 +34,6 @@ struct ExpConstants<float> {
 };
 template <>
 struct ExpConstants<double> {
-  using Bits = uint64_t __attribute__((vector_size(64)));
   static constexpr int kFraction = 52, kTerms = 12;
   static constexpr double kLog2E = 0x1.71547652b82fep+0, kLn2High = 0x1.62e42fefa3p-1,
                           kLn2Low = 0x1.3de6af278ece6p-42;
@@ -43,19 +54,19 @@ struct ExpConstants<double> {
 };
 
 // e^x within 1.2 units in the last place; what would be below twice the smallest normal number is 0. NaN
-// stays NaN, and what is too large becomes infinity.
-template <typename A>
+// stays NaN, and what is too large becomes infinity; without kMayBePositive x must be at most 80.
+template <typename A, bool kMayBePositive = true>
 PANFPN_ALWAYS_INLINE void exp_lanes(const Lanes<A>& exponent, Lanes<A>& result) {
   using K = ExpConstants<A>;
   const Lanes<A> zero{}, lowest = zero + K::kLowest, highest = zero + K::kHighest;
   Lanes<A> x = exponent < lowest ? lowest : exponent;
-  x = x > highest ? highest : x;
+  if constexpr (kMayBePositive) x = x > highest ? highest : x;
   // Adding so large a number rounds to an integer; its last bits are then those of 2^(n - 1), or of 0 for the
   // lowest n. Half of the power, and twice the polynomial, so that the highest is not infinite.
   const Lanes<A> rounded = x * K::kLog2E + K::kRound;
   const Lanes<A> n = rounded - K::kRound;
   const Lanes<A> r = x - n * K::kLn2High - n * K::kLn2Low;
-  typename K::Bits bits;
+  LaneBits<A> bits;
   std::memcpy(&bits, &rounded, sizeof(bits));
   bits <<= K::kFraction;
   Lanes<A> power;
@@ -63,6 +74,32 @@ PANFPN_ALWAYS_INLINE void exp_lanes(const Lanes<A>& exponent, Lanes<A>& result) 
   Lanes<A> sum = zero + K::kPolynomial[0];
   for (int i = 1; i < K::kTerms; ++i) sum = sum * r + K::kPolynomial[i];
   result = sum * power;
+}
+
+// log x = n ln 2 + log m with m from sqrt(1/2) to sqrt(2), and log m = 2 atanh s with s = (m - 1) / (m + 1):
+// that many terms of its series.
+template <typename A>
+inline constexpr int kLogTerms = 5;
+template <>
+inline constexpr int kLogTerms<double> = 11;
+
+// log x within 3 units in the last place, for positive normal numbers; NaN stays NaN.
+template <typename A>
+PANFPN_ALWAYS_INLINE void log_lanes(const Lanes<A>& x, Lanes<A>& result) {
+  using K = ExpConstants<A>;
+  const Lanes<A> zero{}, half_root = zero + A(0.70710678118654752440);
+  LaneBits<A> bits, least;
+  std::memcpy(&bits, &x, sizeof(bits));
+  std::memcpy(&least, &half_root, sizeof(least));
+  const LaneBits<A> exponent = (bits - least) >> K::kFraction;
+  bits -= exponent << K::kFraction;
+  Lanes<A> m;
+  std::memcpy(&m, &bits, sizeof(m));
+  const Lanes<A> n = __builtin_convertvector(exponent, Lanes<A>);
+  const Lanes<A> s = (m - A(1)) / (m + A(1)), square = s * s;
+  Lanes<A> series = zero + A(2) / A(2 * kLogTerms<A> - 1);
+  for (int k = kLogTerms<A> - 1; k > 0; --k) series = series * square + A(2) / A(2 * k - 1);
+  result = n * K::kLn2High + (n * K::kLn2Low + series * s) + x * A(0);
 }
 
 }  // namespace panfpn
