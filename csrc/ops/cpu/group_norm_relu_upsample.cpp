@@ -9,14 +9,6 @@
 namespace panfpn {
 namespace {
 
-struct MapSize {
-  int64_t batch, channels, height, width, factor;
-
-  int64_t plane() const { return height * width; }
-  int64_t large_width() const { return width * factor; }
-  int64_t large_plane() const { return plane() * factor * factor; }
-};
-
 // to = low_weight * low + high_weight * high
 template <typename A>
 PANFPN_ALWAYS_INLINE void mix(const Lanes<A>& low, const Lanes<A>& high, A low_weight, A high_weight,
@@ -172,13 +164,6 @@ PANFPN_VECTOR_CLONES void normalise_pixels(const T* pixels, int64_t count, int64
       add_and_store<T, A, false>(lanes, residual, at, channels - c, out);
     }
   }
-}
-
-// Outputs per task, so that small maps do not wake a thread.
-constexpr int64_t kGrain = int64_t{1} << 15;
-
-int64_t grain_of(int64_t values_per_item) {
-  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, values_per_item));
 }
 
 // Calls activate(unit, y, row) for each low row and then emit(unit, i, above, below, more) for each row of

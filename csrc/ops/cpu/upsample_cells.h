@@ -44,4 +44,20 @@ class CellWeights {
   std::vector<A> values_;  // low, high, zeros, ones
 };
 
+// The small map and the factor.
+struct MapSize {
+  int64_t batch, channels, height, width, factor;
+
+  int64_t plane() const { return height * width; }
+  int64_t large_width() const { return width * factor; }
+  int64_t large_plane() const { return plane() * factor * factor; }
+};
+
+// Outputs per task, so that small maps do not wake a thread.
+constexpr int64_t kGrain = int64_t{1} << 15;
+
+inline int64_t grain_of(int64_t values_per_item) {
+  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, values_per_item));
+}
+
 }  // namespace panfpn
