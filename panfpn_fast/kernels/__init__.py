@@ -1,0 +1,7 @@
+"""The semantic head's ops as Triton kernels, in the dispatcher namespace panfpn_fast_triton.
+
+Importing the package imports Triton and registers the ops. `panfpn_fast._load` does so where there is a GPU; the tests
+do so anywhere, and then Triton's interpreter runs the kernels on the CPU.
+"""
+
+from __future__ import annotations
