@@ -7,6 +7,8 @@ fall back to them. Each has the public signature of its op. Arguments are checke
 from __future__ import annotations
 
 from panfpn_fast.ops.reference.batched_nms import batched_nms
+from panfpn_fast.ops.reference.conv_gn_relu_upsample import conv_gn_relu_upsample
+from panfpn_fast.ops.reference.group_norm_relu_upsample import group_norm_relu_upsample
 from panfpn_fast.ops.reference.multiscale_roi_align import multiscale_roi_align
 from panfpn_fast.ops.reference.nms import nms
 from panfpn_fast.ops.reference.nms_padded import nms_padded
@@ -19,6 +21,8 @@ from panfpn_fast.ops.reference.roi_align import roi_align
 __all__ = [
     "PanopticSegments",
     "batched_nms",
+    "conv_gn_relu_upsample",
+    "group_norm_relu_upsample",
     "multiscale_roi_align",
     "nms",
     "nms_padded",
