@@ -24,6 +24,15 @@ def _scale_kernel(x, y, length, factor, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _row_sums_kernel(x, y, rows, columns, BLOCK: tl.constexpr):
+    index = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for row in range(rows):
+        total += tl.load(x + row * columns + index, index < columns, other=0.0)
+    tl.store(y + index, total, index < columns)
+
+
+@triton.jit
 def _square_kernel(x, y, SIZE: tl.constexpr):
     index = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     tile = tl.load(x + index)
@@ -80,5 +89,14 @@ def test_kernels_run(kernel_device: torch.device) -> None:
     x = torch.randn(77, 13, device=kernel_device)
     torch.testing.assert_close(scale(x, 2.0, 256), 2.0 * x)
     assert scale(x[:0], 2.0, 256).shape == (0, 13)
-    assert _launch.next_power_of_2(1) == 1
-    assert [_launch.next_power_of_2(n) for n in (2, 3, 54, 64, 65)] == [2, 4, 64, 64, 128]
+
+
+def test_loops_run_as_long_as_arguments_say(kernel_device: torch.device) -> None:
+    x = torch.randn(7, 13, device=kernel_device)
+    y = torch.empty(13, device=kernel_device)
+    wrap_triton(_row_sums_kernel)[(1,)](x, y, 7, 13, BLOCK=16)
+    torch.testing.assert_close(y, x.sum(0))
+
+
+def test_powers_of_two() -> None:
+    assert [_launch.next_power_of_2(n) for n in (1, 2, 3, 54, 64, 65)] == [1, 2, 4, 64, 64, 128]
