@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from poison import poisoned
@@ -25,6 +26,24 @@ def poisoned_memory() -> Iterator[None]:
     """See `poison.poisoned`."""
     with poisoned():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Widens bfloat16 for tl.dot, where Triton's interpreter multiplies the bits as if they were integers."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter", reason="Triton is not installed")
+    float32 = importlib.import_module("triton.language").float32
+    original = interpreter.InterpreterBuilder.create_dot
+
+    def widened(handle: Any) -> Any:
+        if handle.data.dtype != np.uint16:
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return original(self, widened(a), widened(b), *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
 @pytest.fixture
