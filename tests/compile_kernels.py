@@ -37,11 +37,13 @@ class Launch:
         function: What is called.
         args: Its arguments; tensors on the meta device stand for tensors on a GPU.
         tensor_cores: Names of those of its kernels that must use the tensor cores.
+        capabilities: The compute capabilities it is for.
     """
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
     tensor_cores: tuple[str, ...] = ()
+    capabilities: tuple[int, ...] = CAPABILITIES
 
 
 class _Target:
@@ -137,13 +139,15 @@ def _resources(cubin: bytes) -> dict[str, int]:
     }
 
 
-def compile_launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, dict[str, Any]]:
+def compile_launch(
+    kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], capabilities: tuple[int, ...]
+) -> dict[int, dict[str, Any]]:
     """What one launch compiles to, for each compute capability."""
     from triton.runtime.driver import driver
 
     types = [arg.dtype if isinstance(arg, torch.Tensor) else arg for arg in args]
     results = {}
-    for capability in CAPABILITIES:
+    for capability in capabilities:
         driver.set_active(_Target(capability))
         compiled = kernel.warmup(*types, grid=(1,), **kwargs)
         body = re.sub(r"//.*", "", compiled.asm["ptx"])
@@ -176,7 +180,7 @@ def main() -> None:
     report: dict[str, Any] = {}
     for name, launch in load_launches(Path(sys.argv[1])).items():
         kernels = [
-            {"name": kernel.__name__, "targets": compile_launch(kernel, args, kwargs)}
+            {"name": kernel.__name__, "targets": compile_launch(kernel, args, kwargs, launch.capabilities)}
             for kernel, args, kwargs in record(launch)
         ]
         report[name] = {"traced": count_traced(launch), "kernels": kernels}

@@ -6,6 +6,6 @@ do so anywhere, and then Triton's interpreter runs the kernels on the CPU.
 
 from __future__ import annotations
 
-from panfpn_fast.kernels import group_norm_statistics
+from panfpn_fast.kernels import conv3x3_statistics, group_norm_statistics
 
-__all__ = ["group_norm_statistics"]
+__all__ = ["conv3x3_statistics", "group_norm_statistics"]

@@ -23,10 +23,13 @@ def over_units(values, CHANNELS: tl.constexpr, UNIT: tl.constexpr):
 
 
 @triton.jit
-def _tile_moments_kernel(
+def tile_moments(
     x,
     means,
     squares,
+    image,
+    tile,
+    block,
     pixels,
     channels,
     tiles,
@@ -35,10 +38,8 @@ def _tile_moments_kernel(
     UNIT: tl.constexpr,
 ):
     """Mean and sum of squared deviations of `UNIT` neighbouring channels in a tile of pixels, [N, tiles, C / UNIT]."""
-    image = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
     pixel = tile * PIXELS + tl.arange(0, PIXELS)
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    channel = block * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < channels
     valid = (pixel < pixels)[:, None] & inside[None, :]
     x += (image * pixels + tile * PIXELS) * channels
@@ -54,11 +55,29 @@ def _tile_moments_kernel(
     square = tl.sum(tl.reshape(tl.sum(rest * rest, 0), (CHANNELS // UNIT, UNIT)), 1)
     mean = tl.sum(tl.reshape((pivot + shift), (CHANNELS // UNIT, UNIT)), 1) / UNIT
 
-    unit = tl.program_id(1) * (CHANNELS // UNIT) + tl.arange(0, CHANNELS // UNIT)
+    unit = block * (CHANNELS // UNIT) + tl.arange(0, CHANNELS // UNIT)
     units = channels // UNIT
     place = (image * tiles + tile) * units + unit
     tl.store(means + place, mean, unit < units)
     tl.store(squares + place, square, unit < units)
+
+
+@triton.jit
+def _tile_moments_kernel(
+    x,
+    means,
+    squares,
+    pixels,
+    channels,
+    tiles,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    image = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    block = tl.program_id(1)
+    tile_moments(x, means, squares, image, tile, block, pixels, channels, tiles, PIXELS, CHANNELS, UNIT)
 
 
 @triton.jit
