@@ -159,18 +159,19 @@ def _conv_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # The tiles of the same pixels follow each other, so that their input is read from memory once.
+    # The tiles of the same pixels follow each other, so that their input is read from memory once. What is 1 may be a
+    # constant, without methods: scalars are converted by tl.cast.
     program = tl.program_id(0)
     column_tile = program % column_tiles
     tile = program // column_tiles % tiles
-    image = (program // column_tiles // tiles).to(tl.int64)
+    image = tl.cast(program // column_tiles // tiles, tl.int64)
 
     area = tl.cast(height, tl.int64) * width
-    start = tile.to(tl.int64) * BLOCK_M
+    start = tl.cast(tile, tl.int64) * BLOCK_M
     pixel = tl.arange(0, BLOCK_M)
     inside = pixel < area - start
-    unwrapped = (start % width).to(tl.int32) + pixel
-    row = (start // width).to(tl.int32) + unwrapped // width
+    unwrapped = tl.cast(start % width, tl.int32) + pixel
+    row = tl.cast(start // width, tl.int32) + unwrapped // width
     col = unwrapped % width
 
     # Bit 3 * dy + dx of a pixel: whether its neighbour at (row + dy - 1, col + dx - 1) is in the image.
@@ -185,7 +186,7 @@ def _conv_kernel(
     columns = out_channels - first_column
     x_ptr += (image * area + start) * IN_CHANNELS
     x_tile = pixel[:, None] * IN_CHANNELS + channel[None, :]
-    w_ptr += first_column.to(tl.int64) * (9 * IN_CHANNELS)
+    w_ptr += tl.cast(first_column, tl.int64) * (9 * IN_CHANNELS)
     w_row = tl.minimum(column, columns - 1)  # of columns that are not there nothing is stored
     w_tile = w_row[:, None] * (9 * IN_CHANNELS) + channel[None, :]
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -198,6 +202,41 @@ for _precision in ("bfloat16", "tf32", "float32"):
         for _channels in (64, 128, 256):
             for _tile in conv.configurations(_precision, _capability // 10, _channels):
                 LAUNCHES[f"{_precision} {_tile.name} {_capability}"] = _launch(_tile, _precision, _capability)
+
+
+# The op itself, by the rule, as nothing can be measured on a GPU that is not there.
+LAUNCHES["the op"] = Launch(
+    torch.ops.panfpn_fast_triton.conv3x3_statistics,
+    (*LAUNCHES["bfloat16 64x128-4-4 90"].args, 32, EPS),
+    ("_conv_kernel",),
+    (90,),
+)
+
+# Run without the interpreter, whose kernels cannot be traced.
+_TRACE = """
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from panfpn_fast.kernels.conv3x3_statistics import conv3x3_statistics
+
+x, conv_weight = (
+    torch.empty(shape, device="meta", memory_format=torch.channels_last) for shape in ((2, 16, 50, 84), (32, 16, 3, 3))
+)
+traced = make_fx(lambda x, w: conv3x3_statistics(x, w, 8, 1e-5), tracing_mode="symbolic")(x, conv_weight)
+print(sorted(str(guard.expr) for guard in traced.shape_env.guards if guard.expr.is_Equality))
+print([node.target for node in traced.graph.nodes].count(torch.ops.higher_order.triton_kernel_wrapper_mutation))
+"""
+
+
+def test_one_graph_serves_all_sizes() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", _TRACE], capture_output=True, text=True, check=False, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    guards, kernels = result.stdout.splitlines()
+    # Only the channels and the kernel's 3 are constants of the graph; N, H and W stay open.
+    assert sorted(re.findall(r", (\d+)\)", guards)) == ["16", "3", "32"]
+    assert kernels == "2"
 
 
 @pytest.mark.parametrize(
