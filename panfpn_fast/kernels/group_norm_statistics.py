@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from panfpn_fast.kernels._group_norm import vector_size
 from panfpn_fast.kernels._launch import channels_last, next_power_of_2, triton_op, wrap_triton
 
 # Pixels x channels of a tile: 64 values per thread.
@@ -68,15 +69,17 @@ def _tile_moments_kernel(
     means,
     squares,
     pixels,
-    channels,
-    tiles,
+    vectors,
+    VECTOR: tl.constexpr,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
     UNIT: tl.constexpr,
 ):
-    image = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
+    image = tl.program_id(2).to(tl.int64)
+    tile = tl.program_id(0)
     block = tl.program_id(1)
+    tiles = tl.num_programs(0)
+    channels = vectors * VECTOR
     tile_moments(x, means, squares, image, tile, block, pixels, channels, tiles, PIXELS, CHANNELS, UNIT)
 
 
@@ -103,18 +106,15 @@ def _combine_kernel(
     # Means are averaged as differences from one of them, which leaves no more rounding than a mean has itself.
     pivot = tl.load(means + first)
     total = tl.zeros((PARTS,), tl.float32)
-    begin = 0
-    while begin < parts:  # which Triton 3.6 can interpret beside NumPy 2.4, where its range fails
+    for begin in range(0, parts, PARTS):
         part = begin + tl.arange(0, PARTS)
         tile = part // units
         place = first + tile.to(tl.int64) * num_groups * units + part % units
         count = tl.minimum(pixels - tile * PIXELS, PIXELS).to(tl.float32)
         total += tl.where(part < parts, count * (tl.load(means + place, part < parts, 0.0) - pivot), 0.0)
-        begin += PARTS
-    shift = tl.sum(total, 0) / (pixels.to(tl.float32) * units)
+    shift = tl.sum(total, 0) / (tl.cast(pixels, tl.float32) * units)
     total = tl.zeros((PARTS,), tl.float32)
-    begin = 0
-    while begin < parts:
+    for begin in range(0, parts, PARTS):
         part = begin + tl.arange(0, PARTS)
         tile = part // units
         place = first + tile.to(tl.int64) * num_groups * units + part % units
@@ -122,8 +122,7 @@ def _combine_kernel(
         rest = tl.load(means + place, part < parts, 0.0) - pivot - shift
         square = tl.load(squares + place, part < parts, 0.0)
         total += tl.where(part < parts, square + count * rest * rest, 0.0)
-        begin += PARTS
-    variance = tl.sum(total, 0) / (pixels.to(tl.float32) * units * UNIT)
+    variance = tl.sum(total, 0) / (tl.cast(pixels, tl.float32) * units * UNIT)
     tl.store(mean + tl.program_id(0), pivot + shift)
     tl.store(rstd + tl.program_id(0), 1.0 / tl.sqrt_rn(variance + eps))
 
@@ -174,7 +173,6 @@ def largest_unit(channels: int) -> int:
     return unit
 
 
-@triton_op
 def group_norm_statistics(input: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """See csrc/library.cpp. Two launches: each tile is read once, and its sums are of deviations from its mean."""
     batch, channels, height, width = input.shape
@@ -189,16 +187,19 @@ def group_norm_statistics(input: Tensor, num_groups: int, eps: float) -> tuple[T
     tiles = triton.cdiv(pixels, tile)
     means = torch.empty((batch, tiles, channels // unit), dtype=torch.float32, device=x.device)
     squares = torch.empty_like(means)
-    wrap_triton(_tile_moments_kernel)[(batch * tiles, triton.cdiv(channels, block))](
+    wrap_triton(_tile_moments_kernel)[(tiles, triton.cdiv(channels, block), batch)](
         x,
         means,
         squares,
         pixels,
-        channels,
-        tiles,
+        channels // vector_size(x),
+        VECTOR=vector_size(x),
         PIXELS=tile,
         CHANNELS=block,
         UNIT=unit,
         num_warps=_WARPS,
     )
     return combine_moments(means, squares, num_groups, pixels, tile, unit, eps)
+
+
+triton_op(group_norm_statistics)

@@ -1,4 +1,4 @@
-// GroupNorm with given statistics as one multiplication and one addition per channel.
+// GroupNorm with given statistics: one multiplication and one addition for each image and channel.
 #pragma once
 
 #include <vector>
@@ -8,7 +8,7 @@
 
 namespace panfpn {
 
-// Channels are padded to whole registers, so that every load of a channel's constants is a full one.
+// Channels are padded to whole registers, so that each load of their constants is a full one.
 template <typename A>
 constexpr int64_t padded_channels(int64_t channels) {
   return (channels + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
@@ -27,21 +27,21 @@ std::vector<A> read_values(const Tensor& tensor, const char* op) {
   return values;
 }
 
-// scale * x + shift is the normalised x, [N, padded channels] each; zero in the padding.
+// scale * x + shift is the normalised x, [N, padded] each; zero in the padding.
 template <typename A>
 struct ChannelAffine {
-  std::vector<A> scale, shift;
   int64_t padded;
+  std::vector<A> scale, shift;
 
   ChannelAffine(const Tensor& mean, const Tensor& rstd, const Tensor& weight, const Tensor& bias,
                 const char* op)
-      : padded(padded_channels<A>(weight.numel())) {
+      : padded(padded_channels<A>(weight.numel())),
+        scale(mean.size(0) * padded),
+        shift(mean.size(0) * padded) {
     const auto means = read_values<A>(mean, op), rstds = read_values<A>(rstd, op),
                weights = read_values<A>(weight, op), biases = read_values<A>(bias, op);
-    const int64_t batch = mean.size(0), groups = mean.size(1), channels = weight.numel();
-    scale.resize(batch * padded);
-    shift.resize(batch * padded);
-    for (int64_t n = 0; n < batch; ++n) {
+    const int64_t groups = mean.size(1), channels = weight.numel();
+    for (int64_t n = 0; n < mean.size(0); ++n) {
       for (int64_t c = 0; c < channels; ++c) {
         const int64_t group = n * groups + c / (channels / groups), at = n * padded + c;
         scale[at] = rstds[group] * weights[c];
@@ -59,21 +59,29 @@ PANFPN_ALWAYS_INLINE void normalise_relu(const Lanes<A>& x, const Lanes<A>& scal
   to = value <= A(0) ? Lanes<A>{} : value;
 }
 
-// The first `count` lanes, which may be all.
+// Activations of `count` pixels with their channels side by side -> [count, padded channels].
 template <typename T, typename A>
-PANFPN_ALWAYS_INLINE void load_up_to(const T* from, int64_t count, Lanes<A>& to) {
-  if (count >= kLanes<A>) {
-    load_lanes(from, to);
-  } else {
-    load_some<T, A>(from, count, to);
-  }
-}
-template <typename T, typename A>
-PANFPN_ALWAYS_INLINE void store_up_to(const Lanes<A>& from, int64_t count, T* to) {
-  if (count >= kLanes<A>) {
-    store_lanes(from, to);
-  } else {
-    store_some<T, A>(from, count, to);
+PANFPN_VECTOR_CLONES void activate_pixels(const T* pixels, int64_t count, int64_t channels, const A* scale,
+                                          const A* shift, A* to) {
+  constexpr int L = kLanes<A>;
+  const int64_t padded = padded_channels<A>(channels);
+  for (int64_t i = 0; i < count; ++i, pixels += channels, to += padded) {
+    Lanes<A> lanes, scales, shifts;
+    int64_t c = 0;
+    for (; c + L <= channels; c += L) {
+      load_lanes(pixels + c, lanes);
+      load_lanes(scale + c, scales);
+      load_lanes(shift + c, shifts);
+      normalise_relu<A>(lanes, scales, shifts, lanes);
+      store_lanes(lanes, to + c);
+    }
+    if (c < channels) {
+      load_some<T, A>(pixels + c, channels - c, lanes);
+      load_lanes(scale + c, scales);
+      load_lanes(shift + c, shifts);
+      normalise_relu<A>(lanes, scales, shifts, lanes);
+      store_lanes(lanes, to + c);
+    }
   }
 }
 

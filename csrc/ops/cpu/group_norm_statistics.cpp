@@ -30,6 +30,15 @@ struct Moments {
   }
 };
 
+template <typename T, typename A>
+PANFPN_ALWAYS_INLINE void load_up_to(const T* from, int64_t count, Lanes<A>& to) {
+  if (count >= kLanes<A>) {
+    load_lanes(from, to);
+  } else {
+    load_some<T, A>(from, count, to);
+  }
+}
+
 template <typename A>
 PANFPN_ALWAYS_INLINE double sum_of_lanes(const Lanes<A>& lanes) {
   double sum = 0;
@@ -188,8 +197,7 @@ std::tuple<Tensor, Tensor> group_norm_statistics(const Tensor& input, int64_t nu
   const int64_t batch = input.size(0), channels = input.size(1), pixels = input.size(2) * input.size(3);
   const ScalarType dtype = accumulate_dtype(input.scalar_type());
   Tensor mean = empty({batch, num_groups}, dtype, input), rstd = empty({batch, num_groups}, dtype, input);
-  // 32 KiB of float32: a block's pilot is still in the cache when the sums begin.
-  constexpr int64_t kBlock = 8192;
+  constexpr int64_t kBlock = int64_t{1} << 15;
   const int64_t run = channels_last ? pixels : channels / num_groups * pixels;
   const int64_t block =
       channels_last ? std::max<int64_t>(kBlock / std::max<int64_t>(channels, 1), kPilot) : kBlock;

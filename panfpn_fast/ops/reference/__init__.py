@@ -7,6 +7,7 @@ fall back to them. Each has the public signature of its op. Arguments are checke
 from __future__ import annotations
 
 from panfpn_fast.ops.reference.batched_nms import batched_nms
+from panfpn_fast.ops.reference.conv_gn_relu_project import conv_gn_relu_project
 from panfpn_fast.ops.reference.conv_gn_relu_upsample import conv_gn_relu_upsample
 from panfpn_fast.ops.reference.group_norm_relu_upsample import group_norm_relu_upsample
 from panfpn_fast.ops.reference.multiscale_roi_align import multiscale_roi_align
@@ -21,6 +22,7 @@ from panfpn_fast.ops.reference.roi_align import roi_align
 __all__ = [
     "PanopticSegments",
     "batched_nms",
+    "conv_gn_relu_project",
     "conv_gn_relu_upsample",
     "group_norm_relu_upsample",
     "multiscale_roi_align",
