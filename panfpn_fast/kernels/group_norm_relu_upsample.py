@@ -1,0 +1,459 @@
+"""GroupNorm, ReLU, bilinear upsampling and addition in one pass.
+
+The s outputs that lie between two neighbouring input pixels, along one axis, form a cell: the first cell, -1, lies
+before the first pixel, and both of its ends are that pixel. All outputs of a cell read the same two pixels, so a
+program that owns cells reads each of its pixels once for the left end and once for the right.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from panfpn_fast.kernels._group_norm import relu, scale_and_shift, tile_place, vector_size
+from panfpn_fast.kernels.bilinear_upsample_backward import gather, gather_tiles
+from panfpn_fast.kernels._launch import (
+    block_double_backward,
+    channels_last,
+    empty_channels_last,
+    next_power_of_2,
+    triton_op,
+    wrap_triton,
+)
+from panfpn_fast.ops.group_norm_relu_upsample import _backward, _setup_context
+
+_WARPS = 4
+_MAX_CHANNELS = 128
+
+
+@triton.jit
+def _load_ends(x, row, height, width, channels, column, channel, FACTOR: tl.constexpr):
+    """The pixels at both ends of the cells of an input row, whose first are taken for those before them."""
+    x += tl.minimum(tl.maximum(row, 0), height - 1).to(tl.int64) * width * channels
+    inside = (channel < channels)[None, :]
+    left = tl.minimum(tl.maximum(column, 0), width - 1).to(tl.int64)
+    ends = (tl.load(x + left[:, None] * channels + channel[None, :], inside, 0.0),)
+    if FACTOR > 1:
+        right = tl.minimum(column + 1, width - 1).to(tl.int64)
+        ends += (tl.load(x + right[:, None] * channels + channel[None, :], inside, 0.0),)
+    return ends
+
+
+@triton.jit
+def _activate(ends, scale, shift, FACTOR: tl.constexpr):
+    activations = (relu(ends[0].to(tl.float32) * scale[None, :] + shift[None, :]),)
+    if FACTOR > 1:
+        activations += (relu(ends[1].to(tl.float32) * scale[None, :] + shift[None, :]),)
+    return activations
+
+
+@triton.jit
+def _between(low, high, phase, FACTOR: tl.constexpr):
+    """The output of a cell at a phase, from its ends."""
+    if FACTOR == 1:
+        return low
+    weight = (2 * (FACTOR // 2 + phase) + 1 - FACTOR) / (2 * FACTOR)
+    return (1.0 - weight) * low + weight * high
+
+
+@triton.jit
+def _place(y, height, x, width, channel, channels):
+    """Offsets of the outputs (y, x) in a channels-last map, and which of them exist."""
+    offset = (y.to(tl.int64) * width + x.to(tl.int64)[:, None]) * channels + channel[None, :]
+    valid = ((x >= 0) & (x < width))[:, None] & (channel < channels)[None, :] & (y >= 0) & (y < height)
+    return offset, valid
+
+
+@triton.jit
+def _load_line(x, y, height, column, width, channel, channels, FACTOR: tl.constexpr):
+    """One tile for each phase of an output row, from the outputs at `column` on."""
+    tiles = ()
+    for phase in tl.static_range(FACTOR):
+        offset, valid = _place(y, height, column + phase, width, channel, channels)
+        tiles += (tl.load(x + offset, valid, 0.0),)
+    return tiles
+
+
+@triton.jit
+def _forward_kernel(
+    x,
+    mean,
+    rstd,
+    weight,
+    bias,
+    residual,
+    out,
+    height,
+    width,
+    vectors,
+    num_groups,
+    blocks,
+    VECTOR: tl.constexpr,
+    FACTOR: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
+    """A program has ROWS x COLUMNS cells. So that no load waits until an earlier one has served a store, all pixels
+    are loaded first, and the residual AHEAD output rows before its turn; with AHEAD = 0 there are too many outputs to
+    write out, or to have their residuals in registers.
+    """
+    before: tl.constexpr = 1 if FACTOR > 1 else 0  # cells before the first pixel
+    channels = vectors * VECTOR
+    image, row, column, channel = tile_place(blocks, ROWS, COLUMNS, CHANNELS)
+    row -= before
+    column -= before
+    x += image * height * width * channels
+    ends = ()
+    for i in tl.static_range(ROWS + before):
+        ends += (_load_ends(x, row + i, height, width, channels, column, channel, FACTOR),)
+    scale, shift = scale_and_shift(mean, rstd, weight, bias, image, channel, channels, num_groups)
+
+    row = row * FACTOR + FACTOR // 2
+    column = column * FACTOR + FACTOR // 2
+    height *= FACTOR
+    width *= FACTOR
+    residual += image * height * width * channels
+    out += image * height * width * channels
+    added = ()
+    if HAS_RESIDUAL:
+        for i in tl.static_range(AHEAD):
+            added += (_load_line(residual, row + i, height, column, width, channel, channels, FACTOR),)
+    upper = _activate(ends[0], scale, shift, FACTOR)
+    for i in tl.static_range(ROWS):
+        lower = _activate(ends[i + before], scale, shift, FACTOR)
+        if FACTOR == 1:
+            upper = lower
+        if AHEAD == 0:
+            for phase_y in range(FACTOR):
+                y = row + i * FACTOR + phase_y
+                left = _between(upper[0], lower[0], phase_y, FACTOR)
+                right = _between(upper[1], lower[1], phase_y, FACTOR)
+                for phase in range(FACTOR):
+                    value = _between(left, right, phase, FACTOR)
+                    offset, valid = _place(y, height, column + phase, width, channel, channels)
+                    if HAS_RESIDUAL:
+                        value += tl.load(residual + offset, valid, 0.0).to(tl.float32)
+                    tl.store(out + offset, value.to(out.dtype.element_ty), valid)
+        else:
+            for phase_y in tl.static_range(FACTOR):
+                y = row + i * FACTOR + phase_y
+                if HAS_RESIDUAL and i * FACTOR + phase_y + AHEAD < ROWS * FACTOR:
+                    line = _load_line(residual, y + AHEAD, height, column, width, channel, channels, FACTOR)
+                    added += (line,)
+                left = _between(upper[0], lower[0], phase_y, FACTOR)
+                right = _between(upper[before], lower[before], phase_y, FACTOR)
+                for phase in tl.static_range(FACTOR):
+                    value = _between(left, right, phase, FACTOR)
+                    offset, valid = _place(y, height, column + phase, width, channel, channels)
+                    if HAS_RESIDUAL:
+                        value += added[i * FACTOR + phase_y][phase].to(tl.float32)
+                    tl.store(out + offset, value.to(out.dtype.element_ty), valid)
+        upper = lower
+
+
+def group_norm_relu_upsample(
+    input: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale_factor: int,
+    residual: Tensor | None,
+) -> Tensor:
+    """See csrc/library.cpp. One launch; the output is channels-last."""
+    batch, channels, height, width = input.shape
+    out = empty_channels_last((batch, channels, height * scale_factor, width * scale_factor), input)
+    if out.numel() == 0:
+        return out
+    block = min(next_power_of_2(channels), _MAX_CHANNELS)
+    columns = _WARPS * 32 * vector_size(input) // block
+    rows = max(1, (8 if residual is None else 4) // scale_factor)
+    ahead = 0 if scale_factor > 4 else 2 if scale_factor <= 2 else 1
+    before = 1 if scale_factor > 1 else 0
+    blocks = triton.cdiv(channels, block)
+    grid = (triton.cdiv(width + before, columns), triton.cdiv(height + before, rows), batch * blocks)
+    wrap_triton(_forward_kernel)[grid](
+        channels_last(input),
+        mean.contiguous(),
+        rstd.contiguous(),
+        weight.contiguous(),
+        bias.contiguous(),
+        out if residual is None else channels_last(residual),
+        out,
+        height,
+        width,
+        channels // vector_size(input),
+        mean.shape[1],
+        blocks,
+        VECTOR=vector_size(input),
+        FACTOR=scale_factor,
+        HAS_RESIDUAL=residual is not None,
+        ROWS=rows,
+        COLUMNS=columns,
+        CHANNELS=block,
+        AHEAD=ahead,
+        num_warps=_WARPS,
+    )
+    return out
+
+
+@triton.jit
+def _masked_gradient(grad, x, scale, shift):
+    """What passes the ReLU backwards; with a NaN, as torch does, everything."""
+    return tl.where(x * scale[None, :] + shift[None, :] <= 0.0, 0.0, grad)
+
+
+@triton.jit
+def _gather_kernel(
+    grad,
+    x,
+    mean,
+    rstd,
+    weight,
+    bias,
+    gathered,
+    partials,
+    height,
+    width,
+    vectors,
+    num_groups,
+    blocks,
+    VECTOR: tl.constexpr,
+    FACTOR: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Gradients of the normalised pixels of a tile, and their sums with and without the deviation from the mean as a
+    factor, [N, tiles, 2, C]. A factor of 1 gathers nothing, and so has nothing to keep.
+    """
+    channels = vectors * VECTOR
+    image, row, column, channel = tile_place(blocks, ROWS, COLUMNS, CHANNELS)
+    inside = channel < channels
+    x += image * height * width * channels
+    gathered += image * height * width * channels
+    grad += image * height * width * channels * (FACTOR * FACTOR)
+    values = ()
+    for i in tl.static_range(ROWS):
+        offset, valid = _place(row + i, height, column, width, channel, channels)
+        values += (tl.load(x + offset, valid, 0.0),)
+    scale, shift = scale_and_shift(mean, rstd, weight, bias, image, channel, channels, num_groups)
+    centre = tl.load(mean + image * num_groups + channel // (channels // num_groups), inside, 0.0)
+    rows = gather(grad, row, height, column, width, channel, channels, FACTOR, ROWS)
+    total = tl.zeros((COLUMNS, CHANNELS), tl.float32)
+    product = tl.zeros((COLUMNS, CHANNELS), tl.float32)
+    for i in tl.static_range(ROWS):
+        value = values[i].to(tl.float32)
+        offset, valid = _place(row + i, height, column, width, channel, channels)
+        passed = tl.where(valid, _masked_gradient(rows[i], value, scale, shift), 0.0)
+        if FACTOR > 1:
+            tl.store(gathered + offset, passed.to(gathered.dtype.element_ty), valid)
+        total += passed
+        product += passed * (value - centre[None, :])
+    tile = (image * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(partials + 2 * tile * channels + channel, tl.sum(total, 0), inside)
+    tl.store(partials + (2 * tile + 1) * channels + channel, tl.sum(product, 0), inside)
+
+
+@triton.jit
+def _combine_kernel(
+    partials,
+    rstd,
+    weight,
+    sums,
+    means,
+    tiles,
+    channels,
+    num_groups,
+    pixels,
+    TILES: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Sums over an image's tiles, [N, 2, C], which are its shares of the gradients of bias and weight; and the means
+    over a group that its gradient needs, [N, num_groups, 2].
+    """
+    image = (tl.program_id(0) // num_groups).to(tl.int64)
+    group = tl.program_id(0) % num_groups
+    size = channels // num_groups
+    factor = tl.load(rstd + tl.program_id(0))
+    mean = 0.0
+    mean_product = 0.0
+    for begin in range(0, size, CHANNELS):
+        channel = begin + tl.arange(0, CHANNELS)
+        inside = channel < size
+        channel += group * size
+        total = tl.zeros((TILES, CHANNELS), tl.float32)
+        product = tl.zeros((TILES, CHANNELS), tl.float32)
+        for first in range(0, tiles, TILES):
+            tile = first + tl.arange(0, TILES)
+            place = 2 * (image * tiles + tile)[:, None] * channels + channel[None, :]
+            valid = (tile < tiles)[:, None] & inside[None, :]
+            total += tl.load(partials + place, valid, 0.0)
+            product += tl.load(partials + channels + place, valid, 0.0)
+        channel_total = tl.sum(total, 0)
+        channel_product = tl.sum(product, 0) * factor
+        tl.store(sums + 2 * image * channels + channel, channel_total, inside)
+        tl.store(sums + (2 * image + 1) * channels + channel, channel_product, inside)
+        of_channel = tl.load(weight + channel, inside, 0.0).to(tl.float32)
+        mean += tl.sum(of_channel * channel_total, 0)
+        mean_product += tl.sum(of_channel * channel_product, 0)
+    count = pixels.to(tl.float32) * size
+    tl.store(means + 2 * tl.program_id(0), mean / count)
+    tl.store(means + 2 * tl.program_id(0) + 1, mean_product / count)
+
+
+@triton.jit
+def _input_gradient_kernel(
+    gathered,
+    x,
+    mean,
+    rstd,
+    weight,
+    bias,
+    sums,
+    means,
+    out,
+    weight_grad,
+    bias_grad,
+    batch,
+    pixels,
+    vectors,
+    num_groups,
+    VECTOR: tl.constexpr,
+    FACTOR: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """The gradient through the normalisation; the first programs of all add up the images' shares of the others."""
+    channels = vectors * VECTOR
+    image = tl.program_id(2).to(tl.int64)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    inside = channel < channels
+    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    offset = (image * pixels + pixel)[:, None] * channels + channel[None, :]
+    valid = (pixel < pixels)[:, None] & inside[None, :]
+    passed = tl.load(gathered + offset, valid, 0.0).to(tl.float32)
+    value = tl.load(x + offset, valid, 0.0).to(tl.float32)
+    if FACTOR == 1:
+        scale, shift = scale_and_shift(mean, rstd, weight, bias, image, channel, channels, num_groups)
+        passed = _masked_gradient(passed, value, scale, shift)
+
+    group = image * num_groups + channel // (channels // num_groups)
+    centre = tl.load(mean + group, inside, 0.0)
+    factor = tl.load(rstd + group, inside, 0.0)
+    # factor * (weight * passed - mean - normalised * mean_product), with what depends on the channel alone together
+    own = factor * tl.load(weight + channel, inside, 0.0).to(tl.float32)
+    constant = factor * tl.load(means + 2 * group, inside, 0.0)
+    slope = factor * factor * tl.load(means + 2 * group + 1, inside, 0.0)
+    result = passed * own[None, :] - constant[None, :] - (value - centre[None, :]) * slope[None, :]
+    tl.store(out + offset, result.to(out.dtype.element_ty), valid)
+
+    if (tl.program_id(0) == 0) & (tl.program_id(2) == 0):
+        total = tl.zeros((CHANNELS,), tl.float32)
+        product = tl.zeros((CHANNELS,), tl.float32)
+        for n in range(batch):
+            total += tl.load(sums + 2 * n * channels + channel, inside, 0.0)
+            product += tl.load(sums + (2 * n + 1) * channels + channel, inside, 0.0)
+        tl.store(bias_grad + channel, total.to(bias_grad.dtype.element_ty), inside)
+        tl.store(weight_grad + channel, product.to(weight_grad.dtype.element_ty), inside)
+
+
+def group_norm_relu_upsample_backward(
+    grad: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale_factor: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See csrc/library.cpp. Three launches: the adjoint of upsampling and ReLU, with sums of tiles; their combination
+    in a fixed order; the adjoint of the normalisation.
+
+    Between the first and the last the gathered gradient lies where the input's will, in the input's dtype, which is
+    also how torch hands it on. All sums are of float32 values before that rounding.
+    """
+    batch, channels, height, width = input.shape
+    num_groups = mean.shape[1]
+    out = empty_channels_last((batch, channels, height, width), input)
+    if out.numel() == 0:
+        return out, torch.zeros_like(weight), torch.zeros_like(bias)
+    x, grad = channels_last(input), channels_last(grad)
+    mean, rstd, weight, bias = mean.contiguous(), rstd.contiguous(), weight.contiguous(), bias.contiguous()
+    vector = vector_size(input)
+    rows, columns, block = gather_tiles(grad, scale_factor)
+    blocks = triton.cdiv(channels, block)
+    tiles_y, tiles_x = triton.cdiv(height, rows), triton.cdiv(width, columns)
+    partials = torch.empty((batch, tiles_y * tiles_x, 2, channels), dtype=torch.float32, device=input.device)
+    wrap_triton(_gather_kernel)[(tiles_x, tiles_y, batch * blocks)](
+        grad,
+        x,
+        mean,
+        rstd,
+        weight,
+        bias,
+        out,
+        partials,
+        height,
+        width,
+        channels // vector,
+        num_groups,
+        blocks,
+        VECTOR=vector,
+        FACTOR=scale_factor,
+        ROWS=rows,
+        COLUMNS=columns,
+        CHANNELS=block,
+        num_warps=_WARPS,
+    )
+    sums = torch.empty((batch, 2, channels), dtype=torch.float32, device=input.device)
+    means = torch.empty((batch, num_groups, 2), dtype=torch.float32, device=input.device)
+    group_block = min(next_power_of_2(channels // num_groups), _MAX_CHANNELS)
+    wrap_triton(_combine_kernel)[(batch * num_groups,)](
+        partials,
+        rstd,
+        weight,
+        sums,
+        means,
+        tiles_y * tiles_x,
+        channels,
+        num_groups,
+        height * width,
+        TILES=2048 // group_block,
+        CHANNELS=group_block,
+        num_warps=_WARPS,
+    )
+    weight_grad, bias_grad = torch.empty_like(weight), torch.empty_like(bias)
+    pixels = 4 * _WARPS * 32 * vector // block
+    wrap_triton(_input_gradient_kernel)[(triton.cdiv(height * width, pixels), blocks, batch)](
+        grad if scale_factor == 1 else out,
+        x,
+        mean,
+        rstd,
+        weight,
+        bias,
+        sums,
+        means,
+        out,
+        weight_grad,
+        bias_grad,
+        batch,
+        height * width,
+        channels // vector,
+        num_groups,
+        VECTOR=vector,
+        FACTOR=scale_factor,
+        PIXELS=pixels,
+        CHANNELS=block,
+        num_warps=_WARPS,
+    )
+    return out, weight_grad, bias_grad
+
+
+triton_op(group_norm_relu_upsample).register_autograd(_backward, setup_context=_setup_context)
+block_double_backward(triton_op(group_norm_relu_upsample_backward), "group_norm_relu_upsample")
