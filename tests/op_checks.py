@@ -74,6 +74,7 @@ OPS = {
         Op("paste_masks_rle", host_result=True),
         Op("panoptic_merge"),
         Op("panoptic_merge_padded"),
+        Op("upsample_argmax"),
     )
 }
 

@@ -15,6 +15,7 @@ from panfpn_fast.ops.panoptic_merge_padded import panoptic_merge_padded
 from panfpn_fast.ops.paste_masks import paste_masks
 from panfpn_fast.ops.paste_masks_rle import paste_masks_rle
 from panfpn_fast.ops.roi_align import roi_align
+from panfpn_fast.ops.upsample_argmax import upsample_argmax
 
 __all__ = [
     "PanopticSegments",
@@ -27,6 +28,7 @@ __all__ = [
     "paste_masks",
     "paste_masks_rle",
     "roi_align",
+    "upsample_argmax",
 ]
 
 _load.load_triton()
