@@ -87,6 +87,7 @@ OPS = {
         Op("paste_masks_rle", host_result=True),
         Op("panoptic_merge"),
         Op("panoptic_merge_padded"),
+        Op("upsample_argmax"),
         Op("upsample_cross_entropy", differentiable=("logits",)),
     )
 }

@@ -18,6 +18,7 @@ from panfpn_fast.ops.panoptic_merge_padded import panoptic_merge_padded
 from panfpn_fast.ops.paste_masks import paste_masks
 from panfpn_fast.ops.paste_masks_rle import paste_masks_rle
 from panfpn_fast.ops.roi_align import roi_align
+from panfpn_fast.ops.upsample_argmax import upsample_argmax
 from panfpn_fast.ops.upsample_cross_entropy import upsample_cross_entropy
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "paste_masks",
     "paste_masks_rle",
     "roi_align",
+    "upsample_argmax",
     "upsample_cross_entropy",
 ]
 

@@ -18,6 +18,7 @@ from panfpn_fast.ops.reference.panoptic_merge_padded import panoptic_merge_padde
 from panfpn_fast.ops.reference.paste_masks import paste_masks
 from panfpn_fast.ops.reference.paste_masks_rle import paste_masks_rle
 from panfpn_fast.ops.reference.roi_align import roi_align
+from panfpn_fast.ops.reference.upsample_argmax import upsample_argmax
 from panfpn_fast.ops.reference.upsample_cross_entropy import upsample_cross_entropy
 
 __all__ = [
@@ -34,5 +35,6 @@ __all__ = [
     "paste_masks",
     "paste_masks_rle",
     "roi_align",
+    "upsample_argmax",
     "upsample_cross_entropy",
 ]
