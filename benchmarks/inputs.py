@@ -154,3 +154,11 @@ def semantic_logits(
     logits = torch.randn(1, STUFF + 1, *labels.shape[2:], generator=_generator(seed + 8))
     logits.scatter_add_(1, labels, torch.full(labels.shape, 6.0))
     return logits.to(dtype).contiguous(memory_format=memory_format)
+
+
+def semantic_target(size: tuple[int, int] = PADDED, *, seed: int = 0) -> Tensor:
+    """The labels of a padded image, int64 [1, height, width], with 255 where it is padded."""
+    target = semantic_labels(size, seed=seed)[None].clone()
+    target[:, IMAGE[0] :] = 255
+    target[:, :, IMAGE[1] :] = 255
+    return target
