@@ -121,6 +121,33 @@ def test_wide_loads_of_channels(
         torch.testing.assert_close(actual, expected, rtol=tolerance.relative, atol=tolerance.absolute)
 
 
+@pytest.mark.parametrize("channels", [1, 6, 67])
+@pytest.mark.parametrize(
+    ("output_size", "sampling_ratio"),
+    [((2, 3), 0), ((28, 17), 2), ((3, 2), 100), ((24, 2), 17), ((1, 400), 1)],
+    ids=["few cells", "cells in several turns", "cells in turn", "too many samples", "too many cells"],
+)
+def test_planes_of_channels(
+    channels: int, output_size: tuple[int, int], sampling_ratio: int, on_host: None, thread_order: str
+) -> None:
+    """NCHW: channels that fill no group of planes, and boxes whose taps shared memory holds or does not hold."""
+    features = torch.randn(2, channels, 9, 11, generator=torch.Generator().manual_seed(0))
+    rois = torch.tensor(
+        [
+            [1.0, 1.0, 2.0, 8.0, 7.0],
+            [0.0, -90.0, -70.0, 90.0, 80.0],
+            [0.0, 9.0, 8.0, 2.0, 1.0],
+            [1.0, 10.5, 8.5, 11.0, 9.0],
+            [0.0, 1e3, 1e3, 2e3, 2e3],
+            [7.0, 0.0, 0.0, 5.0, 5.0],
+        ]
+    )
+    args = (features, rois, output_size, 1.0, sampling_ratio, True)
+    expected = OPS["roi_align"].reference(*args)
+    tolerance = averaging_tolerance(torch.float32)
+    assert_agrees(panfpn_fast.ops.roi_align(*args), expected, tolerance, thread_order)
+
+
 def backward_calls(name: str) -> list[tuple[Any, ...]]:
     """Arguments of the backward op but the last, on odd and degenerate inputs, for every layout and dtype."""
     calls: list[tuple[Any, ...]] = []
