@@ -9,13 +9,19 @@ from __future__ import annotations
 from panfpn_fast.kernels import (
     bilinear_upsample_backward,
     conv3x3_statistics,
+    group_norm_relu_project,
     group_norm_relu_upsample,
     group_norm_statistics,
+    upsample_argmax,
+    upsample_cross_entropy,
 )
 
 __all__ = [
     "bilinear_upsample_backward",
     "conv3x3_statistics",
+    "group_norm_relu_project",
     "group_norm_relu_upsample",
     "group_norm_statistics",
+    "upsample_argmax",
+    "upsample_cross_entropy",
 ]
