@@ -66,7 +66,7 @@ def test_gradients() -> None:
     weights = random_features((2, 32, 9, 12), 5)
 
     def gradients(dtype: torch.dtype, winograd: bool) -> tuple[Tensor, ...]:
-        leaves = [leaf.to(dtype).requires_grad_() for leaf in (x, weight)]
+        leaves = (x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_())
         output = convolve(*leaves) if winograd else F.conv2d(*leaves, padding=1)
         return torch.autograd.grad(output, leaves, weights.to(dtype))
 
@@ -77,7 +77,8 @@ def test_gradients() -> None:
 
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
 def test_dispatcher_op(wanted: tuple[bool, bool]) -> None:
-    arguments = [leaf.requires_grad_(on) for leaf, on in zip(inputs(1, 16, 5, 6, 16), wanted, strict=True)]
+    x, weight = inputs(1, 16, 5, 6, 16)
+    arguments = (x.requires_grad_(wanted[0]), weight.requires_grad_(wanted[1]))
     torch.library.opcheck(torch.ops.panfpn_fast.conv3x3.default, arguments)
 
 
@@ -112,4 +113,5 @@ def test_is_taken_for_large_float32_maps_only() -> None:
     stage(x[:, :8].contiguous(memory_format=torch.channels_last), weight[:, :8].contiguous())
     with torch.autocast("cpu", torch.bfloat16):
         stage(x, weight)
-    assert taken == [True, False, False, False, False]
+    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    assert taken == [wide, False, False, False, False]

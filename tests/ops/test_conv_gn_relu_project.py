@@ -54,7 +54,8 @@ def arguments(
 
 def make_samples(dtype: torch.dtype, device: torch.device) -> list[Sample]:
     def sample(*about: Any, exact_norm: bool = False, last: bool = False) -> Sample:
-        kwargs = arguments(*about, seed=about[0][1])
+        shape, channels, groups, outputs, residual = about
+        kwargs = arguments(shape, channels, groups, outputs, residual, seed=shape[1])
         for name, value in kwargs.items():
             if isinstance(value, torch.Tensor):
                 value = value.to(device, torch.float32 if exact_norm and name.startswith("gn") else dtype)
@@ -112,7 +113,7 @@ def test_half_size_residual_by_hand(device: torch.device) -> None:
 def test_any_number_of_classes(outputs: int, dtype: torch.dtype, device: torch.device) -> None:
     if device.type == "cuda" and dtype == torch.float64:
         pytest.skip("float64 is for the CPU")
-    kwargs = {
+    kwargs: dict[str, Any] = {
         name: value.to(device, dtype) if isinstance(value, torch.Tensor) else value
         for name, value in arguments((1, 4, 4, 26), 24, 4, outputs, HALF, seed=0).items()
     }
@@ -142,7 +143,7 @@ def test_output_is_channels_last(device: torch.device) -> None:
 
 
 def test_the_number_of_threads_changes_nothing() -> None:
-    kwargs = {
+    kwargs: dict[str, Any] = {
         name: channels_last(value).requires_grad_() if isinstance(value, torch.Tensor) else value
         for name, value in arguments((2, 16, 24, 30), 32, 8, 19, HALF, seed=1).items()
     }
