@@ -62,6 +62,12 @@ class Op:
         return twin
 
 
+_GROUP_NORM_CALLS = (
+    "group_norm_statistics",
+    "group_norm_relu_upsample",
+    "group_norm_relu_upsample_backward",
+)
+
 OPS = {
     op.name: op
     for op in (
@@ -70,15 +76,19 @@ OPS = {
         Op(
             "conv_gn_relu_project",
             differentiable=("x", "conv_weight", "gn_weight", "gn_bias", "weight", "bias", "residual"),
-            calls=(
-                "bilinear_upsample_backward",
-                "conv3x3",
-                "group_norm_relu_project",
-                "group_norm_relu_upsample",
-                "group_norm_relu_upsample_backward",
-                "group_norm_statistics",
-            ),
+            calls=(*_GROUP_NORM_CALLS, "bilinear_upsample_backward", "conv3x3", "group_norm_relu_project"),
             autocast=True,
+        ),
+        Op(
+            "conv_gn_relu_upsample",
+            differentiable=("x", "conv_weight", "gn_weight", "gn_bias"),
+            calls=(*_GROUP_NORM_CALLS, "conv3x3"),
+            autocast=True,
+        ),
+        Op(
+            "group_norm_relu_upsample",
+            differentiable=("x", "weight", "bias", "residual"),
+            calls=_GROUP_NORM_CALLS,
         ),
         Op("nms"),
         Op("batched_nms"),

@@ -21,9 +21,7 @@ def tile_place(blocks, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.c
 
 
 @triton.jit
-def scale_and_shift(
-    mean, rstd, weight, bias, image, channel, channels, num_groups
-):
+def scale_and_shift(mean, rstd, weight, bias, image, channel, channels, num_groups):
     """GroupNorm of an image's channels as x * scale + shift: one fused multiply-add."""
     inside = channel < channels
     group = image * num_groups + channel // (channels // num_groups)

@@ -53,7 +53,9 @@ def _gather_line(grad, y, height, column, width, channel, channels, FACTOR: tl.c
     for phase in tl.range(FACTOR, loop_unroll_factor=unroll):
         value = _load(grad, y, height * FACTOR, first + phase, width * FACTOR, channel, channels)
         total += _low_weight(column, width, phase, FACTOR)[:, None] * value
-    for phase in tl.range(FACTOR % 2, FACTOR, loop_unroll_factor=unroll):  # an odd factor's first is the low end
+    for phase in tl.range(
+        FACTOR % 2, FACTOR, loop_unroll_factor=unroll
+    ):  # an odd factor's first is the low end
         value = _load(grad, y, height * FACTOR, first - FACTOR + phase, width * FACTOR, channel, channels)
         total += _high_weight(column - 1, phase, FACTOR)[:, None] * value
     return total

@@ -127,8 +127,15 @@ def group_norm_relu_project(
     if out.numel() == 0:
         return out
     size = _NONE if residual is None else _SAME if residual.shape[2] == height else _HALF
-    pixels, block, output_block, warps = 128, min(next_power_of_2(channels), 128), min(next_power_of_2(outputs), 128), 4
-    wrap_triton(_project_kernel)[(triton.cdiv(height * width, pixels), triton.cdiv(outputs, output_block), batch)](
+    pixels, block, output_block, warps = (
+        128,
+        min(next_power_of_2(channels), 128),
+        min(next_power_of_2(outputs), 128),
+        4,
+    )
+    wrap_triton(_project_kernel)[
+        (triton.cdiv(height * width, pixels), triton.cdiv(outputs, output_block), batch)
+    ](
         channels_last(input),
         mean.contiguous(),
         rstd.contiguous(),

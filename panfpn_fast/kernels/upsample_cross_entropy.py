@@ -27,7 +27,9 @@ _LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 _COLUMNS = 64  # of the output, in a program of the forward kernel
 _MOST_ROWS = 8
-_CLASSES = 4  # that share one step of the running maximum; half of them with label smoothing, for its registers
+_CLASSES = (
+    4  # that share one step of the running maximum; half of them with label smoothing, for its registers
+)
 _CELLS = 32  # in a program of the backward kernel, a warp
 _MOST_CLASSES = 32  # in a program of the backward kernel: fewer of them keep more of the GPU busy
 _BLOCK = 4  # outputs of a cell that a thread has in registers at a time, along each axis
@@ -195,7 +197,9 @@ def _loss_kernel(
         y = (cell + r // SCALE - 1) * SCALE + SCALE // 2 + phase
         inside_row = (phase < SCALE) & (y >= 0) & (y < height)
         start = (image * height + y) * width
-        label, _counts, _wrong = _class_of(target + start + x, inside_row & (x < width), ignore_index, channels)
+        label, _counts, _wrong = _class_of(
+            target + start + x, inside_row & (x < width), ignore_index, channels
+        )
         starts += (start,)
         inside_rows += (inside_row,)
         labels += (label,)
@@ -463,9 +467,7 @@ def _gradient_kernel(
                         given += (probability - tl.where(is_chosen, 1.0 - label_smoothing, 0.0),)
                     else:
                         given += (tl.where(is_chosen, probability - 1.0, probability),)
-            gradients = _add_to_corners(
-                (zero, zero, zero, zero), given, right_weights, lower_weights, BLOCK
-            )
+            gradients = _add_to_corners((zero, zero, zero, zero), given, right_weights, lower_weights, BLOCK)
             above_left, above_right, below_left, below_right = gradients
             if SMOOTHED:
                 share = 1.0

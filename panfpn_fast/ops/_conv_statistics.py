@@ -15,8 +15,8 @@ from panfpn_fast.ops._conv3x3 import conv3x3
 def check_conv(x: Any, conv_weight: Any) -> None:
     """Checks the map and the weights of a 3x3 convolution."""
     _checks.check_feature_map("x", x)
-    # Under autocast both are cast to its dtype; without it they must agree.
-    cast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    # Under autocast both are cast to its dtype; without it they must agree. The meta device knows no autocast.
+    cast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     dtypes = tuple(dtype for dtype in _checks.FLOATING if dtype != torch.float64) if cast else (x.dtype,)
     _checks.check_tensor("conv_weight", conv_weight, dtypes, "[C_out, C_in, 3, 3]", (4,))
     if conv_weight.shape[1] != x.shape[1] or conv_weight.shape[2:] != (3, 3):

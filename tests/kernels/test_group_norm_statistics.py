@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from panfpn_fast.kernels.group_norm_statistics import group_norm_statistics  # noqa: E402
+from panfpn_fast.kernels.group_norm_statistics import group_norm_statistics
 
 EPS = 1e-5
 

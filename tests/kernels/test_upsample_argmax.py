@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from panfpn_fast.kernels.upsample_argmax import upsample_argmax  # noqa: E402
+from panfpn_fast.kernels.upsample_argmax import upsample_argmax
 
 
 def _logits(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
@@ -22,7 +22,9 @@ _COCO = (1, 54, 200, 336)
 
 LAUNCHES = {
     "4x": Launch(upsample_argmax, (_logits(_COCO, torch.bfloat16, _NHWC), 4, 800, 1344, 800, 1344, False)),
-    "4x, NCHW": Launch(upsample_argmax, (_logits(_COCO, torch.float32, _NCHW), 4, 800, 1344, 800, 1344, True)),
+    "4x, NCHW": Launch(
+        upsample_argmax, (_logits(_COCO, torch.float32, _NCHW), 4, 800, 1344, 800, 1344, True)
+    ),
     "photograph": Launch(
         upsample_argmax, (_logits(_COCO, torch.bfloat16, _NHWC), 4, 800, 1199, 427, 640, False)
     ),

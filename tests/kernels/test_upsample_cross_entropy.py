@@ -12,7 +12,7 @@ from panfpn_fast import ops
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from panfpn_fast.kernels.upsample_cross_entropy import (  # noqa: E402
+from panfpn_fast.kernels.upsample_cross_entropy import (
     upsample_cross_entropy,
     upsample_cross_entropy_backward,
 )
