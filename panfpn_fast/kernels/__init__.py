@@ -6,6 +6,16 @@ do so anywhere, and then Triton's interpreter runs the kernels on the CPU.
 
 from __future__ import annotations
 
-from panfpn_fast.kernels import bilinear_upsample_backward, group_norm_relu_upsample, group_norm_statistics
+from panfpn_fast.kernels import (
+    bilinear_upsample_backward,
+    group_norm_relu_project,
+    group_norm_relu_upsample,
+    group_norm_statistics,
+)
 
-__all__ = ["bilinear_upsample_backward", "group_norm_relu_upsample", "group_norm_statistics"]
+__all__ = [
+    "bilinear_upsample_backward",
+    "group_norm_relu_project",
+    "group_norm_relu_upsample",
+    "group_norm_statistics",
+]
