@@ -1,8 +1,6 @@
 """The adjoint of bilinear upsampling: each pixel gathers from the outputs that read it.
 
-As in group_norm_relu_upsample, the s outputs between two neighbouring pixels along an axis form a cell. A pixel is read
-by the outputs of the cell that it begins, as their low end, and of the one before, as their high end; the outputs before
-the first pixel and behind the last read that one alone.
+Those are the outputs of the cell that it begins, of which it is the low end, and of the one before.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from panfpn_fast.kernels._group_norm import tile_place, vector_size
+from panfpn_fast.kernels._cells import elements, high_weight, low_weight, tile_place, vector_size
 from panfpn_fast.kernels._launch import (
     channels_last,
     empty_channels_last,
@@ -25,45 +23,34 @@ _MAX_CHANNELS = 128
 
 
 @triton.jit
-def _low_weight(cell, size, phase, FACTOR: tl.constexpr):
-    """With what weight an output of a cell reads the cell's low end."""
-    weight = (2 * (FACTOR // 2 + phase) + 1 - FACTOR) / (2 * FACTOR)
-    return tl.where(cell + 1 < size, 1.0 - weight, 1.0)
+def _load_phase(grad, y, height, first, column, width, channel, channels, phase, FACTOR: tl.constexpr):
+    """The outputs at a phase of the cells from column `first` on."""
+    first = first * FACTOR + (FACTOR // 2 + phase)
+    places, valid = elements(
+        grad, y, height * FACTOR, first, column * FACTOR, width * FACTOR, channel, channels
+    )
+    return tl.load(places, valid, 0.0).to(tl.float32)
 
 
 @triton.jit
-def _high_weight(cell, phase, FACTOR: tl.constexpr):
-    weight = (2 * (FACTOR // 2 + phase) + 1 - FACTOR) / (2 * FACTOR)
-    return tl.where(cell >= 0, weight, 1.0)
-
-
-@triton.jit
-def _load(grad, y, height, x, width, channel, channels):
-    offset = (y.to(tl.int64) * width + x.to(tl.int64)[:, None]) * channels + channel[None, :]
-    valid = ((x >= 0) & (x < width))[:, None] & (channel < channels)[None, :] & (y >= 0) & (y < height)
-    return tl.load(grad + offset, valid, 0.0).to(tl.float32)
-
-
-@triton.jit
-def _gather_line(grad, y, height, column, width, channel, channels, FACTOR: tl.constexpr):
-    """What the pixels at `column` gather along one row of outputs."""
+def _gather_line(grad, y, height, first, column, width, channel, channels, FACTOR: tl.constexpr):
+    """What the pixels from column `first` on gather along one row of outputs."""
     unroll: tl.constexpr = FACTOR if FACTOR <= 4 else 1
     total = tl.zeros((column.shape[0], channel.shape[0]), tl.float32)
-    first = column * FACTOR + FACTOR // 2  # output of the cell that the pixel begins
     for phase in tl.range(FACTOR, loop_unroll_factor=unroll):
-        value = _load(grad, y, height * FACTOR, first + phase, width * FACTOR, channel, channels)
-        total += _low_weight(column, width, phase, FACTOR)[:, None] * value
-    for phase in tl.range(
-        FACTOR % 2, FACTOR, loop_unroll_factor=unroll
-    ):  # an odd factor's first is the low end
-        value = _load(grad, y, height * FACTOR, first - FACTOR + phase, width * FACTOR, channel, channels)
-        total += _high_weight(column - 1, phase, FACTOR)[:, None] * value
+        value = _load_phase(grad, y, height, first, column, width, channel, channels, phase, FACTOR)
+        total += low_weight(first + column, width, phase, FACTOR)[:, None] * value
+    for phase in tl.range(FACTOR % 2, FACTOR, loop_unroll_factor=unroll):  # an odd factor's first is the low end
+        value = _load_phase(grad, y, height, first - 1, column, width, channel, channels, phase, FACTOR)
+        total += high_weight(first - 1 + column, phase, FACTOR)[:, None] * value
     return total
 
 
 @triton.jit
-def gather(grad, row, height, column, width, channel, channels, FACTOR: tl.constexpr, ROWS: tl.constexpr):
-    """What the pixels (row, column) to (row + ROWS - 1, column) gather from an image: a tuple of one tile per row.
+def gather(
+    grad, row, height, first, column, width, channel, channels, FACTOR: tl.constexpr, ROWS: tl.constexpr
+):
+    """What the pixels (row, first + column) to (row + ROWS - 1, first + column) gather: a tuple of one tile per row.
 
     Pixels beyond the image's border gather something without meaning.
     """
@@ -75,10 +62,10 @@ def gather(grad, row, height, column, width, channel, channels, FACTOR: tl.const
         high = tl.zeros((column.shape[0], channel.shape[0]), tl.float32)
         for phase in range(FACTOR):
             y = cell * FACTOR + FACTOR // 2 + phase
-            line = _gather_line(grad, y, height, column, width, channel, channels, FACTOR)
-            low += _low_weight(cell, height, phase, FACTOR) * line
+            line = _gather_line(grad, y, height, first, column, width, channel, channels, FACTOR)
+            low += low_weight(cell, height, phase, FACTOR) * line
             if FACTOR > 1:
-                high += _high_weight(cell, phase, FACTOR) * line
+                high += high_weight(cell, phase, FACTOR) * line
         if i >= 0:
             rows += (low,)
         carried = high
@@ -100,14 +87,14 @@ def _gather_kernel(
     CHANNELS: tl.constexpr,
 ):
     channels = vectors * VECTOR
-    image, row, column, channel = tile_place(blocks, ROWS, COLUMNS, CHANNELS)
+    image, row, first, channel = tile_place(blocks, ROWS, COLUMNS, CHANNELS)
+    column = tl.arange(0, COLUMNS)
     grad += image * height * width * channels * (FACTOR * FACTOR)
     out += image * height * width * channels
-    rows = gather(grad, row, height, column, width, channel, channels, FACTOR, ROWS)
+    rows = gather(grad, row, height, first, column, width, channel, channels, FACTOR, ROWS)
     for i in tl.static_range(ROWS):
-        place = ((row + i).to(tl.int64) * width + column.to(tl.int64)[:, None]) * channels + channel[None, :]
-        valid = (column < width)[:, None] & (channel < channels)[None, :] & (row + i < height)
-        tl.store(out + place, rows[i].to(out.dtype.element_ty), valid)
+        places, valid = elements(out, row + i, height, first, column, width, channel, channels)
+        tl.store(places, rows[i].to(out.dtype.element_ty), valid)
 
 
 def gather_tiles(grad: Tensor, scale_factor: int) -> tuple[int, int, int]:

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from panfpn_fast.kernels._group_norm import relu, scale_and_shift, vector_size
+from panfpn_fast.kernels._cells import between, elements, load_ends, vector_size
+from panfpn_fast.kernels._group_norm import activate, scale_and_shift
 from panfpn_fast.kernels._launch import (
     channels_last,
     empty_channels_last,
@@ -17,37 +18,66 @@ from panfpn_fast.kernels._launch import (
 )
 from panfpn_fast.ops.conv_gn_relu_project import _backward, _setup_context
 
-_NONE, _SAME, _HALF = range(3)  # size of the residual
+_WARPS = 8
+_CELLS = 32
+_SAME, _HALF = 1, 2  # size of the residual
 
 
 @triton.jit
-def _half_taps(y, height):
-    """Where output y of an upsampling by 2 reads a map of half the height: low, high, and the weight of high."""
-    low = (y + 1) // 2 - 1
-    weight = tl.where(y % 2 == 0, 0.75, 0.25)
-    return tl.maximum(low, 0), tl.minimum(low + 1, height // 2 - 1), weight
+def _load_matrix(matrix, output, outputs, channel, channels):
+    valid = (output < outputs)[:, None] & (channel < channels)[None, :]
+    return tl.load(matrix + (output.to(tl.int64)[:, None] * channels + channel[None, :]), valid, 0.0)
 
 
 @triton.jit
-def _load_half(residual, pixel, height, width, output, outputs):
-    """The residual of half the size, upsampled to some pixels; for those beyond the last something without meaning."""
-    pixel = tl.minimum(pixel, height * width - 1)
-    top, bottom, weight_y = _half_taps(pixel // width, height)
-    left, right, weight_x = _half_taps(pixel % width, width)
-    inside = (output < outputs)[None, :]
-    upper = residual + (top.to(tl.int64) * (width // 2) * outputs)[:, None] + output[None, :]
-    lower = residual + (bottom.to(tl.int64) * (width // 2) * outputs)[:, None] + output[None, :]
-    left = (left.to(tl.int64) * outputs)[:, None]
-    right = (right.to(tl.int64) * outputs)[:, None]
-    upper_left = tl.load(upper + left, inside, 0.0).to(tl.float32)
-    upper_right = tl.load(upper + right, inside, 0.0).to(tl.float32)
-    lower_left = tl.load(lower + left, inside, 0.0).to(tl.float32)
-    lower_right = tl.load(lower + right, inside, 0.0).to(tl.float32)
-    weight_x = weight_x[:, None]
-    weight_y = weight_y[:, None]
-    above = (1.0 - weight_x) * upper_left + weight_x * upper_right
-    below = (1.0 - weight_x) * lower_left + weight_x * lower_right
-    return (1.0 - weight_y) * above + weight_y * below
+def _step_elements(map, step, row, height, first, cell, width, channel, channels, HALF: tl.constexpr):
+    """Pointers to the pixels of one of a program's four steps, see there, and which elements exist."""
+    if HALF:
+        y = 2 * row + 1 + step // 2
+        return elements(map, y, height, 2 * first + 1 + step % 2, 2 * cell, width, channel, channels)
+    return elements(map, row, 1, first + step * cell.shape[0], cell, height * width, channel, channels)
+
+
+@triton.jit
+def _multiply(tile, values, scale, shift, product, PRECISION: tl.constexpr):
+    """Adds the product of the matrix's tile [OUTPUTS, CHANNELS] and the activations of the values [CELLS, CHANNELS]."""
+    activations = activate(values, scale, shift).to(tile.dtype)
+    return tl.dot(tile, tl.trans(activations), product, input_precision=PRECISION)
+
+
+@triton.jit
+def _multiply_blocks(
+    x,
+    step,
+    row,
+    height,
+    first,
+    cell,
+    width,
+    channels,
+    mean,
+    rstd,
+    weight,
+    bias,
+    image,
+    num_groups,
+    matrix,
+    output,
+    outputs,
+    CHANNELS: tl.constexpr,
+    HALF: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The product of a step's pixels, one block of channels after the other."""
+    product = tl.zeros((output.shape[0], cell.shape[0]), tl.float32)
+    for begin in range(0, channels, CHANNELS):
+        channel = begin + tl.arange(0, CHANNELS)
+        places, valid = _step_elements(x, step, row, height, first, cell, width, channel, channels, HALF)
+        values = tl.load(places, valid, 0.0)
+        tile = _load_matrix(matrix, output, outputs, channel, channels)
+        scale, shift = scale_and_shift(mean, rstd, weight, bias, image, channel, channels, num_groups)
+        product = _multiply(tile, values, scale, shift, product, PRECISION)
+    return product
 
 
 @triton.jit
@@ -58,7 +88,7 @@ def _project_kernel(
     weight,
     bias,
     matrix,
-    output_bias,
+    matrix_bias,
     residual,
     out,
     height,
@@ -66,43 +96,89 @@ def _project_kernel(
     vectors,
     num_groups,
     output_vectors,
+    blocks,
     VECTOR: tl.constexpr,
     OUTPUT_VECTOR: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     PRECISION: tl.constexpr,
-    PIXELS: tl.constexpr,
+    CELLS: tl.constexpr,
     CHANNELS: tl.constexpr,
     OUTPUTS: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
 ):
+    """Four steps of CELLS pixels each. With a residual of half the size these are the four outputs of its cells, so
+    that its pixels are read once for all of them.
+
+    The product is that of the matrix and the transposed activations: these are its second operand, which goes from
+    the layout in which it was loaded to shared memory, while a first operand would be normalised in the layout of
+    the tensor cores, where a thread has many channels and each needs its scale and shift.
+    """
+    half: tl.constexpr = RESIDUAL == 2
     channels = vectors * VECTOR
     outputs = output_vectors * OUTPUT_VECTOR
     pixels = height * width
-    image = tl.program_id(2).to(tl.int64)
-    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
-    output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    image = (tl.program_id(2) // blocks).to(tl.int64)
+    output = tl.program_id(2) % blocks * OUTPUTS + tl.arange(0, OUTPUTS)
+    row = tl.program_id(1)
+    first = tl.program_id(0) * (4 * CELLS)
+    cell = tl.arange(0, CELLS)
+    if half:
+        row -= 1
+        first = tl.program_id(0) * CELLS - 1
     x += image * pixels * channels
-    product = tl.zeros((PIXELS, OUTPUTS), tl.float32)
-    for first in range(0, channels, CHANNELS):
-        channel = first + tl.arange(0, CHANNELS)
-        inside = channel < channels
-        offset = pixel.to(tl.int64)[:, None] * channels + channel[None, :]
-        values = tl.load(x + offset, (pixel < pixels)[:, None] & inside[None, :], 0.0).to(tl.float32)
-        offset = output.to(tl.int64)[None, :] * channels + channel[:, None]
-        columns = tl.load(matrix + offset, inside[:, None] & (output < outputs)[None, :], 0.0)
+    out += image * pixels * outputs
+
+    if ONE_BLOCK:
+        channel = tl.arange(0, CHANNELS)
+        tile = _load_matrix(matrix, output, outputs, channel, channels)
         scale, shift = scale_and_shift(mean, rstd, weight, bias, image, channel, channels, num_groups)
-        values = relu(values * scale[None, :] + shift[None, :]).to(columns.dtype)
-        product = tl.dot(values, columns, product, input_precision=PRECISION)
-    if HAS_BIAS:
-        product += tl.load(output_bias + output, output < outputs, 0.0).to(tl.float32)[None, :]
-    offset = (image * pixels + pixel)[:, None] * outputs + output[None, :]
-    valid = (pixel < pixels)[:, None] & (output < outputs)[None, :]
-    if RESIDUAL == 1:
-        product += tl.load(residual + offset, valid, 0.0).to(tl.float32)
-    if RESIDUAL == 2:
-        residual += image * (pixels // 4) * outputs
-        product += _load_half(residual, pixel, height, width, output, outputs)
-    tl.store(out + offset, product.to(out.dtype.element_ty), valid)
+    residual += image * (pixels // (4 if half else 1)) * outputs
+    if half:
+        upper = load_ends(residual, row, height // 2, first, cell, width // 2, output, outputs, 2)
+        lower = load_ends(residual, row + 1, height // 2, first, cell, width // 2, output, outputs, 2)
+    for step in range(4):
+        if ONE_BLOCK:
+            product = tl.zeros((OUTPUTS, CELLS), tl.float32)
+            places, valid = _step_elements(x, step, row, height, first, cell, width, channel, channels, half)
+            product = _multiply(tile, tl.load(places, valid, 0.0), scale, shift, product, PRECISION)
+        else:
+            product = _multiply_blocks(
+                x,
+                step,
+                row,
+                height,
+                first,
+                cell,
+                width,
+                channels,
+                mean,
+                rstd,
+                weight,
+                bias,
+                image,
+                num_groups,
+                matrix,
+                output,
+                outputs,
+                CHANNELS,
+                half,
+                PRECISION,
+            )
+        result = tl.trans(product)
+        if HAS_BIAS:
+            result += tl.load(matrix_bias + output, output < outputs, 0.0).to(tl.float32)[None, :]
+        if half:
+            left = between(upper[0].to(tl.float32), lower[0].to(tl.float32), step // 2, 2)
+            right = between(upper[1].to(tl.float32), lower[1].to(tl.float32), step // 2, 2)
+            result += between(left, right, step % 2, 2)
+        elif RESIDUAL == 1:
+            places, valid = _step_elements(
+                residual, step, row, height, first, cell, width, output, outputs, half
+            )
+            result += tl.load(places, valid, 0.0).to(tl.float32)
+        out_places, valid = _step_elements(out, step, row, height, first, cell, width, output, outputs, half)
+        tl.store(out_places, result.to(out.dtype.element_ty), valid)
 
 
 def _precision() -> str:
@@ -126,16 +202,16 @@ def group_norm_relu_project(
     out = empty_channels_last((batch, outputs, height, width), input)
     if out.numel() == 0:
         return out
-    size = _NONE if residual is None else _SAME if residual.shape[2] == height else _HALF
-    pixels, block, output_block, warps = (
-        128,
-        min(next_power_of_2(channels), 128),
-        min(next_power_of_2(outputs), 128),
-        4,
-    )
-    wrap_triton(_project_kernel)[
-        (triton.cdiv(height * width, pixels), triton.cdiv(outputs, output_block), batch)
-    ](
+    half = residual is not None and residual.shape[2] != height
+    widest = 16 if input.element_size() == 4 else 128 if channels <= 128 else 64
+    block = max(min(next_power_of_2(channels), widest), 16)  # 16: the least that tensor cores add up
+    output_block = 64 if outputs <= 64 or input.element_size() == 4 else 128  # wgmma takes no less than 64
+    blocks = triton.cdiv(outputs, output_block)
+    if half:
+        tiles = (triton.cdiv(width // 2 + 1, _CELLS), height // 2 + 1)
+    else:
+        tiles = (triton.cdiv(height * width, 4 * _CELLS), 1)
+    wrap_triton(_project_kernel)[(*tiles, batch * blocks)](
         channels_last(input),
         mean.contiguous(),
         rstd.contiguous(),
@@ -150,16 +226,17 @@ def group_norm_relu_project(
         channels // vector_size(input),
         mean.shape[1],
         outputs // vector_size(out),
+        blocks,
         VECTOR=vector_size(input),
         OUTPUT_VECTOR=vector_size(out),
         HAS_BIAS=proj_bias is not None,
-        RESIDUAL=size,
+        RESIDUAL=_HALF if half else 0 if residual is None else _SAME,
         PRECISION=_precision(),
-        PIXELS=pixels,
+        CELLS=_CELLS,
         CHANNELS=block,
         OUTPUTS=output_block,
-        num_warps=warps,
-        num_stages=1,
+        ONE_BLOCK=channels <= block,
+        num_warps=_WARPS,
     )
     return out
 

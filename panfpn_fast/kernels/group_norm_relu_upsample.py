@@ -1,9 +1,4 @@
-"""GroupNorm, ReLU, bilinear upsampling and addition in one pass.
-
-The s outputs that lie between two neighbouring input pixels, along one axis, form a cell: the first cell, -1, lies
-before the first pixel, and both of its ends are that pixel. All outputs of a cell read the same two pixels, so a
-program that owns cells reads each of its pixels once for the left end and once for the right.
-"""
+"""GroupNorm, ReLU, bilinear upsampling and addition in one pass, and their gradients."""
 
 from __future__ import annotations
 
@@ -12,7 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from panfpn_fast.kernels._group_norm import relu, scale_and_shift, tile_place, vector_size
+from panfpn_fast.kernels._cells import between, elements, load_ends, tile_place, vector_size
+from panfpn_fast.kernels._group_norm import activate, scale_and_shift
+from panfpn_fast.kernels.bilinear_upsample_backward import gather, gather_tiles
 from panfpn_fast.kernels._launch import (
     block_double_backward,
     channels_last,
@@ -21,7 +18,6 @@ from panfpn_fast.kernels._launch import (
     triton_op,
     wrap_triton,
 )
-from panfpn_fast.kernels.bilinear_upsample_backward import gather, gather_tiles
 from panfpn_fast.ops.group_norm_relu_upsample import _backward, _setup_context
 
 _WARPS = 4
@@ -29,50 +25,20 @@ _MAX_CHANNELS = 128
 
 
 @triton.jit
-def _load_ends(x, row, height, width, channels, column, channel, FACTOR: tl.constexpr):
-    """The pixels at both ends of the cells of an input row, whose first are taken for those before them."""
-    x += tl.minimum(tl.maximum(row, 0), height - 1).to(tl.int64) * width * channels
-    inside = (channel < channels)[None, :]
-    left = tl.minimum(tl.maximum(column, 0), width - 1).to(tl.int64)
-    ends = (tl.load(x + left[:, None] * channels + channel[None, :], inside, 0.0),)
+def _activate_ends(ends, scale, shift, FACTOR: tl.constexpr):
+    activations = (activate(ends[0], scale, shift),)
     if FACTOR > 1:
-        right = tl.minimum(column + 1, width - 1).to(tl.int64)
-        ends += (tl.load(x + right[:, None] * channels + channel[None, :], inside, 0.0),)
-    return ends
-
-
-@triton.jit
-def _activate(ends, scale, shift, FACTOR: tl.constexpr):
-    activations = (relu(ends[0].to(tl.float32) * scale[None, :] + shift[None, :]),)
-    if FACTOR > 1:
-        activations += (relu(ends[1].to(tl.float32) * scale[None, :] + shift[None, :]),)
+        activations += (activate(ends[1], scale, shift),)
     return activations
 
 
 @triton.jit
-def _between(low, high, phase, FACTOR: tl.constexpr):
-    """The output of a cell at a phase, from its ends."""
-    if FACTOR == 1:
-        return low
-    weight = (2 * (FACTOR // 2 + phase) + 1 - FACTOR) / (2 * FACTOR)
-    return (1.0 - weight) * low + weight * high
-
-
-@triton.jit
-def _place(y, height, x, width, channel, channels):
-    """Offsets of the outputs (y, x) in a channels-last map, and which of them exist."""
-    offset = (y.to(tl.int64) * width + x.to(tl.int64)[:, None]) * channels + channel[None, :]
-    valid = ((x >= 0) & (x < width))[:, None] & (channel < channels)[None, :] & (y >= 0) & (y < height)
-    return offset, valid
-
-
-@triton.jit
-def _load_line(x, y, height, column, width, channel, channels, FACTOR: tl.constexpr):
-    """One tile for each phase of an output row, from the outputs at `column` on."""
+def _load_line(map, y, height, first, column, width, channel, channels, FACTOR: tl.constexpr):
+    """One tile for each phase of an output row, the first of which begins at column `first`."""
     tiles = ()
     for phase in tl.static_range(FACTOR):
-        offset, valid = _place(y, height, column + phase, width, channel, channels)
-        tiles += (tl.load(x + offset, valid, 0.0),)
+        places, valid = elements(map, y, height, first + phase, column, width, channel, channels)
+        tiles += (tl.load(places, valid, 0.0),)
     return tiles
 
 
@@ -104,17 +70,19 @@ def _forward_kernel(
     """
     before: tl.constexpr = 1 if FACTOR > 1 else 0  # cells before the first pixel
     channels = vectors * VECTOR
-    image, row, column, channel = tile_place(blocks, ROWS, COLUMNS, CHANNELS)
+    image, row, first, channel = tile_place(blocks, ROWS, COLUMNS, CHANNELS)
+    column = tl.arange(0, COLUMNS)
     row -= before
-    column -= before
+    first -= before
     x += image * height * width * channels
     ends = ()
     for i in tl.static_range(ROWS + before):
-        ends += (_load_ends(x, row + i, height, width, channels, column, channel, FACTOR),)
+        ends += (load_ends(x, row + i, height, first, column, width, channel, channels, FACTOR),)
     scale, shift = scale_and_shift(mean, rstd, weight, bias, image, channel, channels, num_groups)
 
     row = row * FACTOR + FACTOR // 2
-    column = column * FACTOR + FACTOR // 2
+    first = first * FACTOR + FACTOR // 2
+    column *= FACTOR
     height *= FACTOR
     width *= FACTOR
     residual += image * height * width * channels
@@ -122,37 +90,40 @@ def _forward_kernel(
     added = ()
     if HAS_RESIDUAL:
         for i in tl.static_range(AHEAD):
-            added += (_load_line(residual, row + i, height, column, width, channel, channels, FACTOR),)
-    upper = _activate(ends[0], scale, shift, FACTOR)
+            added += (_load_line(residual, row + i, height, first, column, width, channel, channels, FACTOR),)
+    upper = _activate_ends(ends[0], scale, shift, FACTOR)
     for i in tl.static_range(ROWS):
-        lower = _activate(ends[i + before], scale, shift, FACTOR)
+        lower = _activate_ends(ends[i + before], scale, shift, FACTOR)
         if FACTOR == 1:
             upper = lower
         if AHEAD == 0:
             for phase_y in range(FACTOR):
                 y = row + i * FACTOR + phase_y
-                left = _between(upper[0], lower[0], phase_y, FACTOR)
-                right = _between(upper[1], lower[1], phase_y, FACTOR)
+                left = between(upper[0], lower[0], phase_y, FACTOR)
+                right = between(upper[1], lower[1], phase_y, FACTOR)
                 for phase in range(FACTOR):
-                    value = _between(left, right, phase, FACTOR)
-                    offset, valid = _place(y, height, column + phase, width, channel, channels)
+                    value = between(left, right, phase, FACTOR)
+                    x_out = first + phase
                     if HAS_RESIDUAL:
-                        value += tl.load(residual + offset, valid, 0.0).to(tl.float32)
-                    tl.store(out + offset, value.to(out.dtype.element_ty), valid)
+                        places, valid = elements(residual, y, height, x_out, column, width, channel, channels)
+                        value += tl.load(places, valid, 0.0).to(tl.float32)
+                    places, valid = elements(out, y, height, x_out, column, width, channel, channels)
+                    tl.store(places, value.to(out.dtype.element_ty), valid)
         else:
             for phase_y in tl.static_range(FACTOR):
                 y = row + i * FACTOR + phase_y
                 if HAS_RESIDUAL and i * FACTOR + phase_y + AHEAD < ROWS * FACTOR:
-                    line = _load_line(residual, y + AHEAD, height, column, width, channel, channels, FACTOR)
+                    line = y + AHEAD
+                    line = _load_line(residual, line, height, first, column, width, channel, channels, FACTOR)
                     added += (line,)
-                left = _between(upper[0], lower[0], phase_y, FACTOR)
-                right = _between(upper[before], lower[before], phase_y, FACTOR)
+                left = between(upper[0], lower[0], phase_y, FACTOR)
+                right = between(upper[before], lower[before], phase_y, FACTOR)
                 for phase in tl.static_range(FACTOR):
-                    value = _between(left, right, phase, FACTOR)
-                    offset, valid = _place(y, height, column + phase, width, channel, channels)
+                    value = between(left, right, phase, FACTOR)
                     if HAS_RESIDUAL:
                         value += added[i * FACTOR + phase_y][phase].to(tl.float32)
-                    tl.store(out + offset, value.to(out.dtype.element_ty), valid)
+                    places, valid = elements(out, y, height, first + phase, column, width, channel, channels)
+                    tl.store(places, value.to(out.dtype.element_ty), valid)
         upper = lower
 
 
@@ -233,26 +204,27 @@ def _gather_kernel(
     factor, [N, tiles, 2, C]. A factor of 1 gathers nothing, and so has nothing to keep.
     """
     channels = vectors * VECTOR
-    image, row, column, channel = tile_place(blocks, ROWS, COLUMNS, CHANNELS)
+    image, row, first, channel = tile_place(blocks, ROWS, COLUMNS, CHANNELS)
+    column = tl.arange(0, COLUMNS)
     inside = channel < channels
     x += image * height * width * channels
     gathered += image * height * width * channels
     grad += image * height * width * channels * (FACTOR * FACTOR)
     values = ()
     for i in tl.static_range(ROWS):
-        offset, valid = _place(row + i, height, column, width, channel, channels)
-        values += (tl.load(x + offset, valid, 0.0),)
+        places, valid = elements(x, row + i, height, first, column, width, channel, channels)
+        values += (tl.load(places, valid, 0.0),)
     scale, shift = scale_and_shift(mean, rstd, weight, bias, image, channel, channels, num_groups)
     centre = tl.load(mean + image * num_groups + channel // (channels // num_groups), inside, 0.0)
-    rows = gather(grad, row, height, column, width, channel, channels, FACTOR, ROWS)
+    rows = gather(grad, row, height, first, column, width, channel, channels, FACTOR, ROWS)
     total = tl.zeros((COLUMNS, CHANNELS), tl.float32)
     product = tl.zeros((COLUMNS, CHANNELS), tl.float32)
     for i in tl.static_range(ROWS):
         value = values[i].to(tl.float32)
-        offset, valid = _place(row + i, height, column, width, channel, channels)
+        places, valid = elements(gathered, row + i, height, first, column, width, channel, channels)
         passed = tl.where(valid, _masked_gradient(rows[i], value, scale, shift), 0.0)
         if FACTOR > 1:
-            tl.store(gathered + offset, passed.to(gathered.dtype.element_ty), valid)
+            tl.store(places, passed.to(gathered.dtype.element_ty), valid)
         total += passed
         product += passed * (value - centre[None, :])
     tile = (image * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
@@ -334,11 +306,13 @@ def _input_gradient_kernel(
     image = tl.program_id(2).to(tl.int64)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < channels
-    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
-    offset = (image * pixels + pixel)[:, None] * channels + channel[None, :]
-    valid = (pixel < pixels)[:, None] & inside[None, :]
-    passed = tl.load(gathered + offset, valid, 0.0).to(tl.float32)
-    value = tl.load(x + offset, valid, 0.0).to(tl.float32)
+    first = tl.program_id(0) * PIXELS
+    pixel = tl.arange(0, PIXELS)
+    corner = (image * pixels + first) * channels
+    offset = pixel[:, None] * channels + channel[None, :]
+    valid = (first + pixel < pixels)[:, None] & inside[None, :]
+    passed = tl.load(gathered + corner + offset, valid, 0.0).to(tl.float32)
+    value = tl.load(x + corner + offset, valid, 0.0).to(tl.float32)
     if FACTOR == 1:
         scale, shift = scale_and_shift(mean, rstd, weight, bias, image, channel, channels, num_groups)
         passed = _masked_gradient(passed, value, scale, shift)
@@ -351,7 +325,7 @@ def _input_gradient_kernel(
     constant = factor * tl.load(means + 2 * group, inside, 0.0)
     slope = factor * factor * tl.load(means + 2 * group + 1, inside, 0.0)
     result = passed * own[None, :] - constant[None, :] - (value - centre[None, :]) * slope[None, :]
-    tl.store(out + offset, result.to(out.dtype.element_ty), valid)
+    tl.store(out + corner + offset, result.to(out.dtype.element_ty), valid)
 
     if (tl.program_id(0) == 0) & (tl.program_id(2) == 0):
         total = tl.zeros((CHANNELS,), tl.float32)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from panfpn_fast.kernels._group_norm import vector_size
+from panfpn_fast.kernels._cells import vector_size
 from panfpn_fast.kernels._launch import channels_last, next_power_of_2, triton_op, wrap_triton
 
 # Pixels x channels of a tile: 64 values per thread.
@@ -44,7 +44,7 @@ def tile_moments(
     inside = channel < channels
     valid = (pixel < pixels)[:, None] & inside[None, :]
     x += (image * pixels + tile * PIXELS) * channels
-    offset = tl.arange(0, PIXELS).to(tl.int64)[:, None] * channels + channel[None, :]
+    offset = tl.arange(0, PIXELS)[:, None] * channels + channel[None, :]
     # One of a unit's values, so that what is summed is not much larger than the deviations from the mean.
     pivot = tl.load(x + channel // UNIT * UNIT, inside, 0.0).to(tl.float32)
     values = tl.load(x + offset, valid, 0.0).to(tl.float32)
