@@ -40,7 +40,9 @@ def _gather_line(grad, y, height, first, column, width, channel, channels, FACTO
     for phase in tl.range(FACTOR, loop_unroll_factor=unroll):
         value = _load_phase(grad, y, height, first, column, width, channel, channels, phase, FACTOR)
         total += low_weight(first + column, width, phase, FACTOR)[:, None] * value
-    for phase in tl.range(FACTOR % 2, FACTOR, loop_unroll_factor=unroll):  # an odd factor's first is the low end
+    for phase in tl.range(
+        FACTOR % 2, FACTOR, loop_unroll_factor=unroll
+    ):  # an odd factor's first is the low end
         value = _load_phase(grad, y, height, first - 1, column, width, channel, channels, phase, FACTOR)
         total += high_weight(first - 1 + column, phase, FACTOR)[:, None] * value
     return total

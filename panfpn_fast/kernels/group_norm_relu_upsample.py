@@ -9,7 +9,6 @@ from torch import Tensor
 
 from panfpn_fast.kernels._cells import between, elements, load_ends, tile_place, vector_size
 from panfpn_fast.kernels._group_norm import activate, scale_and_shift
-from panfpn_fast.kernels.bilinear_upsample_backward import gather, gather_tiles
 from panfpn_fast.kernels._launch import (
     block_double_backward,
     channels_last,
@@ -18,6 +17,7 @@ from panfpn_fast.kernels._launch import (
     triton_op,
     wrap_triton,
 )
+from panfpn_fast.kernels.bilinear_upsample_backward import gather, gather_tiles
 from panfpn_fast.ops.group_norm_relu_upsample import _backward, _setup_context
 
 _WARPS = 4

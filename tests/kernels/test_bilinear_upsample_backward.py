@@ -11,7 +11,7 @@ from norm_samples import assert_close, meta_map, random
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from panfpn_fast.kernels.bilinear_upsample_backward import bilinear_upsample_backward  # noqa: E402
+from panfpn_fast.kernels.bilinear_upsample_backward import bilinear_upsample_backward
 
 LAUNCHES = {
     "logits": Launch(bilinear_upsample_backward, (meta_map((2, 54, 200, 336)), 2)),
@@ -49,7 +49,9 @@ def test_half_precision(dtype: torch.dtype, kernel_device: torch.device) -> None
 def test_footprint_is_exact(factor: int, kernel_device: torch.device) -> None:
     """A pixel gathers only from the outputs that read it: NaN elsewhere does not reach it."""
     width, first = 7, 2 * factor
-    weights = F.interpolate(torch.eye(width)[None], scale_factor=float(factor), mode="linear")[0]  # [pixel, output]
+    weights = F.interpolate(torch.eye(width)[None], scale_factor=float(factor), mode="linear")[
+        0
+    ]  # [pixel, output]
     grad = torch.ones(1, 1, factor, width * factor)
     grad[..., first] = float("nan")
     gathered = bilinear_upsample_backward(grad.to(kernel_device), factor)[0, 0, 0].isnan()

@@ -12,9 +12,9 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from panfpn_fast.kernels import group_norm_relu_project as module  # noqa: E402
-from panfpn_fast.kernels.group_norm_relu_project import group_norm_relu_project  # noqa: E402
-from panfpn_fast.ops import conv_gn_relu_project  # noqa: E402
+from panfpn_fast.kernels import group_norm_relu_project as module
+from panfpn_fast.kernels.group_norm_relu_project import group_norm_relu_project
+from panfpn_fast.ops import conv_gn_relu_project
 
 # Of the residual: none, as large as the output, half as large.
 NONE, SAME, HALF = 0, 1, 2

@@ -12,24 +12,30 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from panfpn_fast.kernels.group_norm_relu_upsample import (  # noqa: E402
+from panfpn_fast.kernels.group_norm_relu_upsample import (
     group_norm_relu_upsample as upsample,
 )
-from panfpn_fast.kernels.group_norm_relu_upsample import (  # noqa: E402
+from panfpn_fast.kernels.group_norm_relu_upsample import (
     group_norm_relu_upsample_backward as upsample_backward,
 )
-from panfpn_fast.ops import group_norm_relu_upsample  # noqa: E402
+from panfpn_fast.ops import group_norm_relu_upsample
 
 
 def _forward(
     channels: int, groups: int, factor: int, added: bool, dtype: torch.dtype = torch.bfloat16
 ) -> Launch:
-    x, large = meta_map((2, channels, 50, 84), dtype), meta_map((2, channels, 50 * factor, 84 * factor), dtype)
+    x, large = (
+        meta_map((2, channels, 50, 84), dtype),
+        meta_map((2, channels, 50 * factor, 84 * factor), dtype),
+    )
     return Launch(upsample, (x, *meta_norm(x, groups), factor, large if added else None))
 
 
 def _backward(channels: int, groups: int, factor: int, dtype: torch.dtype = torch.bfloat16) -> Launch:
-    x, large = meta_map((2, channels, 50, 84), dtype), meta_map((2, channels, 50 * factor, 84 * factor), dtype)
+    x, large = (
+        meta_map((2, channels, 50, 84), dtype),
+        meta_map((2, channels, 50 * factor, 84 * factor), dtype),
+    )
     return Launch(upsample_backward, (large, x, *meta_norm(x, groups), factor))
 
 
@@ -59,7 +65,9 @@ def _inputs(
     return x, random((channels,), 1), random((channels,), 2), random(large, 3).to(dtype) if added else None
 
 
-def _expected(x: Tensor, weight: Tensor, bias: Tensor, groups: int, factor: int, residual: Tensor | None) -> Tensor:
+def _expected(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, factor: int, residual: Tensor | None
+) -> Tensor:
     output = F.relu(F.group_norm(x, groups, weight, bias, EPS))
     if factor > 1:
         output = F.interpolate(output, scale_factor=float(factor), mode="bilinear")

@@ -8,8 +8,8 @@
 
 #include <vector>
 
-#include "ops/cpu/pages.h"
 #include "ops/cpu/matrix.h"
+#include "ops/cpu/pages.h"
 
 namespace panfpn {
 namespace {

@@ -4,8 +4,8 @@
 
 #include "ops/cpu/channel_affine.h"
 #include "ops/cpu/channel_block.h"
-#include "ops/cpu/pages.h"
 #include "ops/cpu/matrix.h"
+#include "ops/cpu/pages.h"
 #include "ops/upsample.h"
 
 namespace panfpn {
