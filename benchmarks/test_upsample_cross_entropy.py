@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -36,13 +36,13 @@ def _close(ours: Tensor, theirs: Tensor) -> None:
     assert abs(float(ours - theirs)) <= 1e-4 * abs(float(theirs)), f"{float(ours)} and {float(theirs)}"
 
 
-def _close_gradients(ours: Tensor, theirs: Tensor) -> None:
-    if ours.dtype == torch.float32:
+def _close_gradients(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+    if ours[0].dtype == torch.float32:
         close_gradients(ours, theirs)
     else:
         # The peer's sums over 64 pixels, each rounded, are half-precision numbers themselves.
-        worst, largest = float((ours - theirs).abs().max()), float(theirs.abs().max())
-        allowed = 16 * torch.finfo(ours.dtype).eps * largest
+        worst, largest = float((ours[0] - theirs[0]).abs().max()), float(theirs[0].abs().max())
+        allowed = 16 * torch.finfo(ours[0].dtype).eps * largest
         assert worst <= allowed, f"gradients differ by up to {worst:.2g} where the largest is {largest:.2g}"
 
 
@@ -52,7 +52,7 @@ def _cost(arguments: Arguments, output: Tensor) -> Cost:
     return Cost(bytes=nbytes(arguments) + nbytes(output), flops=flops)
 
 
-def _training_cost(arguments: Arguments, gradient: Tensor) -> Cost:
+def _training_cost(arguments: Arguments, gradient: Sequence[Tensor]) -> Cost:
     return Cost(bytes=2 * nbytes(arguments) + nbytes(gradient), flops=2 * _cost(arguments, gradient).flops)
 
 

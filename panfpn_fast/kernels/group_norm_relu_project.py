@@ -211,7 +211,8 @@ def group_norm_relu_project(
         tiles = (triton.cdiv(width // 2 + 1, _CELLS), height // 2 + 1)
     else:
         tiles = (triton.cdiv(height * width, 4 * _CELLS), 1)
-    wrap_triton(_project_kernel)[(*tiles, batch * blocks)](
+    grid = (*tiles, batch * blocks)
+    wrap_triton(_project_kernel)[grid](
         channels_last(input),
         mean.contiguous(),
         rstd.contiguous(),

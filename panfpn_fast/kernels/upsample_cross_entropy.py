@@ -54,10 +54,7 @@ def _class_of(target, inside, ignore_index, channels):
 @triton.jit
 def _class_weight(weight, label, counts, wrong, WEIGHTED: tl.constexpr):
     """The weight of a pixel: its class's, 0 where it does not count, NaN where its target is wrong."""
-    if WEIGHTED:
-        value = tl.load(weight + label, label >= 0, other=0.0)
-    else:
-        value = tl.where(counts, 1.0, 0.0)
+    value = tl.load(weight + label, label >= 0, other=0.0) if WEIGHTED else tl.where(counts, 1.0, 0.0)
     return tl.where(wrong, float("nan"), value)
 
 

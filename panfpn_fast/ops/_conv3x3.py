@@ -29,9 +29,9 @@ def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
         [N, C_out, H, W]; channels-last where `x` is.
 
     Note:
-        Winograd's F(2x2, 3x3) takes AVX-512, float32, channels-last, and channels in multiples of 16. Its sums are shorter
-        than those of the definition, so that it comes closer to the exact result. Deterministic, whatever the number
-        of threads.
+        Winograd's F(2x2, 3x3) takes AVX-512, float32, channels-last, and channels in multiples of 16. Its sums are
+        shorter than those of the definition, so that it comes closer to the exact result. Deterministic, whatever the
+        number of threads.
     """
     if _takes_winograd(x, weight):
         output: Tensor = torch.ops.panfpn_fast.conv3x3(x, weight)

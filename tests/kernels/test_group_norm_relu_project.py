@@ -148,7 +148,7 @@ def test_public_function(triton_ops: torch.device) -> None:
     gn = (1 + random((12,), 2) / 4, random((12,), 3) / 4)
     weight, bias, residual = random((7, 12), 4) / 3, random((7,), 5), random((1, 7, 3, 2), 6)
     leaves = [value.clone().requires_grad_() for value in (x, conv_weight, *gn, weight, bias, residual)]
-    output = conv_gn_relu_project(*leaves[:4], 3, *leaves[4:6], EPS, leaves[6])  # type: ignore[arg-type]
+    output = conv_gn_relu_project(*leaves[:4], 3, *leaves[4:6], EPS, leaves[6])  # type: ignore[arg-type, call-arg]
     exact = [value.double().requires_grad_() for value in (x, conv_weight, *gn, weight, bias, residual)]
     y = F.relu(F.group_norm(F.conv2d(exact[0], exact[1], padding=1), 3, exact[2], exact[3], EPS))
     expected = F.conv2d(y, exact[4][:, :, None, None], exact[5])

@@ -149,7 +149,7 @@ def test_empty(shape: tuple[int, int, int, int], triton_ops: torch.device) -> No
     inputs = [
         torch.zeros(size, device=triton_ops, requires_grad=True) for size in (shape, shape[1:2], shape[1:2])
     ]
-    output = group_norm_relu_upsample(*inputs, 2, EPS)  # type: ignore[arg-type, misc]
+    output = group_norm_relu_upsample(*inputs, 2, EPS)  # type: ignore[arg-type, call-arg, misc]
     assert output.shape == (shape[0], 4, 2 * shape[2], 6)
     gradients = torch.autograd.grad(output, inputs, torch.zeros_like(output))
     assert gradients[0].shape == shape

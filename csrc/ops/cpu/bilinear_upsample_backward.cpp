@@ -1,4 +1,4 @@
-#include "ops/cpu/huge_pages.h"
+#include "ops/cpu/pages.h"
 #include "ops/cpu/upsample_gather.h"
 #include "ops/group_norm.h"
 

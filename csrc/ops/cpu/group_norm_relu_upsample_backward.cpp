@@ -2,7 +2,7 @@
 // keeps it, and sums it up for each channel and row: as it is, and times the value's distance from the mean.
 // The sums are added row by row, whatever thread made them. The second subtracts what the statistics take.
 #include "ops/cpu/channel_affine.h"
-#include "ops/cpu/huge_pages.h"
+#include "ops/cpu/pages.h"
 #include "ops/cpu/upsample_gather.h"
 
 namespace panfpn {
