@@ -53,7 +53,9 @@ def _cost(arguments: Arguments, output: Tensor) -> Cost:
 
 
 def _training_cost(arguments: Arguments, gradient: Sequence[Tensor]) -> Cost:
-    return Cost(bytes=2 * nbytes(arguments) + nbytes(gradient), flops=2 * _cost(arguments, gradient).flops)
+    return Cost(
+        bytes=2 * nbytes(arguments) + nbytes(gradient), flops=2 * _cost(arguments, arguments[0]).flops
+    )
 
 
 CASES = [
