@@ -175,9 +175,7 @@ def _label_kernel(
     COLUMNS: tl.constexpr,
 ):
     """Labels ROWS rows and COLUMNS columns; SCALE is the factor where there is no resize, else 0."""
-    OFFSET: tl.constexpr = (
-        SCALE - SCALE // 2
-    )  # of the first cell's outputs, those before the first input, none are
+    OFFSET: tl.constexpr = SCALE - SCALE // 2  # rows and columns of the first cells that are no output
     stretches = tl.cdiv(width, COLUMNS)
     bands = tl.cdiv(height + OFFSET, ROWS)
     program = tl.program_id(0)

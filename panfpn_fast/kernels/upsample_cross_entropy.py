@@ -19,6 +19,7 @@ from torch import Tensor
 
 from panfpn_fast.kernels._launch import block_double_backward, triton_op, wrap_triton
 from panfpn_fast.kernels.planar import planar, sum_to_channels_last
+from panfpn_fast.ops import _checks
 from panfpn_fast.ops.upsample_cross_entropy import _backward, _setup_context
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -27,9 +28,7 @@ _LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 _COLUMNS = 64  # of the output, in a program of the forward kernel
 _MOST_ROWS = 8
-_CLASSES = (
-    4  # that share one step of the running maximum; half of them with label smoothing, for its registers
-)
+_CLASSES = 4  # that share one step of the running maximum; half with label smoothing, for its registers
 _CELLS = 32  # in a program of the backward kernel, a warp
 _MOST_CLASSES = 32  # in a program of the backward kernel: fewer of them keep more of the GPU busy
 _BLOCK = 4  # outputs of a cell that a thread has in registers at a time, along each axis
@@ -37,24 +36,28 @@ _PARTIALS = 1024
 
 
 @triton.jit
-def _upper_weight(phase, SCALE: tl.constexpr):
+def _second_weight(phase, SCALE: tl.constexpr):
     """Weight of the second of the two inputs that the outputs of a cell mix."""
     return (2 * (phase + SCALE // 2) + 1 - SCALE) / (2 * SCALE)
 
 
 @triton.jit
 def _class_of(target, inside, ignore_index, channels):
-    """The target where it is a class, else -1; whether it counts; and whether it is wrong."""
+    """The target where it is a class, else -1, as a float32; whether it counts; and whether it is wrong."""
     value = tl.load(target, inside, other=0).to(tl.int64)
     counts = inside & (value != ignore_index)
     is_class = (value >= 0) & (value < channels)
-    return tl.where(counts & is_class, value, -1).to(tl.int32), counts, counts & (is_class == 0)
+    return tl.where(counts & is_class, value, -1).to(tl.float32), counts, counts & (is_class == 0)
 
 
 @triton.jit
 def _class_weight(weight, label, counts, wrong, WEIGHTED: tl.constexpr):
     """The weight of a pixel: its class's, 0 where it does not count, NaN where its target is wrong."""
-    value = tl.load(weight + label, label >= 0, other=0.0) if WEIGHTED else tl.where(counts, 1.0, 0.0)
+    value = (
+        tl.load(weight + label.to(tl.int32), label >= 0, other=0.0)
+        if WEIGHTED
+        else tl.where(counts, 1.0, 0.0)
+    )
     return tl.where(wrong, float("nan"), value)
 
 
@@ -80,13 +83,13 @@ def _add_classes(
     weight,
     spread_weight,
     label_smoothing,
+    has_right,
     left_weight,
     right_weight,
-    upper_weights,
+    lower_weights,
     CLASSES: tl.constexpr,
     ROWS: tl.constexpr,
     INPUT_ROWS: tl.constexpr,
-    TAPS: tl.constexpr,
     SCALE: tl.constexpr,
     WEIGHTED: tl.constexpr,
     SMOOTHED: tl.constexpr,
@@ -96,17 +99,17 @@ def _add_classes(
     That is the largest logit so far, the sum of exponentials relative to it, and the target's logit or, with SMOOTHED,
     the sum of all logits times their shares in the target's distribution, and times their weights.
     """
+    # A second counter: with integers LLVM would make a comparison two, or a counter of its own.
+    number = tl.cast(first, tl.float32)
     for c in range(first, stop, CLASSES):
         top, total, chosen = state
         values = ()
         for k in tl.static_range(CLASSES):
             mixed = ()
             for i in tl.static_range(INPUT_ROWS):
-                row = rows[i] + position
-                value = left_weight * tl.load(row).to(tl.float32)
-                if TAPS == 2:
-                    value = tl.fma(right_weight, tl.load(row + 1).to(tl.float32), value)
-                mixed += (value,)
+                left = tl.load(rows[i] + position).to(tl.float32)
+                right = tl.load(rows[i] + position + 1, has_right, other=0.0).to(tl.float32)
+                mixed += (tl.fma(right_weight, right, left_weight * left),)
             position += plane_size
             if SMOOTHED:
                 class_weight = tl.load(weight + c + k) if WEIGHTED else 1.0
@@ -114,15 +117,16 @@ def _add_classes(
                 share = tl.fma(class_weight, 1.0 - label_smoothing, other_share)
             next_chosen = ()
             for r in tl.static_range(ROWS):
-                value = (1.0 - upper_weights[r]) * mixed[r // SCALE]
-                value = tl.fma(upper_weights[r], mixed[r // SCALE + 1], value)
+                value = (1.0 - lower_weights[r]) * mixed[r // SCALE]
+                value = tl.fma(lower_weights[r], mixed[r // SCALE + 1], value)
                 values += (value,)
-                is_target = labels[r] == c + k
+                is_target = labels[r] == number
                 if SMOOTHED:
                     next_chosen += (tl.fma(tl.where(is_target, share, other_share), value, chosen[r]),)
                 else:
                     next_chosen += (tl.where(is_target, value, chosen[r]),)
             chosen = next_chosen
+            number += 1.0
         next_top, next_total = (), ()
         for r in tl.static_range(ROWS):
             highest = top[r]
@@ -154,7 +158,6 @@ def _loss_kernel(
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     INPUT_ROWS: tl.constexpr,
-    TAPS: tl.constexpr,
     WEIGHTED: tl.constexpr,
     SMOOTHED: tl.constexpr,
     REDUCED: tl.constexpr,
@@ -171,11 +174,13 @@ def _loss_kernel(
     band = program // stretches % bands
     x = program % stretches * COLUMNS + tl.arange(0, COLUMNS)
 
+    # What is not finite gives what F.interpolate makes of it: that reads the first two rows and columns for what lies
+    # before the first, the second with a weight of zero, and the last ones alone for what lies behind.
     left = (x + SCALE - SCALE // 2) // SCALE - 1
-    right_weight = _upper_weight((x + SCALE - SCALE // 2) % SCALE, SCALE).to(tl.float32)
-    right_weight = tl.where(left < 0, 0.0, right_weight)
-    column = tl.minimum(tl.maximum(left, 0), input_width - TAPS)
-    right_weight = tl.where(left > column, 1.0, right_weight) * (TAPS - 1)
+    column = tl.minimum(tl.maximum(left, 0), input_width - 1)
+    has_right = column + 1 < input_width
+    right_weight = _second_weight((x + SCALE - SCALE // 2) % SCALE, SCALE).to(tl.float32)
+    right_weight = tl.where((left >= 0) & has_right, right_weight, 0.0)
     left_weight = (1.0 - right_weight) * _LOG2_E
     right_weight *= _LOG2_E
 
@@ -184,10 +189,10 @@ def _loss_kernel(
     cell = band // PARTS * (INPUT_ROWS - 1)
     rows = ()
     for i in tl.static_range(INPUT_ROWS):
-        row = tl.minimum(tl.maximum(cell - 1 + i, 0), input_height - 1).to(tl.int64)
+        row = tl.minimum(tl.where(cell + i == 0, 1, cell - 1 + i), input_height - 1).to(tl.int64)
         rows += (logits + image * channels * plane_size + row * input_width,)
 
-    starts, inside_rows, labels, upper_weights = (), (), (), ()
+    starts, inside_rows, labels, lower_weights = (), (), (), ()
     top, total, zeros = (), (), ()
     for r in tl.static_range(ROWS):
         phase = r % SCALE + band % PARTS * ROWS
@@ -200,7 +205,8 @@ def _loss_kernel(
         starts += (start,)
         inside_rows += (inside_row,)
         labels += (label,)
-        upper_weights += (tl.cast(_upper_weight(phase, SCALE), tl.float32),)
+        lower_weight = tl.cast(_second_weight(phase, SCALE), tl.float32)
+        lower_weights += (tl.where(cell + r // SCALE == 0, 1.0, lower_weight),)
         top += (tl.full((COLUMNS,), _LOWEST, tl.float32),)
         total += (tl.zeros((COLUMNS,), tl.float32),)
         zeros += (tl.zeros((COLUMNS,), tl.float32),)
@@ -209,12 +215,12 @@ def _loss_kernel(
     state = (top, total, zeros)
     in_groups = channels // CLASSES * CLASSES
     state, position = _add_classes(
-        state, rows, position, plane_size, 0, in_groups, labels, weight, spread_weight, label_smoothing, left_weight,
-        right_weight, upper_weights, CLASSES, ROWS, INPUT_ROWS, TAPS, SCALE, WEIGHTED, SMOOTHED,
+        state, rows, position, plane_size, 0, in_groups, labels, weight, spread_weight, label_smoothing, has_right,
+        left_weight, right_weight, lower_weights, CLASSES, ROWS, INPUT_ROWS, SCALE, WEIGHTED, SMOOTHED,
     )  # fmt: skip
     state, position = _add_classes(
         state, rows, position, plane_size, in_groups, channels, labels, weight, spread_weight, label_smoothing,
-        left_weight, right_weight, upper_weights, 1, ROWS, INPUT_ROWS, TAPS, SCALE, WEIGHTED, SMOOTHED,
+        has_right, left_weight, right_weight, lower_weights, 1, ROWS, INPUT_ROWS, SCALE, WEIGHTED, SMOOTHED,
     )  # fmt: skip
 
     top, total, chosen = state
@@ -286,7 +292,7 @@ def upsample_cross_entropy(
         wrap_triton(_loss_kernel)[(programs,)](
             planar(logits),
             target.contiguous(),
-            weight,
+            None if weight is None else weight.contiguous(),
             loss,
             log_sum_exp,
             partials,
@@ -299,7 +305,6 @@ def upsample_cross_entropy(
             PARTS=parts,
             ROWS=rows,
             INPUT_ROWS=cells + 1,
-            TAPS=min(width, 2),
             WEIGHTED=weight is not None,
             SMOOTHED=label_smoothing > 0,
             REDUCED=reduction != "none",
@@ -407,9 +412,9 @@ def _gradient_kernel(
     for block in range(BLOCKS * BLOCKS):
         right_weights, lower_weights = (), ()
         for q in tl.static_range(BLOCK):
-            right_weight = tl.cast(_upper_weight(block % BLOCKS * BLOCK + q, SCALE), tl.float32)
+            right_weight = tl.cast(_second_weight(block % BLOCKS * BLOCK + q, SCALE), tl.float32)
             right_weights += (tl.where(j <= 0, 1.0, tl.where(j >= input_width, 0.0, right_weight)),)
-            lower_weight = tl.cast(_upper_weight(block // BLOCKS * BLOCK + q, SCALE), tl.float32)
+            lower_weight = tl.cast(_second_weight(block // BLOCKS * BLOCK + q, SCALE), tl.float32)
             lower_weights += (tl.where(i <= 0, 1.0, tl.where(i >= input_height, 0.0, lower_weight)),)
 
         labels, offsets, factors, chosen_factors, spread_factors = (), (), (), (), ()
@@ -421,12 +426,12 @@ def _gradient_kernel(
             inside = (row < SCALE) & (column < SCALE) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
             place = (image * height + y) * width + x
             label, counts, _wrong = _class_of(target + place, inside, ignore_index, channels)
-            labels += (label.to(tl.float32),)
+            labels += (label,)
             offsets += (-_LOG2_E * tl.load(log_sum_exp + place, counts, other=float("inf")),)
             of_loss = tl.where(counts, 1.0, 0.0) if REDUCED else tl.load(grad + place, counts, other=0.0)
             of_class = of_loss
             if WEIGHTED:
-                of_class *= tl.load(weight + label, label >= 0, other=0.0)
+                of_class *= tl.load(weight + label.to(tl.int32), label >= 0, other=0.0)
             if SMOOTHED:
                 of_class *= 1.0 - label_smoothing
                 spread_factors += (of_loss * spread_weight,)
@@ -441,7 +446,6 @@ def _gradient_kernel(
             )
 
         position = first * plane_size + (j - 1)
-        # A second counter: with integers LLVM would turn each comparison into a counter of its own.
         number = tl.cast(first, tl.float32)
         for c in range(first, last):
             corners = ()
@@ -518,7 +522,7 @@ def upsample_cross_entropy_backward(
         grad.contiguous(),
         planar(logits),
         target.contiguous(),
-        weight,
+        None if weight is None else weight.contiguous(),
         log_sum_exp,
         total_weight,
         planes,
@@ -539,7 +543,9 @@ def upsample_cross_entropy_backward(
         CELLS=_CELLS,
         num_warps=1,
     )
-    return sum_to_channels_last(planes, logits.dtype)
+    if _checks.channels_last_only(logits):
+        return sum_to_channels_last(planes, logits.dtype)
+    return planes.sum(0).to(logits.dtype)
 
 
 triton_op(upsample_cross_entropy).register_autograd(_backward, setup_context=_setup_context)
