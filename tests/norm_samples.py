@@ -25,12 +25,21 @@ def random(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def assert_close(actual: Tensor, expected: Tensor, steps: float = 1.0) -> None:
+def assert_close(
+    actual: Tensor, expected: Tensor, steps: float = 1.0, rounded_to: torch.dtype | None = None
+) -> None:
     """Compares with a float64 result, relative to its largest value.
 
     In float32: sums of some hundred terms. In half precision: as many roundings of one step (not of half a one,
     because Triton's interpreter cuts off what does not fit into bfloat16).
+
+    Args:
+        actual: Found.
+        expected: In float64.
+        steps: Roundings to half precision on the way.
+        rounded_to: The dtype of these roundings, where the result's own is wider.
     """
-    step = 2e-6 if actual.dtype == torch.float32 else steps * torch.finfo(actual.dtype).eps
-    scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+    dtype = rounded_to or actual.dtype
+    step = 2e-6 if dtype == torch.float32 else steps * torch.finfo(dtype).eps
+    scale = max(1.0, expected.detach().abs().max().item()) if expected.numel() else 1.0
     torch.testing.assert_close(actual.double(), expected.double(), atol=step * scale, rtol=0)

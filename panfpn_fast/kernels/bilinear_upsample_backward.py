@@ -102,12 +102,16 @@ def _gather_kernel(
 def gather_tiles(grad: Tensor, scale_factor: int) -> tuple[int, int, int]:
     """Rows, columns and channels of the pixels that one program gathers."""
     block = min(next_power_of_2(grad.shape[1]), _MAX_CHANNELS)
-    return max(1, 8 // scale_factor), _WARPS * 32 * vector_size(grad) // block, block
+    columns = _WARPS * 32 * vector_size(grad) // block
+    if scale_factor > 4:  # whose loops, which are not unrolled, would spill with more
+        columns = max(1, columns // 2)
+    return max(1, 8 // scale_factor), columns, block
 
 
 def bilinear_upsample_backward(grad: Tensor, scale_factor: int) -> Tensor:
     """See csrc/library.cpp. One launch; the result is channels-last."""
     batch, channels, height, width = grad.shape
+    scale_factor = int(scale_factor)  # a constant of a traced graph
     height, width = height // scale_factor, width // scale_factor
     out = empty_channels_last((batch, channels, height, width), grad)
     if out.numel() == 0:

@@ -203,9 +203,11 @@ def group_norm_relu_project(
     if out.numel() == 0:
         return out
     half = residual is not None and residual.shape[2] != height
-    widest = 16 if input.element_size() == 4 else 128 if channels <= 128 else 64
+    # Larger tiles would spill where they are read block by block.
+    small = input.element_size() == 4 or channels > 128
+    widest = 16 if input.element_size() == 4 else 64 if small else 128
     block = max(min(next_power_of_2(channels), widest), 16)  # 16: the least that tensor cores add up
-    output_block = 64 if outputs <= 64 or input.element_size() == 4 else 128  # wgmma takes no less than 64
+    output_block = 64 if small or outputs <= 64 else 128  # 64: the least that wgmma takes
     blocks = triton.cdiv(outputs, output_block)
     if half:
         tiles = (triton.cdiv(width // 2 + 1, _CELLS), height // 2 + 1)
@@ -238,6 +240,7 @@ def group_norm_relu_project(
         OUTPUTS=output_block,
         ONE_BLOCK=channels <= block,
         num_warps=_WARPS,
+        num_stages=3 if channels <= block else 2,
     )
     return out
 

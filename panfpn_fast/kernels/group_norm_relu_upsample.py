@@ -138,13 +138,14 @@ def group_norm_relu_upsample(
 ) -> Tensor:
     """See csrc/library.cpp. One launch; the output is channels-last."""
     batch, channels, height, width = input.shape
+    scale_factor = int(scale_factor)  # a constant of a traced graph
     out = empty_channels_last((batch, channels, height * scale_factor, width * scale_factor), input)
     if out.numel() == 0:
         return out
     block = min(next_power_of_2(channels), _MAX_CHANNELS)
     columns = _WARPS * 32 * vector_size(input) // block
     rows = max(1, (8 if residual is None else 4) // scale_factor)
-    ahead = 0 if scale_factor > 4 else 2 if scale_factor <= 2 else 1
+    ahead = {1: 2, 2: 2, 3: 1}.get(scale_factor, 0)
     before = 1 if scale_factor > 1 else 0
     blocks = triton.cdiv(channels, block)
     grid = (triton.cdiv(width + before, columns), triton.cdiv(height + before, rows), batch * blocks)
@@ -354,6 +355,7 @@ def group_norm_relu_upsample_backward(
     """
     batch, channels, height, width = input.shape
     num_groups = mean.shape[1]
+    scale_factor = int(scale_factor)  # a constant of a traced graph
     out = empty_channels_last((batch, channels, height, width), input)
     if out.numel() == 0:
         return out, torch.zeros_like(weight), torch.zeros_like(bias)
@@ -403,7 +405,7 @@ def group_norm_relu_upsample_backward(
         num_warps=_WARPS,
     )
     weight_grad, bias_grad = torch.empty_like(weight), torch.empty_like(bias)
-    pixels = 4 * _WARPS * 32 * vector // block
+    pixels = 2 * _WARPS * 32 * vector // block
     wrap_triton(_input_gradient_kernel)[(triton.cdiv(height * width, pixels), blocks, batch)](
         grad if scale_factor == 1 else out,
         x,
