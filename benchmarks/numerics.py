@@ -52,20 +52,20 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def _stage(channels: int = 128) -> tuple[Tensor, Tensor, Tensor]:
+def _stage(channels: int = 64) -> tuple[Tensor, Tensor, Tensor]:
     """A map whose channels have means of their own, as convolutions give, and GroupNorm's parameters."""
-    x = _random(2, channels, 50, 84) + _random(2, channels, 1, 1, seed=1)
+    x = _random(1, channels, 26, 42) + _random(1, channels, 1, 1, seed=1)
     return x, 1 + 0.1 * _random(channels, seed=2), 0.1 * _random(channels, seed=3)
 
 
 def _conv_stage() -> tuple[Tensor, ...]:
-    weight = _random(128, 256, 3, 3, seed=4) / 48
+    weight = _random(64, 128, 3, 3, seed=4) / 34
     _, scale, shift = _stage()
-    return _random(2, 256, 50, 84), weight, scale, shift
+    return _random(1, 128, 26, 42), weight, scale, shift
 
 
 def _project_stage() -> tuple[Tensor, ...]:
-    return *_conv_stage(), _random(54, 128, seed=5) / 11, 0.1 * _random(54, seed=6)
+    return *_conv_stage(), _random(54, 64, seed=5) / 8, 0.1 * _random(54, seed=6)
 
 
 def _logits() -> tuple[Tensor]:
