@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from compile_kernels import Launch
-from op_checks import OPS, Sample, check_forward, check_gradients
+from op_checks import OPS, Sample, assert_agrees, channels_last, check_gradients
 
 # Shared memory that a program may have, by compute capability: CUDA C++ Programming Guide, table of technical
 # specifications.
@@ -28,11 +28,18 @@ def op_samples(name: str, dtype: torch.dtype, device: torch.device) -> list[Samp
     return samples
 
 
-def check_op(name: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Forward and every gradient equal the reference's, in every layout; to be run under the fixture triton_ops."""
-    for sample in op_samples(name, dtype, device):
-        check_forward(OPS[name], sample)
-        check_gradients(OPS[name], sample)
+def check_op(name: str, dtype: torch.dtype, device: torch.device, count: int | None = None) -> None:
+    """Forward, in both layouts, and every gradient equal the reference's; to be run under the fixture triton_ops.
+
+    Of half precision the first few samples (`count`) do: the interpreter is slow.
+    """
+    op = OPS[name]
+    for sample in op_samples(name, dtype, device)[:count]:
+        expected = sample.run(op.reference)
+        for layout in (torch.Tensor.contiguous, channels_last):
+            actual = sample.map_tensors(layout).run(op.function)
+            assert_agrees(actual, expected, sample.tolerance, f"{name}, {layout.__name__}")
+        check_gradients(op, sample)
 
 
 def check_compiled(report: dict[str, Any], launch: Launch, capability: int) -> None:

@@ -37,9 +37,9 @@ LAUNCHES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_checks(dtype: torch.dtype, triton_ops: torch.device) -> None:
-    check_op("upsample_argmax", dtype, triton_ops)
+@pytest.mark.parametrize(("dtype", "count"), [(torch.float32, None), (torch.float16, 1)], ids=str)
+def test_checks(dtype: torch.dtype, count: int | None, triton_ops: torch.device) -> None:
+    check_op("upsample_argmax", dtype, triton_ops, count)
 
 
 def test_first_of_equals_and_nan(kernel_device: torch.device) -> None:

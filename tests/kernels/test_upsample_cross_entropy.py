@@ -54,9 +54,9 @@ LAUNCHES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_checks(dtype: torch.dtype, triton_ops: torch.device) -> None:
-    check_op("upsample_cross_entropy", dtype, triton_ops)
+@pytest.mark.parametrize(("dtype", "count"), [(torch.float32, None), (torch.float16, 1)], ids=str)
+def test_checks(dtype: torch.dtype, count: int | None, triton_ops: torch.device) -> None:
+    check_op("upsample_cross_entropy", dtype, triton_ops, count)
 
 
 def test_a_target_that_is_no_class_makes_the_loss_nan(triton_ops: torch.device) -> None:
