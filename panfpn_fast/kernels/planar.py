@@ -51,10 +51,7 @@ def planar(x: Tensor) -> Tensor:
 def _sum_to_channels_last_kernel(
     planes, second, target, channels, pixels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr
 ):
-    """Adds [channels, pixels] and the one `second` numbers further on, and transposes the sum to [pixels, channels].
-
-    One tile of an image in each program.
-    """
+    """Adds [channels, pixels] and that `second` numbers further on, and transposes to [pixels, channels]."""
     blocks = tl.cdiv(channels, CHANNELS)
     tiles = tl.cdiv(pixels, PIXELS)
     program = tl.program_id(0)

@@ -53,11 +53,9 @@ def _class_of(target, inside, ignore_index, channels):
 @triton.jit
 def _class_weight(weight, label, counts, wrong, WEIGHTED: tl.constexpr):
     """The weight of a pixel: its class's, 0 where it does not count, NaN where its target is wrong."""
-    value = (
-        tl.load(weight + label.to(tl.int32), label >= 0, other=0.0)
-        if WEIGHTED
-        else tl.where(counts, 1.0, 0.0)
-    )
+    value = tl.where(counts, 1.0, 0.0)
+    if WEIGHTED:
+        value = tl.load(weight + label.to(tl.int32), label >= 0, other=0.0)
     return tl.where(wrong, float("nan"), value)
 
 
@@ -424,11 +422,11 @@ def _gradient_kernel(
             y = (i - 1) * SCALE + SCALE // 2 + row
             x = (j - 1) * SCALE + SCALE // 2 + column
             inside = (row < SCALE) & (column < SCALE) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-            place = (image * height + y) * width + x
-            label, counts, _wrong = _class_of(target + place, inside, ignore_index, channels)
+            start = (image * height + y) * width
+            label, counts, _wrong = _class_of(target + start + x, inside, ignore_index, channels)
             labels += (label,)
-            offsets += (-_LOG2_E * tl.load(log_sum_exp + place, counts, other=float("inf")),)
-            of_loss = tl.where(counts, 1.0, 0.0) if REDUCED else tl.load(grad + place, counts, other=0.0)
+            offsets += (-_LOG2_E * tl.load(log_sum_exp + start + x, counts, other=float("inf")),)
+            of_loss = tl.where(counts, 1.0, 0.0) if REDUCED else tl.load(grad + start + x, counts, other=0.0)
             of_class = of_loss
             if WEIGHTED:
                 of_class *= tl.load(weight + label.to(tl.int32), label >= 0, other=0.0)

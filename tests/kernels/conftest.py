@@ -60,7 +60,18 @@ def kernel_device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
         # Triton 3.6 reads the bounds of loops with int(array), which numpy 2.4 refuses for arrays of one element.
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
+    splat = interpreter.InterpreterBuilder.create_splat
+
+    def create_splat(self: Any, shape: Any, scalar: Any) -> Any:
+        handle = splat(self, shape, scalar)
+        if (
+            scalar.data.dtype == np.bool_
+        ):  # of which Triton 3.9 makes integers, and then takes no masks of them
+            handle.data = handle.data.astype(np.bool_)
+        return handle
+
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_splat", create_splat)
     return torch.device("cpu")
 
 
