@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .harness import tensors
 
-def forward_backward(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Calls a function and returns the gradient of half the sum of its squares for its first argument."""
 
-    def call(features: Tensor, *rest: Any) -> Tensor:
-        leaf = features.detach().requires_grad_()
-        output = function(leaf, *rest)
-        return torch.autograd.grad(output, leaf, output.detach())[0]
+def forward_backward(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    """Calls a function and returns the gradients of half the sum of its squares for its first argument, one or many."""
+
+    def call(features: Tensor | Sequence[Tensor], *rest: Any) -> tuple[Tensor, ...]:
+        leaves = [feature.detach().requires_grad_() for feature in tensors(features)]
+        output = function(leaves[0] if isinstance(features, Tensor) else leaves, *rest)
+        return torch.autograd.grad(output, leaves, output.detach())
 
     return call
 
 
-def close_gradients(ours: Tensor, theirs: Tensor) -> None:
+def close_gradients(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
     """Demands equal gradients up to the rounding of sums over many boxes, which come in different orders."""
-    assert ours.shape == theirs.shape, f"shape {list(ours.shape)} and {list(theirs.shape)}"
-    worst, largest = float((ours - theirs).abs().max()), float(theirs.abs().max())
-    assert worst <= 1e-4 * largest, (
-        f"gradients differ by up to {worst:.2g} where the largest is {largest:.2g}"
-    )
+    for i, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+        assert mine.shape == other.shape, f"shape {list(mine.shape)} and {list(other.shape)}"
+        worst, largest = float((mine - other).abs().max()), float(other.abs().max())
+        assert worst <= 1e-4 * largest, (
+            f"gradients {i} differ by up to {worst:.2g} where the largest is {largest:.2g}"
+        )

@@ -134,6 +134,11 @@ class Row:
     def call(self) -> Callable[..., Any]:
         return self.comparison.ours if self.peer is None else self.peer.call
 
+    def same_case(self, other: Row) -> bool:
+        """Whether both do the same work on the same inputs."""
+        mine = (self.comparison, self.case, self.device)
+        return mine == (other.comparison, other.case, other.device)
+
     @property
     def full(self) -> bool:
         return self.case.full or (self.peer is not None and self.peer.full)

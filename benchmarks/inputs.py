@@ -137,3 +137,28 @@ def pyramid(
         .contiguous(memory_format=memory_format)
         for scale in PYRAMID_SCALES
     ]
+
+
+def semantic_logits(
+    size: tuple[int, int] = PADDED,
+    *,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    seed: int = 0,
+) -> Tensor:
+    """Logits of a trained head at a quarter of the resolution, [1, STUFF + 1, height / 4, width / 4].
+
+    Those of the right class are higher by six than the others, which are normally distributed.
+    """
+    labels = semantic_labels(size, seed=seed)[None, None, 2::4, 2::4]
+    logits = torch.randn(1, STUFF + 1, *labels.shape[2:], generator=_generator(seed + 8))
+    logits.scatter_add_(1, labels, torch.full(labels.shape, 6.0))
+    return logits.to(dtype).contiguous(memory_format=memory_format)
+
+
+def semantic_target(size: tuple[int, int] = PADDED, *, seed: int = 0) -> Tensor:
+    """The labels of a padded image, int64 [1, height, width], with 255 where it is padded."""
+    target = semantic_labels(size, seed=seed)[None].clone()
+    target[:, IMAGE[0] :] = 255
+    target[:, :, IMAGE[1] :] = 255
+    return target

@@ -52,7 +52,7 @@ class Report:
     def ours(self, row: Row) -> Result | None:
         """Our own row on the case and device of another, if it was timed."""
         for other, result in self.results:
-            if other.peer is None and (other.case, other.device) == (row.case, row.device):
+            if other.peer is None and other.same_case(row):
                 return result
         return None
 
@@ -146,7 +146,7 @@ def ratio_table(report: Report) -> list[str]:
         beside = [
             (other.contender, result)
             for other, result in report.results
-            if other.peer is not None and (other.case, other.device) == (row.case, row.device)
+            if other.peer is not None and other.same_case(row)
         ]
         common = (
             row.comparison.op,

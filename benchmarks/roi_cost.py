@@ -47,3 +47,12 @@ def pooling_cost(
         samples += int((grid[:, 0] * grid[:, 1]).sum()) * cells[0] * cells[1]
     read = pixels * channels * features[0].element_size()
     return Cost(bytes=read + nbytes(boxes) + nbytes(output), flops=8 * samples * channels)
+
+
+def training_cost(
+    features: Sequence[Tensor], boxes: Tensor, scales: Sequence[float], side: int, sampling_ratio: int
+) -> Cost:
+    """Pooling to side x side cells and back: samples are visited twice, and gradients are as large as the maps."""
+    pooled = features[0].new_empty(len(boxes), features[0].shape[1], side, side)
+    forward = pooling_cost(features, boxes, scales, pooled, sampling_ratio)
+    return Cost(bytes=forward.bytes + nbytes(pooled) + nbytes(features), flops=2 * forward.flops)

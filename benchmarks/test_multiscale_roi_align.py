@@ -12,8 +12,9 @@ from panfpn_fast.ops import multiscale_roi_align, reference
 
 from . import inputs, peers
 from .agreement import close_features
+from .gradients import close_gradients, forward_backward
 from .harness import Arguments, Case, Comparison, Cost, Peer, Row
-from .roi_cost import pooling_cost
+from .roi_cost import pooling_cost, training_cost
 
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
 
@@ -40,6 +41,11 @@ def _few_boxes(arguments: Arguments) -> Arguments:
 def _cost(arguments: Arguments, output: Tensor) -> Cost:
     features, (boxes,), _, scales, sampling_ratio, _ = arguments
     return pooling_cost(features, boxes, scales, output, sampling_ratio)
+
+
+def _training_cost(arguments: Arguments, gradients: tuple[Tensor, ...]) -> Cost:
+    features, (boxes,), side, scales, sampling_ratio, _ = arguments
+    return training_cost(features, boxes, scales, side, sampling_ratio)
 
 
 def _cases() -> list[Case]:
@@ -81,6 +87,21 @@ UNALIGNED = Comparison(
     cost=_cost,
 )
 
+TRAINING = Comparison(
+    op="multiscale_roi_align, forward and backward",
+    ours=forward_backward(multiscale_roi_align),
+    peers=[
+        Peer("detectron2", forward_backward(peers.detectron2_pooler), peers.torchvision_problem),
+        Peer("reference", forward_backward(reference.multiscale_roi_align), sample=_few_boxes),
+    ],
+    cases=[
+        Case(f"1000 x 7 x 7, {name}", partial(_arguments, 1000, 7, torch.float32, layout))
+        for name, layout in (("NCHW", NCHW), ("channels-last", NHWC))
+    ],
+    agree=close_gradients,
+    cost=_training_cost,
+)
+
 
 @COMPARISON.rows()
 def test_multiscale_roi_align(row: Row, time_row: Callable[[Row], None]) -> None:
@@ -89,4 +110,9 @@ def test_multiscale_roi_align(row: Row, time_row: Callable[[Row], None]) -> None
 
 @UNALIGNED.rows()
 def test_multiscale_roi_align_unaligned(row: Row, time_row: Callable[[Row], None]) -> None:
+    time_row(row)
+
+
+@TRAINING.rows()
+def test_multiscale_roi_align_training(row: Row, time_row: Callable[[Row], None]) -> None:
     time_row(row)

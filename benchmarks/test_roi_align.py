@@ -14,7 +14,7 @@ from . import inputs, peers
 from .agreement import close_features
 from .gradients import close_gradients, forward_backward
 from .harness import Arguments, Case, Comparison, Cost, Peer, Row
-from .roi_cost import pooling_cost
+from .roi_cost import pooling_cost, training_cost
 
 
 def _arguments(count: int, output_size: int, dtype: torch.dtype, layout: torch.memory_format) -> Arguments:
@@ -38,11 +38,9 @@ def _cost(arguments: Arguments, output: Tensor) -> Cost:
     return pooling_cost([features], boxes, [scale], output, sampling_ratio)
 
 
-def _training_cost(arguments: Arguments, gradient: Tensor) -> Cost:
+def _training_cost(arguments: Arguments, gradients: tuple[Tensor, ...]) -> Cost:
     features, (boxes,), side, scale, sampling_ratio, _ = arguments
-    pooled = features.new_empty(len(boxes), features.shape[1], side, side)
-    forward = pooling_cost([features], boxes, [scale], pooled, sampling_ratio)
-    return Cost(bytes=2 * forward.bytes, flops=2 * forward.flops)
+    return training_cost([features], boxes, [scale], side, sampling_ratio)
 
 
 def _torchvision(features: Tensor, boxes: list[Tensor], *rest: object) -> Tensor:
@@ -71,7 +69,6 @@ COMPARISON = Comparison(
     cost=_cost,
 )
 
-# The gradient is as large as the map; forward and backward each visit every sample.
 TRAINING = Comparison(
     op="roi_align, forward and backward",
     ours=forward_backward(roi_align),

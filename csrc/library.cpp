@@ -72,7 +72,8 @@ PANFPN_LIBRARY(m) {
       "SymInt width, bool return_prob) -> (Tensor, Tensor)");
 
   // Loss (a scalar, or [N, H, W] for reduction "none"), and what its backward needs: the logarithm of each
-  // pixel's sum of exponentials [N, H, W] and the sum of the targets' weights.
+  // pixel's sum of exponentials [N, H, W] (on the CPU less the upsampled maxima of the logits) and the sum of
+  // the targets' weights.
   m.def(
       "upsample_cross_entropy(Tensor logits, Tensor target, Tensor? weight, SymInt scale_factor, SymInt "
       "ignore_index, float label_smoothing, str reduction) -> (Tensor, Tensor, Tensor)");
@@ -83,6 +84,9 @@ PANFPN_LIBRARY(m) {
       "log_sum_exp, Tensor total_weight, SymInt scale_factor, SymInt ignore_index, float label_smoothing, "
       "str "
       "reduction) -> Tensor");
+
+  // 3x3 convolution with padding 1 and no bias, float32, channels-last; on the CPU only.
+  m.def("conv3x3(Tensor input, Tensor weight) -> Tensor");
 
   // Mean and reciprocal standard deviation of each group, [N, num_groups].
   m.def("group_norm_statistics(Tensor input, SymInt num_groups, float eps) -> (Tensor, Tensor)");

@@ -54,6 +54,13 @@ inline Tensor empty_nchw(std::initializer_list<int64_t> sizes, const Tensor& lik
                                             : torch::headeronly::MemoryFormat::Contiguous);
 }
 
+// The same values, lying in memory as channels-last.
+inline Tensor channels_last(const Tensor& t) {
+  if (is_channels_last(t)) return t;
+  Tensor copy = empty_nchw({t.size(0), t.size(1), t.size(2), t.size(3)}, t, true);
+  return torch::stable::copy_(copy, t);
+}
+
 // Indices that sort `values` along a dimension, equal ones in their given order; NaN counts as the largest
 // value of all. Retired by torch::stable::sort, should it come.
 inline Tensor argsort(const Tensor& values, bool descending, int64_t dim = 0) {

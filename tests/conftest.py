@@ -9,6 +9,11 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Triton decides at its import whether kernels are interpreted, and it may be imported by torch.compile: so for the
+# whole process.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # CI repeats its examples, so that it judges the change at hand; elsewhere every run looks at new ones.
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):

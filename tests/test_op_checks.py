@@ -21,6 +21,10 @@ class Stub(Op):
     twin: Callable[..., Tensor] = torch.neg
 
     @property
+    def dispatcher_ops(self) -> set[str]:
+        return set()
+
+    @property
     def function(self) -> Callable[..., Tensor]:
         return self.native
 

@@ -14,12 +14,14 @@
 
 namespace panfpn {
 
+// For `low` of a pixel where the mask is not: neither it nor the next is a cell.
+constexpr int32_t kOutside = -2;
+
 // Interpolation along one axis: between mask cells `low` and `low + 1`, either of which may be just outside.
 template <typename A>
 struct PasteTaps {
-  int64_t low;
+  int32_t low;
   A low_weight, high_weight;
-  bool inside;
 };
 
 // Half-open range of pixels.
@@ -40,9 +42,9 @@ struct PasteAxis {
   PANFPN_HOST_DEVICE PasteTaps<A> taps(int64_t pixel) const {
     const A normalised = (static_cast<A>(pixel) + A(0.5) - low) / (high - low) * A(2) - A(1);
     const A position = (normalised + A(1)) * (static_cast<A>(mask_size) / A(2)) - A(0.5);
-    if (!(position > A(-1) && position < static_cast<A>(mask_size))) return {-1, A(0), A(0), false};
+    if (!(position > A(-1) && position < static_cast<A>(mask_size))) return {kOutside, A(0), A(0)};
     const A floor = std::floor(position);
-    return {static_cast<int64_t>(floor), floor + A(1) - position, position - floor, true};
+    return {static_cast<int32_t>(floor), floor + A(1) - position, position - floor};
   }
 
   // The pixels of an image of `size` that can fall on the mask, with two to spare for rounding.
@@ -75,8 +77,12 @@ PANFPN_HOST_DEVICE uint8_t paste_pixel(A value, A threshold) {
   return scaled < A(255) ? static_cast<uint8_t>(scaled) : uint8_t{255};
 }
 
+// Rows and columns of masks and images are counted in 32 bits, with room for sums.
+constexpr int64_t kSideLimit = int64_t{1} << 30;
+
 inline void check_mask_boxes(const Tensor& masks, const Tensor& boxes, const char* op) {
   STD_TORCH_CHECK(masks.dim() == 3, op, ": masks must be [N, M, M]");
+  STD_TORCH_CHECK(masks.size(1) < kSideLimit && masks.size(2) < kSideLimit, op, ": masks are too large");
   STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(0) == masks.size(0) && boxes.size(1) == 4, op,
                   ": boxes must be [N, 4]");
   STD_TORCH_CHECK(boxes.scalar_type() == masks.scalar_type(), op, ": masks and boxes must agree in dtype");
@@ -87,6 +93,7 @@ inline void check_paste_masks_inputs(const Tensor& masks, const Tensor& boxes, i
                                      int64_t width) {
   check_mask_boxes(masks, boxes, "paste_masks");
   STD_TORCH_CHECK(height >= 0 && width >= 0, "paste_masks: the image size must not be negative");
+  STD_TORCH_CHECK(height < kSideLimit && width < kSideLimit, "paste_masks: the image is too large");
 }
 
 }  // namespace panfpn

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from panfpn_fast._cache import cache_dir
+
 BASE_URL = "https://dl.fbaipublicfiles.com/detectron2"
 
 PUBLISHED: dict[str, str] = {
@@ -34,16 +36,6 @@ class DownloadError(OSError):
     """A checkpoint could not be downloaded; the message names the address, the reason and what to do."""
 
 
-def cache_dir() -> Path:
-    """Returns where downloads are kept: ``$PANFPN_CACHE``, else ``$XDG_CACHE_HOME/panfpn_fast``."""
-    own = os.environ.get("PANFPN_CACHE")
-    if own:
-        return Path(own).expanduser()
-    # The XDG specification: unset, empty and relative values count as ~/.cache.
-    xdg = Path(os.environ.get("XDG_CACHE_HOME") or "")
-    return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "panfpn_fast"
-
-
 def fetch(name: str, cache: str | os.PathLike[str] | None = None, base_url: str | None = None) -> Path:
     """Returns a published checkpoint's file, downloading it if it is not there yet.
 
@@ -53,7 +45,7 @@ def fetch(name: str, cache: str | os.PathLike[str] | None = None, base_url: str 
     Args:
         name: a key of :data:`PUBLISHED`, for example
             ``"detectron2://COCO-PanopticSegmentation/panoptic_fpn_R_50_3x"``.
-        cache: the folder to keep it in; None: :func:`cache_dir`.
+        cache: the folder to keep it in; None: :func:`panfpn_fast._cache.cache_dir`.
         base_url: where the files are; None: ``$PANFPN_DETECTRON2_URL`` (a mirror), else :data:`BASE_URL`.
 
     Returns:

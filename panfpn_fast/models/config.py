@@ -75,6 +75,8 @@ class PanopticFPNConfig:
         mask_head_convs: their number.
         semantic_channels: channels of the semantic head (64, 128 or 256 in the paper).
         semantic_groups: groups of its GroupNorm.
+        semantic_fusion: how it combines the levels: ``"sum"``, or ``"concat"``, then with one predictor over four
+            times the channels.
         mask_threshold: a pixel belongs to an instance if its mask probability is at least this.
         instance_score_threshold: instances scored below this do not enter the panoptic map.
         overlap_threshold: an instance of whose mask more than this share is already taken is dropped.
@@ -111,6 +113,7 @@ class PanopticFPNConfig:
     mask_head_convs: int = 4
     semantic_channels: int = 128
     semantic_groups: int = 32
+    semantic_fusion: str = "sum"
     mask_threshold: float = 0.5
     instance_score_threshold: float = 0.5
     overlap_threshold: float = 0.5
@@ -170,6 +173,8 @@ class PanopticFPNConfig:
                 f"semantic_channels: expected a multiple of semantic_groups ({self.semantic_groups}), "
                 f"got {self.semantic_channels}"
             )
+        if self.semantic_fusion not in ("sum", "concat"):
+            raise ValueError(f"semantic_fusion: expected 'sum' or 'concat', got {self.semantic_fusion!r}")
 
     def _check_int(self, name: str, least: int) -> None:
         value = getattr(self, name)

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from panfpn_fast import _load
 from panfpn_fast.ops.batched_nms import batched_nms
+from panfpn_fast.ops.conv_gn_relu_project import conv_gn_relu_project
+from panfpn_fast.ops.conv_gn_relu_upsample import conv_gn_relu_upsample
+from panfpn_fast.ops.group_norm_relu_upsample import group_norm_relu_upsample
 from panfpn_fast.ops.multiscale_roi_align import multiscale_roi_align
 from panfpn_fast.ops.nms import nms
 from panfpn_fast.ops.nms_padded import nms_padded
@@ -15,10 +18,15 @@ from panfpn_fast.ops.panoptic_merge_padded import panoptic_merge_padded
 from panfpn_fast.ops.paste_masks import paste_masks
 from panfpn_fast.ops.paste_masks_rle import paste_masks_rle
 from panfpn_fast.ops.roi_align import roi_align
+from panfpn_fast.ops.upsample_argmax import upsample_argmax
+from panfpn_fast.ops.upsample_cross_entropy import upsample_cross_entropy
 
 __all__ = [
     "PanopticSegments",
     "batched_nms",
+    "conv_gn_relu_project",
+    "conv_gn_relu_upsample",
+    "group_norm_relu_upsample",
     "multiscale_roi_align",
     "nms",
     "nms_padded",
@@ -27,6 +35,8 @@ __all__ = [
     "paste_masks",
     "paste_masks_rle",
     "roi_align",
+    "upsample_argmax",
+    "upsample_cross_entropy",
 ]
 
 _load.load_triton()

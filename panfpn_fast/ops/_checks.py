@@ -11,6 +11,7 @@ from torch import Tensor
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _MAX_SAMPLING_RATIO = 1024
+_MAX_SCALE_FACTOR = 2**16
 _MAX_SIDE = 2**31 - 1  # of an output or an image
 INTEGER = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -89,6 +90,13 @@ def check_int(name: str, value: Any, maximum: int = 2**62) -> None:
         raise TypeError(f"{name}: expected a Python int, got {type(value).__name__}")
     if not -maximum <= value <= maximum:
         raise ValueError(f"{name}: expected an integer of at most {maximum}, got {value}")
+
+
+def check_scale_factor(value: Any) -> None:
+    """Checks the factor of an upsampling."""
+    check_int("scale_factor", value)
+    if not 1 <= value <= _MAX_SCALE_FACTOR:
+        raise ValueError(f"scale_factor: expected an integer from 1 to {_MAX_SCALE_FACTOR}, got {value}")
 
 
 def check_bool(name: str, value: Any) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from checkpoint_samples import save_pickle, small_network, small_weights
 
+from panfpn_fast._cache import cache_dir
 from panfpn_fast.checkpoints import DownloadError, hub, load
 
 NAME = "detectron2://COCO-PanopticSegmentation/panoptic_fpn_R_50_3x"
@@ -234,14 +235,14 @@ def test_downloads_at_the_same_time(publisher: Publisher, monkeypatch: pytest.Mo
 def test_where_downloads_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PANFPN_CACHE", str(tmp_path / "own"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert hub.cache_dir() == tmp_path / "own"
+    assert cache_dir() == tmp_path / "own"
     monkeypatch.delenv("PANFPN_CACHE")
-    assert hub.cache_dir() == tmp_path / "xdg" / "panfpn_fast"
+    assert cache_dir() == tmp_path / "xdg" / "panfpn_fast"
     for value in ("", "relative"):
         monkeypatch.setenv("XDG_CACHE_HOME", value)
-        assert hub.cache_dir() == Path.home() / ".cache" / "panfpn_fast"
+        assert cache_dir() == Path.home() / ".cache" / "panfpn_fast"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert hub.cache_dir() == Path.home() / ".cache" / "panfpn_fast"
+    assert cache_dir() == Path.home() / ".cache" / "panfpn_fast"
 
 
 def test_published_names_and_their_check_sums() -> None:

@@ -17,6 +17,7 @@ from op_samples import DEGENERATE_BOXES, random_rois
 
 import panfpn_fast.ops
 
+NAN = float("nan")
 ROOT = Path(__file__).resolve().parents[2]
 ORDERS = {"forward": 0, "reverse": 1, "random": 2}
 
@@ -120,6 +121,33 @@ def test_wide_loads_of_channels(
         torch.testing.assert_close(actual, expected, rtol=tolerance.relative, atol=tolerance.absolute)
 
 
+@pytest.mark.parametrize("channels", [1, 6, 67])
+@pytest.mark.parametrize(
+    ("output_size", "sampling_ratio"),
+    [((2, 3), 0), ((28, 17), 2), ((3, 2), 100), ((24, 2), 17), ((1, 400), 1)],
+    ids=["few cells", "cells in several turns", "cells in turn", "too many samples", "too many cells"],
+)
+def test_planes_of_channels(
+    channels: int, output_size: tuple[int, int], sampling_ratio: int, on_host: None, thread_order: str
+) -> None:
+    """NCHW: channels that fill no group of planes, and boxes whose taps shared memory holds or does not hold."""
+    features = torch.randn(2, channels, 9, 11, generator=torch.Generator().manual_seed(0))
+    rois = torch.tensor(
+        [
+            [1.0, 1.0, 2.0, 8.0, 7.0],
+            [0.0, -90.0, -70.0, 90.0, 80.0],
+            [0.0, 9.0, 8.0, 2.0, 1.0],
+            [1.0, 10.5, 8.5, 11.0, 9.0],
+            [0.0, 1e3, 1e3, 2e3, 2e3],
+            [7.0, 0.0, 0.0, 5.0, 5.0],
+        ]
+    )
+    args = (features, rois, output_size, 1.0, sampling_ratio, True)
+    expected = OPS["roi_align"].reference(*args)
+    tolerance = averaging_tolerance(torch.float32)
+    assert_agrees(panfpn_fast.ops.roi_align(*args), expected, tolerance, thread_order)
+
+
 def backward_calls(name: str) -> list[tuple[Any, ...]]:
     """Arguments of the backward op but the last, on odd and degenerate inputs, for every layout and dtype."""
     calls: list[tuple[Any, ...]] = []
@@ -215,17 +243,34 @@ def test_merge_of_instances_that_share_a_barrier(on_host: None, thread_order: st
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-def test_paste_over_several_tiles(on_host: None, thread_order: str) -> None:
-    """Boxes of more columns and rows than one warp takes, on rows of odd length."""
+@pytest.mark.parametrize("threshold", [0.5, 0.0, -1.0])
+def test_paste_over_several_tiles(threshold: float, on_host: None, thread_order: str) -> None:
+    """Images of three tiles that begin at no multiple of 16, and boxes of more than a warp takes at a time."""
     random = torch.Generator().manual_seed(6)
-    masks = torch.rand(4, 9, 6, generator=random)
+    masks = torch.rand(5, 9, 6, generator=random)
     boxes = torch.tensor(
-        [[-5.0, -3.0, 290.0, 40.0], [3.5, 2.5, 131.0, 30.0], [200.0, 33.0, 20.0, 1.0], [0.0, 0.0, 999.0, 4.0]]
+        [
+            [-5.0, -3.0, 390.0, 150.0],
+            [3.5, 80.5, 131.0, 90.0],
+            [200.0, 133.0, 20.0, 1.0],
+            [0.0, 0.0, 999.0, 4.0],
+            [NAN, 0.0, 9.0, 9.0],
+        ]
     )
-    for threshold in (0.5, 0.0, -1.0):
-        actual = panfpn_fast.ops.paste_masks(masks, boxes, (37, 301), threshold)
-        expected = OPS["paste_masks"].reference(masks, boxes, (37, 301), threshold)
-        assert torch.equal(actual, expected)
+    args = (masks, boxes, (173, 397), threshold)
+    assert torch.equal(panfpn_fast.ops.paste_masks(*args), OPS["paste_masks"].reference(*args))
+
+
+@pytest.mark.parametrize("image_size", [(1, 1), (3, 1), (1, 17), (5, 3), (4, 8), (3, 16)])
+def test_paste_into_images_of_few_bytes(
+    image_size: tuple[int, int], on_host: None, thread_order: str
+) -> None:
+    """Several images share 16 bytes, or end in the middle of them."""
+    random = torch.Generator().manual_seed(7)
+    corner = torch.rand(21, 2, generator=random) * 6 - 3
+    boxes = torch.cat([corner, corner + 8 * torch.rand(21, 2, generator=random)], dim=1)
+    args = (torch.rand(21, 3, 4, generator=random), boxes, image_size, 0.5)
+    assert torch.equal(panfpn_fast.ops.paste_masks(*args), OPS["paste_masks"].reference(*args))
 
 
 @pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 128, 129, 1000, 1201])

@@ -37,6 +37,7 @@ from panfpn_fast.models import PanopticFPN, PanopticFPNConfig, get_preset, prese
         ("box_weights", (10, 10, 5)),
         ("detections_per_image", -1),
         ("semantic_channels", 100),
+        ("semantic_fusion", "add"),
         ("stuff_area_threshold", -1),
         ("overlap_threshold", None),
     ],

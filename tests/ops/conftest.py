@@ -1,20 +1,15 @@
-"""Poisons fresh memory in every op test, so that an output that was not written is seen."""
+"""Poisons fresh memory in every op test."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
-import torch
+from poison import poisoned
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """Fills what torch.empty, and so the ops in C++, allocate: NaN in floating point, the maximum in integers."""
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    """See `poison.poisoned`."""
+    with poisoned():
+        yield

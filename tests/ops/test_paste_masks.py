@@ -154,6 +154,20 @@ def test_half_precision_masks_keep_the_grid_in_float32(device: torch.device) -> 
     assert pasted.sum() == 5000
 
 
+@pytest.mark.parametrize("extent", [0.2, 1.0], ids=["few rows", "most rows"])
+@pytest.mark.parametrize("threshold", [0.5, 0.0])
+def test_output_that_no_allocator_keeps(extent: float, threshold: float) -> None:
+    """Above 32 MiB what lies around the boxes is not written on the CPU; what was in that memory must not show."""
+    image_size = (1020, 1111)
+    masks = random_masks(30, 14, 14, 0)
+    corner = torch.rand(30, 2, generator=generator(0)) * (1 - extent)
+    boxes = torch.cat([corner, corner + extent], dim=1) * torch.tensor([1111.0, 1020.0] * 2)
+    pasted = paste_masks(masks, boxes, image_size, threshold)
+    for n in range(len(masks)):
+        one = paste_masks(masks[n : n + 1], boxes[n : n + 1], image_size, threshold)
+        assert torch.equal(pasted[n], one[0])
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.tuples(*[st.floats(-20, 40, width=32)] * 4),

@@ -33,17 +33,17 @@ PANFPN_ALWAYS_INLINE void transpose_quads(const float* from, int64_t from_stride
   std::memcpy(to + 3 * to_stride, &fourth, sizeof(fourth));
 }
 
-// Transposes kLanes x kLanes contiguous numbers.
-PANFPN_ALWAYS_INLINE void transpose_block(const float* from, float* to) {
+// Transposes kLanes x kLanes numbers, contiguous but for rows of `to` that lie `to_stride` apart.
+PANFPN_ALWAYS_INLINE void transpose_block(const float* from, float* to, int64_t to_stride = 16) {
   for (int row = 0; row < 16; row += 4) {
     for (int column = 0; column < 16; column += 4) {
-      transpose_quads(from + row * 16 + column, 16, to + column * 16 + row, 16);
+      transpose_quads(from + row * 16 + column, 16, to + column * to_stride + row, to_stride);
     }
   }
 }
-PANFPN_ALWAYS_INLINE void transpose_block(const double* from, double* to) {
+PANFPN_ALWAYS_INLINE void transpose_block(const double* from, double* to, int64_t to_stride = 8) {
   for (int row = 0; row < 8; ++row) {
-    for (int column = 0; column < 8; ++column) to[column * 8 + row] = from[row * 8 + column];
+    for (int column = 0; column < 8; ++column) to[column * to_stride + row] = from[row * 8 + column];
   }
 }
 

@@ -18,7 +18,7 @@ PANFPN_VECTOR_CLONES void locate(A axis_low, A extent, A cells, int64_t first, i
     const A normalised = (static_cast<A>(first + i) + A(0.5) - axis_low) / extent * A(2) - A(1);
     const A position = (normalised + A(1)) * (cells / A(2)) - A(0.5);
     const bool inside = position > A(-1) && position < cells;
-    const A floor = std::floor(inside ? position : A(AxisTaps<A>::kOutside));
+    const A floor = std::floor(inside ? position : A(kOutside));
     low[i] = static_cast<int32_t>(floor);
     low_weight[i] = floor + A(1) - position;
     high_weight[i] = position - floor;
@@ -49,7 +49,7 @@ PANFPN_VECTOR_CLONES void row_bits(const Cells<A>& cells, const PasteTaps<A>& ro
           *__restrict d = cells.bottom_right;
   const A* __restrict low = cells.low_weight, * __restrict high = cells.high_weight;
   for (int64_t i = 0; i < count; ++i) {
-    out[i] = interpolate(a[i], b[i], c[i], d[i], row, PasteTaps<A>{0, low[i], high[i], true}) >= threshold;
+    out[i] = interpolate(a[i], b[i], c[i], d[i], row, PasteTaps<A>{0, low[i], high[i]}) >= threshold;
   }
 }
 
@@ -60,7 +60,7 @@ PANFPN_VECTOR_CLONES void column_bits(const Cells<A>& cells, const PasteTaps<A>&
           *__restrict d = cells.bottom_right;
   const A* __restrict low = cells.low_weight, * __restrict high = cells.high_weight;
   for (int64_t i = 0; i < count; ++i) {
-    out[i] = interpolate(a[i], b[i], c[i], d[i], PasteTaps<A>{0, low[i], high[i], true}, column) >= threshold;
+    out[i] = interpolate(a[i], b[i], c[i], d[i], PasteTaps<A>{0, low[i], high[i]}, column) >= threshold;
   }
 }
 
@@ -71,7 +71,7 @@ PANFPN_VECTOR_CLONES void row_bytes(const Cells<A>& cells, const PasteTaps<A>& r
           *__restrict d = cells.bottom_right;
   const A* __restrict low = cells.low_weight, * __restrict high = cells.high_weight;
   for (int64_t i = 0; i < count; ++i) {
-    const A value = interpolate(a[i], b[i], c[i], d[i], row, PasteTaps<A>{0, low[i], high[i], true});
+    const A value = interpolate(a[i], b[i], c[i], d[i], row, PasteTaps<A>{0, low[i], high[i]});
     out[i] = paste_pixel(value, A(-1));
   }
 }
@@ -127,7 +127,7 @@ MaskWindow<A>::MaskWindow(Scan scan, const A* mask, int64_t mask_height, int64_t
 template <typename A>
 Content LineCursor<A>::classify(int32_t line, int32_t cell) const {
   const PixelRule<A>& rule = window_.rule_;
-  if (cell == AxisTaps<A>::kOutside) return rule.zero_is_on() ? Content::on : Content::off;
+  if (cell == kOutside) return rule.zero_is_on() ? Content::on : Content::off;
   const A* near = window_.padded_.data() + (line + 1) * window_.stride_ + cell + 1;
   const A* far = near + window_.stride_;
   const auto [smallest, largest] = std::minmax({near[0], near[1], far[0], far[1]});
@@ -146,7 +146,7 @@ const std::vector<Stretch>& LineCursor<A>::move_to(int64_t line) {
   if (cell == cell_) return stretches_;
   cell_ = cell;
   stretches_.clear();
-  if (cell == AxisTaps<A>::kOutside) {
+  if (cell == kOutside) {
     stretches_.push_back({0, window_.inner_.size(), classify(0, cell)});
     return stretches_;
   }
@@ -180,7 +180,7 @@ void LineCursor<A>::expand() {
 template <typename A>
 void LineCursor<A>::evaluate(const Stretch& stretch, uint8_t* out) const {
   const AxisTaps<A>&outer = window_.outer_, &inner = window_.inner_;
-  const PasteTaps<A> line{cell_, outer.low_weight[index_], outer.high_weight[index_], true};
+  const PasteTaps<A> line{cell_, outer.low_weight[index_], outer.high_weight[index_]};
   const int64_t at = stretch.begin, count = stretch.end - stretch.begin;
   const A *low = inner.low_weight.data() + at, *high = inner.high_weight.data() + at;
   const A *a = near_[0].data() + at, *b = near_[1].data() + at;

@@ -40,7 +40,6 @@ struct AxisTaps {
     int64_t begin, end;
     int32_t cell;
   };
-  static constexpr int32_t kOutside = -2;
 
   PixelRange pixels{0, 0};
   std::vector<int32_t> low;

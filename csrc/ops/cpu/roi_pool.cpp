@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "ops/cpu/channel_block.h"
+#include "ops/cpu/parallel.h"
 #include "ops/cpu/roi_fold.h"
 
 namespace panfpn {

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "ops/cpu/channel_block.h"
+#include "ops/cpu/parallel.h"
 #include "ops/cpu/roi_fold.h"
 #include "ops/cpu/roi_pool.h"
 

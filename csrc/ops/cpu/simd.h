@@ -6,8 +6,13 @@
 // No version fuses multiplications and additions (-ffp-contract=off), so all of them give the same bits.
 #pragma once
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define PANFPN_VECTOR_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+// The clones are named by instruction sets. By name of a processor ("arch=haswell") the loader would pick
+// them on that one model only, and the baseline on all later ones. GCC 12 is the first to know the levels of
+// x86-64.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define PANFPN_VECTOR_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define PANFPN_VECTOR_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define PANFPN_VECTOR_CLONES
 #endif

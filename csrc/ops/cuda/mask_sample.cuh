@@ -20,9 +20,11 @@ struct MaskSampler {
 
   __device__ bool degenerate() const { return y.degenerate() || x.degenerate(); }
 
-  __device__ float cell(int64_t row, int64_t column) const {
-    const bool inside = row >= 0 && row < y.mask_size && column >= 0 && column < x.mask_size;
-    return inside ? mask[row * x.mask_size + column] : 0.0f;
+  // Zero where there is none.
+  __device__ float cell(int row, int column) const {
+    const int height = static_cast<int>(y.mask_size), width = static_cast<int>(x.mask_size);
+    const bool inside = row >= 0 && row < height && column >= 0 && column < width;
+    return inside ? mask[int64_t{row} * width + column] : 0.0f;
   }
 };
 
@@ -30,33 +32,29 @@ struct MaskSampler {
 template <int kCount, int kStep>
 class ColumnStrip {
  public:
-  __device__ ColumnStrip(const MaskSampler& sampler, int64_t first) : sampler_(sampler), cell_row_(-2) {
+  __device__ ColumnStrip(const MaskSampler& sampler, int64_t first) : sampler_(sampler) {
     const bool degenerate = sampler.degenerate();
     PANFPN_UNROLL
     for (int i = 0; i < kCount; ++i) {
-      columns_[i] = degenerate ? PasteTaps<float>{} : sampler.x.taps(first + i * kStep);
+      columns_[i] = degenerate ? PasteTaps<float>{kOutside, 0.0f, 0.0f} : sampler.x.taps(first + i * kStep);
     }
   }
 
-  // Values at the strip's columns of an image row; zero where the mask is not.
-  __device__ void row(int64_t image_row, float (&values)[kCount]) {
-    const PasteTaps<float> row = sampler_.y.taps(image_row);
-    if (row.inside && row.low != cell_row_) {
+  // Values at the strip's columns of the image row whose taps these are; zero where the mask is not.
+  __device__ void values_at(const PasteTaps<float>& row, float (&values)[kCount]) {
+    if (row.low != cell_row_) {
       cell_row_ = row.low;
       PANFPN_UNROLL
       for (int i = 0; i < kCount; ++i) {
         PANFPN_UNROLL
         for (int corner = 0; corner < 4; ++corner) {
-          cells_[i][corner] =
-              columns_[i].inside ? sampler_.cell(row.low + corner / 2, columns_[i].low + corner % 2) : 0.0f;
+          cells_[i][corner] = sampler_.cell(row.low + corner / 2, columns_[i].low + corner % 2);
         }
       }
     }
     PANFPN_UNROLL
     for (int i = 0; i < kCount; ++i) {
-      const float value =
-          interpolate(cells_[i][0], cells_[i][1], cells_[i][2], cells_[i][3], row, columns_[i]);
-      values[i] = row.inside && columns_[i].inside ? value : 0.0f;
+      values[i] = interpolate(cells_[i][0], cells_[i][1], cells_[i][2], cells_[i][3], row, columns_[i]);
     }
   }
 
@@ -64,7 +62,7 @@ class ColumnStrip {
   const MaskSampler& sampler_;
   PasteTaps<float> columns_[kCount];
   float cells_[kCount][4] = {};
-  int64_t cell_row_;
+  int cell_row_ = kOutside;  // whose cells are all zero
 };
 
 }  // namespace panfpn

@@ -135,7 +135,7 @@ __device__ void for_own_pixels(const MergeArguments& args, const Candidate& cand
   for_own_pieces(args, candidate.rows, candidate.columns, [&](int64_t y, int64_t first) {
     ColumnStrip<kColumns, kWarp> strip(sampler, first);
     float values[kColumns];
-    strip.row(y, values);
+    strip.values_at(sampler.y.taps(y), values);
     PANFPN_UNROLL
     for (int i = 0; i < kColumns; ++i) {
       const int64_t x = first + i * kWarp;

@@ -1,16 +1,22 @@
-// Most of the output lies outside of every box: it is filled first, as fast as memory takes it, and then each
-// box is painted over. Warps write 32 neighbouring bytes at a time, whatever the alignment of a row.
+// The output is far larger than what is read, and most of it lies outside of every box, so this is about
+// stores. A block has a tile of an image: neighbouring bytes, whichever rows they belong to, from a multiple
+// of 16 on. Where the box meets the tile, warps paint it in shared memory, one pixel beside the other; in any
+// case the tile leaves in stores of 16 bytes, and each byte of the output is written once.
 #include "ops/cuda/mask_sample.cuh"
 
 namespace panfpn {
 namespace {
 
+constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 constexpr int kWarp = 32;
 constexpr int kWarps = 8;
-constexpr int kColumns = 4;  // of a thread
+constexpr int kThreads = kWarp * kWarps;
+constexpr int kColumns = 2;  // of a thread
 constexpr int kStripColumns = kWarp * kColumns;
-constexpr int kBandRows = 8;  // of a warp: enough to make up for setting up its columns
-constexpr int64_t kMaxBlocks = int64_t{1} << 30;
+constexpr int kChunkBytes = sizeof(uint4);
+constexpr int kTileChunks = 2048;
+constexpr int kTileBytes = kTileChunks * kChunkBytes;
+constexpr int64_t kMaxGridRows = 65535;
 
 struct PasteArguments {
   const float *masks, *boxes;
@@ -19,30 +25,100 @@ struct PasteArguments {
   uint8_t* out;
 };
 
-// A warp per tile of an image: `strips` across, `bands` down, counted from the corner of the box.
-__global__ void __launch_bounds__(kWarp* kWarps)
-    paste_boxes(PasteArguments args, int64_t strips, int64_t bands) {
-  const int64_t tiles = args.count * strips * bands, step = int64_t{gridDim.x} * kWarps;
-  for (int64_t tile = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp; tile < tiles; tile += step) {
-    const int64_t n = tile / (strips * bands), strip = tile / bands % strips, band = tile % bands;
-    const MaskSampler sampler(args.masks, args.boxes, n, args.mask_height, args.mask_width);
-    if (sampler.degenerate()) continue;
-    const PixelRange rows = sampler.y.window(args.height), columns = sampler.x.window(args.width);
-    const int64_t first = columns.begin + strip * kStripColumns, top = rows.begin + band * kBandRows;
-    if (first >= columns.end || top >= rows.end) continue;
-    const int64_t bottom = top + kBandRows < rows.end ? top + kBandRows : rows.end;
-    const int64_t left = first + threadIdx.x % kWarp;
-    ColumnStrip<kColumns, kWarp> strip_columns(sampler, left);
-    for (int64_t y = top; y < bottom; ++y) {
+// Bytes of the output.
+struct Tile {
+  int64_t image;   // first byte of the image
+  int64_t origin;  // of the tile
+  int begin, end;  // those of the tile that belong to the image, counted from the origin
+
+  __device__ Tile(int64_t n, int64_t image_bytes) : image(n * image_bytes) {
+    origin = image / kChunkBytes * kChunkBytes + int64_t{blockIdx.x} * kTileBytes;
+    const int64_t image_end = image + image_bytes - origin;
+    begin = image > origin ? static_cast<int>(image - origin) : 0;
+    end = image_end < kTileBytes ? static_cast<int>(image_end) : kTileBytes;
+  }
+
+  // Whether some of the image's rows lie in it.
+  __device__ bool meets(PixelRange rows, int64_t width) const {
+    return begin < end && image + rows.begin * width < origin + end &&
+           image + rows.end * width > origin + begin;
+  }
+};
+
+// Paints what of the box lies in the tile. A warp takes 32 rows of a strip of columns at a time, and each of
+// its lanes finds the taps of one of these rows for all.
+__device__ void paint(const PasteArguments& args, const Tile& tile, const MaskSampler& sampler,
+                      PixelRange rows, PixelRange columns, uint8_t* bytes) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int64_t inset = tile.origin - tile.image;  // of the tile in the image
+  const int width = static_cast<int>(args.width), right = static_cast<int>(columns.end);
+  const int first = static_cast<int>((inset + tile.begin) / width);
+  const int last = static_cast<int>((inset + tile.end - 1) / width);
+  const int top = max(static_cast<int>(rows.begin), first),
+            bottom = min(static_cast<int>(rows.end), last + 1);
+  const int strips = (right - static_cast<int>(columns.begin) + kStripColumns - 1) / kStripColumns;
+  const int bands = (bottom - top + kWarp - 1) / kWarp;
+  for (int unit = warp; unit < strips * bands; unit += kWarps) {
+    const int band = unit / strips, y = top + band * kWarp;
+    const int left = static_cast<int>(columns.begin) + (unit - band * strips) * kStripColumns + lane;
+    const int line = static_cast<int>(int64_t{y} * width - inset) + left;
+    const PasteTaps<float> own = sampler.y.taps(y + lane);
+    ColumnStrip<kColumns, kWarp> strip(sampler, left);
+    const int height = min(kWarp, bottom - y);
+    for (int i = 0; i < height; ++i) {
+      const PasteTaps<float> row{__shfl_sync(kFullWarp, own.low, i),
+                                 __shfl_sync(kFullWarp, own.low_weight, i),
+                                 __shfl_sync(kFullWarp, own.high_weight, i)};
       float values[kColumns];
-      strip_columns.row(y, values);
-      uint8_t* line = args.out + (n * args.height + y) * args.width;
+      strip.values_at(row, values);
       PANFPN_UNROLL
-      for (int i = 0; i < kColumns; ++i) {
-        const int64_t x = left + i * kWarp;
-        if (x < columns.end) line[x] = paste_pixel(values[i], args.threshold);
+      for (int j = 0; j < kColumns; ++j) {
+        const int byte = line + i * width + j * kWarp;
+        const bool in_tile = byte >= 0 && byte < kTileBytes;
+        if (in_tile && left + j * kWarp < right) bytes[byte] = paste_pixel(values[j], args.threshold);
       }
     }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) paste_tiles(PasteArguments args) {
+  PANFPN_SHARED(uint4, chunks, kTileChunks);
+  auto* bytes = reinterpret_cast<uint8_t*>(chunks);
+  const int thread = static_cast<int>(threadIdx.x);
+  const uint8_t outside = paste_pixel(0.0f, args.threshold);
+  const unsigned word = outside * 0x01010101u;
+  const uint4 outside_chunk{word, word, word, word};
+  for (int64_t n = blockIdx.y; n < args.count; n += gridDim.y) {
+    const Tile tile(n, args.height * args.width);
+    const MaskSampler sampler(args.masks, args.boxes, n, args.mask_height, args.mask_width);
+    const PixelRange rows = sampler.y.window(args.height);
+    bool painted = false;
+    if (tile.meets(rows, args.width)) {
+      const PixelRange columns = sampler.x.window(args.width);
+      painted = rows.begin < rows.end && columns.begin < columns.end;
+      if (painted) {
+        PANFPN_UNROLL
+        for (int i = 0; i < kTileChunks / kThreads; ++i) chunks[i * kThreads + thread] = outside_chunk;
+        __syncthreads();
+        paint(args, tile, sampler, rows, columns, bytes);
+        __syncthreads();
+      }
+    }
+    uint8_t* out = args.out + tile.origin;
+    const int first = (tile.begin + kChunkBytes - 1) / kChunkBytes, last = tile.end / kChunkBytes;
+    const auto store = [&](auto chunk_at) {
+      PANFPN_UNROLL
+      for (int j = 0; j < kTileChunks / kThreads; ++j) {
+        const int i = j * kThreads + thread;
+        if (i >= first && i < last) *reinterpret_cast<uint4*>(out + i * kChunkBytes) = chunk_at(i);
+      }
+    };
+    painted ? store([&](int i) { return chunks[i]; }) : store([&](int) { return outside_chunk; });
+    // The chunks at the ends of an image belong to its neighbours too.
+    const int head = min(first * kChunkBytes, tile.end), tail = max(last * kChunkBytes, head);
+    const int byte = thread < kChunkBytes ? tile.begin + thread : tail + thread - kChunkBytes;
+    if (byte < (thread < kChunkBytes ? head : tile.end)) out[byte] = painted ? bytes[byte] : outside;
+    if (painted) __syncthreads();  // before the next image is painted
   }
 }
 
@@ -52,7 +128,8 @@ Tensor paste_masks(const Tensor& masks_in, const Tensor& boxes_in, int64_t heigh
   STD_TORCH_CHECK(masks_in.scalar_type() == ScalarType::Float, "paste_masks: takes float32 only on a GPU");
   const DeviceGuard guard(masks_in.get_device_index());
   const Tensor masks = torch::stable::contiguous(masks_in), boxes = torch::stable::contiguous(boxes_in);
-  const int64_t count = masks.size(0);
+  const int64_t count = masks.size(0), image_bytes = height * width;
+  // Fresh memory begins at a multiple of 16.
   Tensor out = empty({count, height, width}, threshold < 0 ? ScalarType::Byte : ScalarType::Bool, masks);
   const PasteArguments args{masks.const_data_ptr<float>(),
                             boxes.const_data_ptr<float>(),
@@ -63,13 +140,12 @@ Tensor paste_masks(const Tensor& masks_in, const Tensor& boxes_in, int64_t heigh
                             width,
                             static_cast<float>(threshold),
                             static_cast<uint8_t*>(out.mutable_data_ptr())};
-  const cudaStream_t stream = current_stream(out);
-  torch::stable::fill_(out, paste_pixel(0.0f, args.threshold));
-  const int64_t strips = (width + kStripColumns - 1) / kStripColumns;
-  const int64_t bands = (height + kBandRows - 1) / kBandRows;
-  const int64_t blocks = (count * strips * bands + kWarps - 1) / kWarps;
-  PANFPN_LAUNCH(paste_boxes, dim3(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks)),
-                dim3(kWarp * kWarps), 0, stream, args, strips, bands);
+  // With the bytes of its first chunk that belong to the image before.
+  const int64_t longest = image_bytes + kChunkBytes - 1;
+  const int64_t tiles = image_bytes == 0 ? 0 : (longest + kTileBytes - 1) / kTileBytes;
+  const dim3 grid(static_cast<unsigned>(tiles),
+                  static_cast<unsigned>(count < kMaxGridRows ? count : kMaxGridRows));
+  PANFPN_LAUNCH(paste_tiles, grid, dim3(kThreads), 0, current_stream(out), args);
   return out;
 }
 
