@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -51,11 +51,11 @@ def _cost(arguments: Arguments, output: Tensor) -> Cost:
     return Cost(bytes=nbytes(arguments) + nbytes(output), flops=_conv_flops(arguments))
 
 
-def _training_cost(arguments: Arguments, gradient: Tensor) -> Cost:
+def _training_cost(arguments: Arguments, gradients: Sequence[Tensor]) -> Cost:
     """The gradient is asked for x alone: the convolution and its adjoint."""
     x, conv_weight = arguments[:2]
     large = 4 * nbytes(x) * conv_weight.shape[0] // x.shape[1]
-    return Cost(bytes=2 * nbytes(arguments) + 2 * large + nbytes(gradient), flops=2 * _conv_flops(arguments))
+    return Cost(bytes=2 * nbytes(arguments) + 2 * large + nbytes(gradients), flops=2 * _conv_flops(arguments))
 
 
 def _close(ours: Tensor, theirs: Tensor) -> None:
@@ -64,6 +64,11 @@ def _close(ours: Tensor, theirs: Tensor) -> None:
     difference = float((ours.float() - theirs.float()).norm() / theirs.float().norm())
     allowed = 1e-3 if ours.dtype == torch.float32 else 4 * torch.finfo(ours.dtype).eps
     assert difference <= allowed, f"relative difference {difference:.2g}"
+
+
+def _close_gradients(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+    for mine, other in zip(ours, theirs, strict=True):
+        _close(mine, other)
 
 
 def _cases() -> list[Case]:
@@ -97,7 +102,7 @@ TRAINING = Comparison(
         Peer("torch.compile", forward_backward(peers.compiled(_eager)), peers.compile_problem, full=True),
     ],
     cases=_cases(),
-    agree=_close,
+    agree=_close_gradients,
     cost=_training_cost,
 )
 

@@ -38,6 +38,7 @@ class Op:
         calls: The dispatcher ops that it and its backward call on any sample, where they are not simply its own two.
         sometimes: Those that it calls for some dtypes, or on some machines, only.
         autocast: The function has a convolution or a matrix product, and so computes in autocast's dtype.
+        triton: Its kernels for CUDA are Triton's (tests/kernels), and so it has none in csrc (tests/cuda_on_host).
     """
 
     name: str
@@ -46,6 +47,7 @@ class Op:
     calls: tuple[str, ...] = ()
     sometimes: tuple[str, ...] = ()
     autocast: bool = False
+    triton: bool = False
 
     @property
     def dispatcher_ops(self) -> set[str]:
@@ -81,6 +83,7 @@ OPS = {
             calls=(*_GROUP_NORM_CALLS, "bilinear_upsample_backward", "group_norm_relu_project"),
             sometimes=("conv3x3",),
             autocast=True,
+            triton=True,
         ),
         Op(
             "conv_gn_relu_upsample",
@@ -88,21 +91,23 @@ OPS = {
             calls=_GROUP_NORM_CALLS,
             sometimes=("conv3x3",),
             autocast=True,
+            triton=True,
         ),
         Op(
             "group_norm_relu_upsample",
             differentiable=("x", "weight", "bias", "residual"),
             calls=_GROUP_NORM_CALLS,
+            triton=True,
         ),
         Op("nms"),
-        Op("batched_nms"),
+        Op("batched_nms", sometimes=("nms",)),
         Op("nms_padded"),
         Op("paste_masks"),
         Op("paste_masks_rle", host_result=True),
         Op("panoptic_merge"),
         Op("panoptic_merge_padded"),
-        Op("upsample_argmax"),
-        Op("upsample_cross_entropy", differentiable=("logits",)),
+        Op("upsample_argmax", triton=True),
+        Op("upsample_cross_entropy", differentiable=("logits",), triton=True),
     )
 }
 
