@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from panfpn_fast.data.loader import PanopticDataset
     from panfpn_fast.training.config import DataConfig, TrainConfig
+    from panfpn_fast.training.distributed import Process
+    from panfpn_fast.training.trainer import Trainer
 
 _TRAIN_DESCRIPTION = """\
 Trains a network and writes, in the folder given by --out:
@@ -26,7 +29,7 @@ Several processes: torchrun --nproc-per-node 8 -m panfpn_fast.cli train ...
 
 
 class SettingsError(ValueError):
-    """Settings that cannot be read; the message names the setting."""
+    """What the user can mend, told in one line: a setting, or a file that is missing or damaged."""
 
 
 def add_training_commands(commands: Any) -> None:
@@ -86,7 +89,16 @@ def add_training_commands(commands: Any) -> None:
     demo.set_defaults(run=_demo)
 
 
+def _share_cores() -> None:
+    """Lets torch's threads sleep while they wait for one another: the processes that load images need the cores too.
+
+    To be called before torch is imported.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 def _demo(args: argparse.Namespace) -> int:
+    _share_cores()
     from panfpn_fast.training.demo import run_demo
 
     run_demo(args.out, args.steps, args.seed)
@@ -137,21 +149,46 @@ def read_settings(preset: str, config: Path | None, settings: list[str]) -> Trai
 
 
 def _train(args: argparse.Namespace) -> int:
+    _share_cores()
+    from panfpn_fast.data.files import DataError
     from panfpn_fast.training.distributed import process_group
-    from panfpn_fast.training.initialize import initialize
-    from panfpn_fast.training.trainer import Stopped, Trainer, make_model
+    from panfpn_fast.training.trainer import Stopped
 
-    config = read_settings(args.preset, args.config, args.settings)
-    config.subset = args.subset or config.subset
-    config.skip_bad |= args.skip_bad
-    dataset, held_out = make_datasets(config.data, config.seed)
     with process_group(args.device) as process:
+        trainer = _make_trainer(args, process)
+        try:
+            trainer.run()
+        except Stopped as stopped:
+            if process.is_first:
+                print(stopped)
+            return 130
+        except (DataError, OSError, FloatingPointError) as error:
+            # A process that loads images sends its whole traceback; the last line says what is wrong.
+            raise SettingsError(str(error).strip().splitlines()[-1]) from error
+        trainer.save_result(args.out / "model.pth")
+    return 0
+
+
+def _make_trainer(args: argparse.Namespace, process: Process) -> Trainer:
+    """Puts a run together.
+
+    Raises:
+        SettingsError: Something is missing or cannot be.
+    """
+    from panfpn_fast.training.initialize import initialize
+    from panfpn_fast.training.trainer import Trainer, make_model
+
+    try:
+        config = read_settings(args.preset, args.config, args.settings)
+        config.subset = args.subset or config.subset
+        config.skip_bad |= args.skip_bad
+        dataset, held_out = make_datasets(config.data, config.seed)
         model = make_model(config, dataset)
         if config.init:
             for message in initialize(model, config.init):
                 if process.is_first:
                     print(message)
-        trainer = Trainer(
+        return Trainer(
             config,
             dataset,
             model,
@@ -160,14 +197,8 @@ def _train(args: argparse.Namespace) -> int:
             resume=args.resume,
             evaluate=_evaluation(config, held_out),
         )
-        try:
-            trainer.run()
-        except Stopped as stopped:
-            if process.is_first:
-                print(stopped)
-            return 130
-        trainer.save_result(args.out / "model.pth")
-    return 0
+    except (ValueError, TypeError, OSError) as error:  # the messages name the setting or the file
+        raise SettingsError(" ".join(str(error).split())) from error
 
 
 def _evaluation(config: TrainConfig, held_out: PanopticDataset | None) -> Any:

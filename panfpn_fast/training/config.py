@@ -92,6 +92,8 @@ class TrainConfig:
         solver: See SolverConfig.
         lambda_instance: Weight of the instance branch's losses.
         lambda_semantic: Weight of the semantic branch's loss.
+        rpn_samples: Anchors of each image that the region proposal network learns from.
+        box_samples: Proposals of each image that the box and mask heads learn from.
         alternate: Steps train the two branches in turn instead of together.
         init: Weights to begin with: a checkpoint, or a ResNet of torchvision's or detectron2's naming; empty: random.
         freeze_at: Stages of the backbone that keep their weights: 1 is the stem, 2 the first stage too; 0: none.
@@ -112,6 +114,8 @@ class TrainConfig:
     solver: SolverConfig = field(default_factory=SolverConfig)
     lambda_instance: float = 1.0
     lambda_semantic: float = 0.5
+    rpn_samples: int = 256
+    box_samples: int = 512
     alternate: bool = False
     init: str = ""
     freeze_at: int = 2
@@ -140,6 +144,8 @@ class TrainConfig:
         for name, number, least in (
             ("solver.steps", self.solver.steps, 1),
             ("solver.batch_size", self.solver.batch_size, 1),
+            ("rpn_samples", self.rpn_samples, 2),
+            ("box_samples", self.box_samples, 4),
             ("log_every", self.log_every, 1),
             ("checkpoint_every", self.checkpoint_every, 1),
             ("evaluate_every", self.evaluate_every, 0),
@@ -207,14 +213,15 @@ def _tiny() -> TrainConfig:
             val_max_edge=1000,
         ),
         solver=SolverConfig(
-            steps=1000,
+            steps=900,
             batch_size=4,
             learning_rate=0.02,
-            milestones=[700, 900],
+            milestones=[650, 820],
             warmup_steps=50,
             clip_gradients=5.0,
         ),
         lambda_semantic=1.0,
+        box_samples=96,
         freeze_at=0,
         workers=1,
         checkpoint_every=250,

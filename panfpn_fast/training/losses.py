@@ -20,8 +20,6 @@ from panfpn_fast.models.panoptic_fpn import PanopticFPN
 from panfpn_fast.models.rpn import RPN
 from panfpn_fast.training.matching import NEGATIVE, POSITIVE, Samples, match, sample
 
-_RPN_SAMPLES, _RPN_POSITIVES = 256, 128
-_BOX_SAMPLES, _BOX_POSITIVES = 512, 128
 _PRE_NMS, _POST_NMS = 2000, 1000
 
 
@@ -60,6 +58,7 @@ def rpn_losses(
     deltas: Sequence[Tensor],
     targets: Sequence[Target],
     seeds: Sequence[int],
+    samples: int = 256,
 ) -> dict[str, Tensor]:
     """Objectness and box regression of sampled anchors.
 
@@ -70,10 +69,11 @@ def rpn_losses(
         deltas: Per level, [N, M, 4].
         targets: Per image.
         seeds: Per image, of the sampling.
+        samples: Anchors to look at in each image, of which half at most are objects.
 
     Returns:
-        loss_rpn_cls (binary cross-entropy) and loss_rpn_box (L1), both divided by 256 samples for each image: 0.3 and
-        0.7 are the overlaps for background and objects, half of the samples at most are objects.
+        loss_rpn_cls (binary cross-entropy) and loss_rpn_box (L1), both divided by the samples of all images: 0.3 and
+        0.7 are the overlaps for background and objects.
     """
     all_anchors = torch.cat(list(anchors))
     all_logits, all_deltas = torch.cat(list(logits), dim=1), torch.cat(list(deltas), dim=1)
@@ -81,7 +81,7 @@ def rpn_losses(
     for image, (target, seed) in enumerate(zip(targets, seeds, strict=True)):
         with torch.no_grad():
             matches = match(all_anchors, target.boxes, 0.3, 0.7, keep_best=True)
-            chosen = sample(matches.label, _RPN_SAMPLES, _RPN_POSITIVES, seed)
+            chosen = sample(matches.label, samples, samples // 2, seed)
         logit = all_logits[image][chosen.rows]
         loss = F.binary_cross_entropy_with_logits(
             logit, (chosen.label == POSITIVE).to(logit), reduction="none"
@@ -91,7 +91,7 @@ def rpn_losses(
             near = target.boxes[matches.instance[chosen.rows]]
             wanted = encode_boxes(near, all_anchors[chosen.rows], rpn.box_weights)
             regression.append(_l1(all_deltas[image][chosen.rows], wanted, chosen.label == POSITIVE))
-    scale = 1.0 / (_RPN_SAMPLES * len(targets))
+    scale = 1.0 / (samples * len(targets))
     nothing = all_deltas.sum() * 0
     return {
         "loss_rpn_cls": torch.stack(classification).sum() * scale,
@@ -140,8 +140,10 @@ def propose(
 
 
 @torch.no_grad()
-def sample_boxes(boxes: Tensor, valid: Tensor, target: Target, num_things: int, seed: int) -> Sampled:
-    """Chooses an image's boxes for the heads: 512, of which at most a quarter overlap an instance by half or more.
+def sample_boxes(
+    boxes: Tensor, valid: Tensor, target: Target, num_things: int, seed: int, samples: int = 512
+) -> Sampled:
+    """Chooses an image's boxes for the heads, of which at most a quarter overlap an instance by half or more.
 
     Args:
         boxes: Proposals [P, 4].
@@ -149,18 +151,19 @@ def sample_boxes(boxes: Tensor, valid: Tensor, target: Target, num_things: int, 
         target: The image's; its own boxes are candidates too.
         num_things: The label of background.
         seed: Of the choice.
+        samples: How many boxes to choose.
     """
     candidates = torch.cat((boxes, target.boxes.to(boxes)))
     matches = match(candidates, target.boxes.to(boxes), 0.5, 0.5, keep_best=False)
     usable = torch.cat((valid, valid.new_ones(len(target.boxes))))
     label = torch.where(usable, matches.label, -1)
-    chosen = sample(label, _BOX_SAMPLES, _BOX_POSITIVES, seed)
+    chosen = sample(label, samples, samples // 4, seed)
     if boxes.device.type == "cpu":  # where asking how many there are costs nothing, and empty slots would
         keep = chosen.label >= NEGATIVE
         chosen = Samples(chosen.rows[keep], chosen.label[keep])
         positives = int((chosen.label == POSITIVE).sum())
     else:
-        positives = _BOX_POSITIVES
+        positives = samples // 4
     instance = matches.instance[chosen.rows]
     background = torch.where(chosen.label == NEGATIVE, num_things, -1)
     if len(target.boxes) == 0:

@@ -22,6 +22,8 @@ class TrainingNetwork(nn.Module):
         model: The network.
         lambda_instance: Weight of the instance branch's losses (the paper's lambda_i).
         lambda_semantic: Weight of the semantic branch's loss (lambda_s).
+        rpn_samples: Anchors of each image that the region proposal network learns from.
+        box_samples: Proposals of each image that the heads learn from.
 
     Note:
         L = lambda_i (L_cls + L_box + L_mask + L_rpn) + lambda_s L_sem (Kirillov et al. 2019, section 3.2). No host sync
@@ -29,12 +31,19 @@ class TrainingNetwork(nn.Module):
     """
 
     def __init__(
-        self, model: PanopticFPN, lambda_instance: float = 1.0, lambda_semantic: float = 0.5
+        self,
+        model: PanopticFPN,
+        lambda_instance: float = 1.0,
+        lambda_semantic: float = 0.5,
+        rpn_samples: int = 256,
+        box_samples: int = 512,
     ) -> None:
         super().__init__()
         self.model = model
         self.lambda_instance = lambda_instance
         self.lambda_semantic = lambda_semantic
+        self.rpn_samples = rpn_samples
+        self.box_samples = box_samples
 
     def forward(
         self,
@@ -77,11 +86,11 @@ class TrainingNetwork(nn.Module):
         model, things = self.model, self.model.config.num_things
         logits, deltas = model.rpn(features)
         anchors = model.rpn.anchors(features)
-        found = losses.rpn_losses(model.rpn, anchors, logits, deltas, targets, seeds)
+        found = losses.rpn_losses(model.rpn, anchors, logits, deltas, targets, seeds, self.rpn_samples)
         boxes, valid = losses.propose(model.rpn, anchors, logits, deltas, sizes)
         sampled = [
             # Other random numbers than the anchors'.
-            losses.sample_boxes(image_boxes, image_valid, target, things, ~seed)
+            losses.sample_boxes(image_boxes, image_valid, target, things, ~seed, self.box_samples)
             for image_boxes, image_valid, target, seed in zip(boxes, valid, targets, seeds, strict=True)
         ]
         class_logits, box_deltas = model.box_head(features, [image.boxes for image in sampled])
