@@ -88,7 +88,7 @@ class InstanceAP:
         Returns:
             "box_AP", "box_AP50", ..., "mask_AP", ...; NaN for a size that no annotation has.
         """
-        figures = {}
+        figures: dict[str, float] = {}
         # pycocotools prints its progress.
         with contextlib.redirect_stdout(io.StringIO()):
             truth = self._coco()

@@ -208,8 +208,8 @@ def _evaluation(config: TrainConfig, held_out: PanopticDataset | None) -> Any:
     from panfpn_fast.inference import Predictor
 
     def run(model: Any) -> dict[str, float]:
-        edges = {"short_edge": config.data.val_short_edge, "max_edge": config.data.val_max_edge}
-        predictor = Predictor(model, model.device, **edges)
+        data = config.data
+        predictor = Predictor(model, model.device, short_edge=data.val_short_edge, max_edge=data.val_max_edge)
         summary: dict[str, float] = evaluate(predictor, held_out, with_ap=False)["summary"]
         return summary
 

@@ -31,8 +31,13 @@ SOME_WEIGHT = "fpn.output.p2.weight"
 def tiny(**changes: Any) -> TrainConfig:
     """A run of a few steps on few small scenes, in this process."""
     config = get_train_preset("tiny")
-    solver = dict(steps=STEPS, batch_size=2, warmup_steps=0, milestones=[3], learning_rate=0.01)
-    solver.update(changes.pop("solver", {}))
+    solver: dict[str, Any] = {
+        "steps": STEPS,
+        "batch_size": 2,
+        "warmup_steps": 0,
+        "milestones": [3],
+        "learning_rate": 0.01,
+    } | changes.pop("solver", {})
     model = config.model | {"fpn_channels": 16, "box_head_channels": 32, "mask_head_channels": 16,
                             "mask_head_convs": 1, "semantic_channels": 16, "semantic_groups": 4,
                             "rpn_post_nms_topk": 50} | changes.pop("model", {})  # fmt: skip
@@ -224,7 +229,11 @@ def test_frozen_stages_keep_their_weights(tmp_path: Path) -> None:
     config = tiny(freeze_at=2)
     before = weights(make_model(config, SyntheticDataset(8, 0)))
     after = weights(train(config, tmp_path).model)
-    kept = {name.split(".")[1] for name in before if name.startswith("backbone") and torch.equal(before[name], after[name])}  # fmt: skip
+    kept = {
+        name.split(".")[1]
+        for name, tensor in before.items()
+        if name.startswith("backbone") and torch.equal(tensor, after[name])
+    }
     assert kept == {"conv1", "norm1", "layer1"}
 
 
@@ -240,5 +249,5 @@ def test_wrong_batch_size_for_the_processes(tmp_path: Path) -> None:
 
 def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "checkpoint_00000002.pth").write_bytes(b"PK\x03\x04 half a file")
-    with pytest.raises(ValueError, match="checkpoint_00000002.pth: cannot be read"):
+    with pytest.raises(ValueError, match=r"checkpoint_00000002\.pth: cannot be read"):
         train(tiny(), tmp_path, resume=True)
