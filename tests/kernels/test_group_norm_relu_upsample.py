@@ -170,3 +170,12 @@ def test_second_derivative_is_refused(triton_ops: torch.device) -> None:
 def test_compiles(name: str, capability: int, compiled: dict[str, Any]) -> None:
     check_compiled(compiled[name], LAUNCHES[name], capability)
     check_traced(compiled[name])
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", [name for name in LAUNCHES if name.startswith("forward")][:-1])
+def test_outputs_are_stored_16_bytes_at_once(name: str, capability: int, compiled: dict[str, Any]) -> None:
+    (kernel,) = compiled[name]["kernels"]
+    stores = {op for op in kernel["targets"][str(capability)]["instructions"] if op.startswith("st.global")}
+    assert stores
+    assert all(".v4.b32" in op or ".v8.b32" in op for op in stores), stores

@@ -40,14 +40,12 @@ def _launches(
         f"{name}, backward": Launch(
             upsample_cross_entropy_backward,
             (grad, logits, target, weight, *saved, *settings),
-            capabilities=options.get("backward_on", CAPABILITIES),
         ),
     }
 
 
 LAUNCHES = {
-    # Widening bfloat16 takes registers more on sm_80, where the backward kernel then spills.
-    **_launches("COCO", _COCO, torch.bfloat16, 4, torch.int64, backward_on=(90, 100)),
+    **_launches("COCO", _COCO, torch.bfloat16, 4, torch.int64),
     **_launches("float32 logits", _COCO, torch.float32, 4, torch.uint8),
     **_launches(
         "all options", (2, 19, 64, 128), torch.float16, 8, torch.int64,
@@ -83,7 +81,5 @@ def test_nothing_counted(triton_ops: torch.device) -> None:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_compiles(name: str, capability: int, compiled: dict[str, Any]) -> None:
-    if capability not in LAUNCHES[name].capabilities:
-        pytest.skip("the configuration is for other GPUs")
     check_compiled(compiled[name], LAUNCHES[name], capability)
     check_traced(compiled[name])
