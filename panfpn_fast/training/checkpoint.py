@@ -60,5 +60,9 @@ class Checkpoints:
             raise ValueError(f"{paths[-1]}: cannot be read as a checkpoint: {error}") from error
         return state
 
+    def exist(self) -> bool:
+        """Whether there is one."""
+        return bool(self._paths())
+
     def _paths(self) -> list[Path]:
         return sorted(self.folder.glob(_PATTERN))

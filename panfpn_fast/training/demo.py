@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,16 @@ def run_demo(out: Path, steps: int | None = None, seed: int = 0, quiet: bool = F
         What metrics.json holds: PQ, SQ, RQ, things, stuff (PQ each, from 0 to 100) and seconds.
     """
     begin = time.perf_counter()
-    config = _demo_config(steps, seed)
+    config = dataclasses.replace(get_train_preset("tiny"), seed=seed)
+    if steps is not None:
+        config = stretch(config, steps)
     dataset = SyntheticDataset(config.data.synthetic_count, seed)
     held_out = SyntheticDataset(config.data.synthetic_val_count, HELD_OUT_SEED + seed)
-    trainer = Trainer(
-        config, dataset, make_model(config, dataset), out, Process(0, 1, torch.device("cpu")), quiet=quiet
-    )
-    trainer.run()
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:  # nobody resumes a run of minutes
+        process = Process(0, 1, torch.device("cpu"))
+        trainer = Trainer(config, dataset, make_model(config, dataset), Path(folder), process, quiet=quiet)
+        trainer.run()
     trainer.save_result(out / "model.pth")
 
     predictor = Predictor(
@@ -64,18 +68,16 @@ def run_demo(out: Path, steps: int | None = None, seed: int = 0, quiet: bool = F
     return metrics
 
 
-def _demo_config(steps: int | None, seed: int) -> TrainConfig:
-    config = dataclasses.replace(get_train_preset("tiny"), seed=seed)
-    if steps is not None:
-        # The whole schedule is stretched or squeezed.
-        factor = steps / config.solver.steps
-        config.solver = dataclasses.replace(
-            config.solver,
-            steps=steps,
-            milestones=[int(milestone * factor) for milestone in config.solver.milestones],
-            warmup_steps=int(config.solver.warmup_steps * min(factor, 1)),
-        )
-    return config
+def stretch(config: TrainConfig, steps: int) -> TrainConfig:
+    """The same schedule over another number of steps."""
+    factor = steps / config.solver.steps
+    solver = dataclasses.replace(
+        config.solver,
+        steps=steps,
+        milestones=[int(milestone * factor) for milestone in config.solver.milestones],
+        warmup_steps=int(config.solver.warmup_steps * min(factor, 1)),
+    )
+    return dataclasses.replace(config, solver=solver)
 
 
 def gallery(predictor: Predictor, dataset: SyntheticDataset) -> Image.Image:

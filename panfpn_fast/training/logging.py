@@ -22,11 +22,25 @@ def _summary_writer(folder: Path) -> Any:
     return tensorboard.SummaryWriter(str(folder / "tensorboard"))
 
 
+def _forget_after(step: int, path: Path) -> None:
+    """Takes the lines of later steps out of a log: the run was killed after them, and will take them again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:  # half a line
+            break
+    path.write_text("".join(kept), encoding="utf-8")
+
+
 class TrainingLog:
     """Writes `log.jsonl` in a folder, and the same to TensorBoard; moves a progress bar.
 
     Args:
-        folder: Where to write; lines are added to an earlier run's.
+        folder: Where to write; lines follow those of the run that this one continues.
         steps: How many there will be.
         start: How many there were before.
         device: Whose memory is shown.
@@ -36,7 +50,9 @@ class TrainingLog:
     def __init__(
         self, folder: Path, steps: int, start: int, device: torch.device, quiet: bool = False
     ) -> None:
-        self._file = open(folder / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115  # closed by close()
+        path = folder / "log.jsonl"
+        _forget_after(start, path)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  # closed by close()
         self._tensorboard = _summary_writer(folder)
         self._bar = tqdm(total=steps, initial=start, unit="step", disable=quiet, dynamic_ncols=True)
         self._device = device

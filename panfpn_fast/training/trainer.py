@@ -107,7 +107,7 @@ class Trainer:
         model: The network, with the weights to begin with.
         out: Folder for checkpoints, the log and the result.
         process: This process' place.
-        resume: Go on from the newest checkpoint in the folder, if there is one.
+        resume: Go on from the newest checkpoint in the folder, if there is one. Without it the folder must have none.
         evaluate: Called with the network now and then and at the end; its figures go to the log.
         quiet: No progress bar.
 
@@ -158,10 +158,14 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=config.precision == "float16")
         self.average = Average(self.model, config.solver.ema) if config.solver.ema > 0 else None
         self.checkpoints = Checkpoints(out)
-        if process.is_first:
-            out.mkdir(parents=True, exist_ok=True)
         if resume:
             self._load(self.checkpoints.load_newest())
+        elif self.checkpoints.exist():
+            raise ValueError(
+                f"out: {out} holds the checkpoints of another run; resume it, or give another folder"
+            )
+        if process.is_first:
+            out.mkdir(parents=True, exist_ok=True)
         self.network: nn.Module = network
         if process.world_size > 1:
             self.network = DistributedDataParallel(

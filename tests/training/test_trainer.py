@@ -134,6 +134,10 @@ def test_sigterm_saves_and_resumes(tmp_path: Path) -> None:
     with pytest.raises(Stopped, match="after step 2; --resume"):
         train(tiny(evaluate_every=1, checkpoint_every=100), part, evaluate=ask)
     assert signal.getsignal(signal.SIGTERM) == before
+    with open(
+        part / "log.jsonl", "a"
+    ) as file:  # as a run leaves it that went on, and was killed while it wrote
+        file.write('{"step": 3, "loss": 7.0}\n{"step": 4, "lo')
     resumed = train(tiny(), part, resume=True)
     assert_same(weights(resumed.model), weights(whole.model))
     assert [line["step"] for line in log_lines(part) if "loss" in line] == [1, 2, 3, 4]
@@ -169,47 +173,53 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
     assert_same(torch.load(found), torch.load(expected))
 
 
-def test_two_processes_equal_one_with_the_double_batch(tmp_path: Path) -> None:
-    code = """
+_TWO = """
 import sys; sys.path[:0] = [{tests!r}]
 import torch; torch.set_num_threads(1)
 from pathlib import Path
-from panfpn_fast.data.synthetic import SyntheticDataset
 from panfpn_fast.training.distributed import process_group
-from panfpn_fast.training.trainer import Trainer, make_model
-from test_trainer import tiny
-config = tiny()
-dataset = SyntheticDataset(8, config.seed)
+from test_trainer import train_noting_each_step
 with process_group("cpu") as process:
     assert process.world_size == 2
-    trainer = Trainer(config, dataset, make_model(config, dataset), Path({out!r}), process, quiet=True)
-    trainer.run()
-    torch.save(trainer.model.state_dict(), {out!r} + f"/rank{{process.rank}}.weights")
+    noted = train_noting_each_step(Path({out!r}), process)
+    torch.save(noted, f"{out}/rank{{process.rank}}.weights")
 """
+
+
+def train_noting_each_step(out: Path, process: Process) -> list[dict[str, Tensor]]:
+    """The weights before the first step and after each."""
+    config = tiny(evaluate_every=1)
+    dataset = SyntheticDataset(8, config.seed)
+    model = make_model(config, dataset)
+    noted = [weights(model)]
+
+    def note(model: PanopticFPN) -> dict[str, float]:
+        noted.append(weights(model))
+        return {}
+
+    Trainer(config, dataset, model, out, process, evaluate=note, quiet=True).run()
+    return noted
+
+
+def test_two_processes_equal_one_with_the_double_batch(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
-    script.write_text(code.format(tests=str(Path(__file__).parent), out=str(tmp_path)))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(script),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    script.write_text(_TWO.format(tests=str(Path(__file__).parent), out=str(tmp_path)))
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    one = weights(train(tiny(), tmp_path / "one").model)
     ranks = [torch.load(tmp_path / f"rank{rank}.weights") for rank in (0, 1)]
-    assert_same(ranks[1], ranks[0])
-    begin = weights(make_model(tiny(), SyntheticDataset(8, 0)))
-    for name, tensor in one.items():
-        if tensor.is_floating_point():
-            # Sums of gradients in another order, over four steps.
-            moved = float((tensor - begin[name]).norm())
-            assert float((ranks[0][name] - tensor).norm()) <= 2e-3 * moved, name
+    for first, second in zip(*ranks, strict=True):
+        assert_same(second, first)
+
+    one = train_noting_each_step(tmp_path / "one", ALONE)
+    assert_same(ranks[0][0], one[0])
+    for name, before in one[0].items():
+        # Sums of gradients in another order. Later, a rounding may change which proposals are looked at.
+        moved = float((one[1][name] - before).float().norm())
+        assert float((ranks[0][1][name] - one[1][name]).float().norm()) <= 1e-4 * moved, name
     # One process writes the log, of all the images.
     for together, alone in zip(log_lines(tmp_path), log_lines(tmp_path / "one"), strict=True):
-        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+        assert together.get("loss") == pytest.approx(alone.get("loss"), rel=1e-3)
 
 
 def test_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
@@ -245,6 +255,12 @@ def test_wrong_batch_size_for_the_processes(tmp_path: Path) -> None:
         ValueError, match=r"solver\.batch_size: expected a multiple of the 2 processes, got 3"
     ):
         Trainer(config, dataset, make_model(config, dataset), tmp_path, process)
+
+
+def test_another_run_is_not_overwritten(tmp_path: Path) -> None:
+    train(tiny(), tmp_path)
+    with pytest.raises(ValueError, match=r"out: .* holds the checkpoints of another run; resume it"):
+        train(tiny(), tmp_path)
 
 
 def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
