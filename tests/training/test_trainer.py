@@ -215,8 +215,9 @@ def test_two_processes_equal_one_with_the_double_batch(tmp_path: Path) -> None:
     assert_same(ranks[0][0], one[0])
     for name, before in one[0].items():
         # Sums of gradients in another order. Later, a rounding may change which proposals are looked at.
-        moved = float((one[1][name] - before).float().norm())
-        assert float((ranks[0][1][name] - one[1][name]).float().norm()) <= 1e-4 * moved, name
+        after = one[1][name].float()
+        allowed = 1e-4 * (after - before).norm() + torch.finfo(torch.float32).eps * after.norm()
+        assert (ranks[0][1][name] - after).norm() <= allowed, name
     # One process writes the log, of all the images.
     for together, alone in zip(log_lines(tmp_path), log_lines(tmp_path / "one"), strict=True):
         assert together.get("loss") == pytest.approx(alone.get("loss"), rel=1e-3)
