@@ -13,7 +13,7 @@ from panfpn_fast.checkpoints import detectron2, hub, own, reader
 from panfpn_fast.checkpoints.hub import DownloadError
 from panfpn_fast.checkpoints.reader import CheckpointError
 from panfpn_fast.models.config import PanopticFPNConfig, presets
-from panfpn_fast.models.panoptic_fpn import PanopticFPN
+from panfpn_fast.models.panoptic_fpn import BRANCHES, PanopticFPN
 
 __all__ = ["CheckpointError", "DownloadError", "load"]
 
@@ -29,7 +29,7 @@ def load(path_or_name: str | os.PathLike[str], **overrides: Any) -> PanopticFPN:
             ``"detectron2://COCO-PanopticSegmentation/panoptic_fpn_R_50_3x"``, which is downloaded once (see
             :mod:`panfpn_fast.checkpoints.hub` for where it is kept).
         **overrides: fields of :class:`PanopticFPNConfig`, for example ``score_threshold=0.2``, or what the
-            tensors cannot tell: ``stride_in_1x1=False``.
+            tensors cannot tell: ``stride_in_1x1=False``. ``tasks=("instance",)`` takes one branch alone.
 
     Returns:
         The network in evaluation mode, float32, on the CPU.
@@ -66,8 +66,12 @@ def _own(content: Mapping[str, Any], overrides: Mapping[str, Any]) -> PanopticFP
     """Makes the network that our training wrote."""
     model = PanopticFPN(**{**own.settings(content), **overrides})
     try:
-        model.load_state_dict(content["model"])
-    except (KeyError, TypeError, RuntimeError) as error:
+        absent = tuple(
+            f"{part}." for task in BRANCHES if task not in model.config.tasks for part in BRANCHES[task]
+        )
+        weights = {name: value for name, value in content["model"].items() if not name.startswith(absent)}
+        model.load_state_dict(weights)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"its tensors do not fit: {error}") from error
     return model
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from panfpn_fast.checkpoints.reader import CheckpointError
-from panfpn_fast.models.config import BACKBONES
+from panfpn_fast.models.config import BACKBONES, TASKS
 from panfpn_fast.models.panoptic_fpn import PanopticFPN
 
 _STEM = "backbone.bottom_up.stem.conv1.weight"
@@ -41,6 +41,9 @@ _RULES: tuple[tuple[str, str], ...] = (
     (r"semantic_head\.levels\.(p\d)\.(\d+)\.norm\.(\w+)", r"sem_seg_head.\1.{double}.norm.\3"),
     (r"semantic_head\.logits\.(\w+)", r"sem_seg_head.predictor.\1"),
 )
+
+# Where the tensors of each branch are.
+_BRANCHES = {"instance": ("proposal_generator.", "roi_heads."), "semantic": ("sem_seg_head.",)}
 
 # Not weights: counters, and what old versions stored although the settings determine it.
 _IGNORED = re.compile(r"\.num_batches_tracked$|^pixel_(mean|std)$|^proposal_generator\.anchor_generator\.")
@@ -91,7 +94,7 @@ def settings(weights: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: the backbone has a depth that no known ResNet has.
     """
-    found: dict[str, Any] = {"backbone": _backbone(weights)}
+    found: dict[str, Any] = {"backbone": _backbone(weights), "tasks": _tasks(weights)}
     for field, name, axis, extra in (
         ("num_things", "roi_heads.box_predictor.cls_score.weight", 0, 1),
         ("num_stuff", "sem_seg_head.predictor.weight", 0, 1),
@@ -109,6 +112,12 @@ def settings(weights: Mapping[str, Any]) -> dict[str, Any]:
         if field in weights:
             found[field] = tuple(float(v) for v in _float32(weights[field], field).flatten())
     return found
+
+
+def _tasks(weights: Collection[str]) -> tuple[str, ...]:
+    """The branches that the tensors belong to; both where they belong to neither, which is told later."""
+    found = tuple(task for task in TASKS if any(name.startswith(_BRANCHES[task]) for name in weights))
+    return found or TASKS
 
 
 def _backbone(weights: Collection[str]) -> str:
@@ -133,7 +142,7 @@ def fill(model: PanopticFPN, weights: Mapping[str, Any]) -> None:
     """Puts a checkpoint's tensors into a network, replacing its own.
 
     Args:
-        model: a network; it may be on the meta device.
+        model: a network; it may be on the meta device, and lack a branch.
         weights: tensors or arrays by detectron2's names.
 
     Raises:
@@ -141,7 +150,12 @@ def fill(model: PanopticFPN, weights: Mapping[str, Any]) -> None:
     """
     own = model.state_dict()
     names = {key(name): name for name in own}
-    unexpected = [name for name in weights if name not in names and not _IGNORED.search(name)]
+    absent = tuple(prefix for task in TASKS if task not in model.config.tasks for prefix in _BRANCHES[task])
+    unexpected = [
+        name
+        for name in weights
+        if name not in names and not _IGNORED.search(name) and not name.startswith(absent)
+    ]
     problems = [
         f"missing: {theirs} {list(own[ours].shape)}"
         for theirs, ours in names.items()
@@ -160,7 +174,8 @@ def fill(model: PanopticFPN, weights: Mapping[str, Any]) -> None:
             f"{model.config.num_things} thing and {model.config.num_stuff} stuff classes:\n  "
             + "\n  ".join(problems)
         )
-    _check_anchors(model, weights)
+    if "instance" in model.config.tasks:
+        _check_anchors(model, weights)
     model.load_state_dict(
         {ours: _float32(weights[theirs], theirs) for theirs, ours in names.items()}, assign=True
     )

@@ -34,6 +34,9 @@ BACKBONES: dict[str, ResNetLayout] = {
 NORMS = ("frozen_bn", "bn", "sync_bn", "gn")
 """Normalisations of the backbone."""
 
+TASKS = ("instance", "semantic")
+"""What a network may do: find instances of things, and label pixels with stuff."""
+
 FPN_STRIDES = (4, 8, 16, 32, 64)
 """Strides of P2..P6."""
 
@@ -45,6 +48,8 @@ class PanopticFPNConfig:
     The defaults are detectron2's ``COCO-PanopticSegmentation/panoptic_fpn_R_50_3x``.
 
     Attributes:
+        tasks: the branches that exist: both, or ``("instance",)`` (Mask R-CNN) or ``("semantic",)`` alone, the two
+            separate networks that the paper compares with.
         backbone: a key of :data:`BACKBONES`, such as ``"resnet50"``.
         backbone_norm: its normalisation: ``"frozen_bn"`` (a checkpoint's statistics and scale, never trained),
             ``"bn"``, ``"sync_bn"`` (over all processes) or ``"gn"`` (at most 32 groups of at least 8 channels).
@@ -86,6 +91,7 @@ class PanopticFPNConfig:
         ValueError: a field has a value it cannot take; the message names the field.
     """
 
+    tasks: tuple[str, ...] = TASKS
     backbone: str = "resnet50"
     backbone_norm: str = "frozen_bn"
     stride_in_1x1: bool = True
@@ -154,6 +160,10 @@ class PanopticFPNConfig:
         self._check_numbers("anchor_sizes", length=len(FPN_STRIDES), positive=True)
         self._check_numbers("anchor_ratios", length=None, positive=True)
         self._check_numbers("box_weights", length=4, positive=True)
+        # As for the numbers above, a list becomes a tuple.
+        if not isinstance(self.tasks, list | tuple) or tuple(self.tasks) not in (TASKS, TASKS[:1], TASKS[1:]):
+            raise ValueError(f"tasks: expected {TASKS}, {TASKS[:1]} or {TASKS[1:]}, got {self.tasks!r}")
+        object.__setattr__(self, "tasks", tuple(self.tasks))
         if self.backbone not in BACKBONES:
             raise ValueError(f"backbone: expected one of {', '.join(BACKBONES)}, got {self.backbone!r}")
         if self.backbone_norm not in NORMS:

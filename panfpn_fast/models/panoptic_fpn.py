@@ -19,6 +19,9 @@ from panfpn_fast.models.rpn import RPN
 from panfpn_fast.models.semantic_head import SemanticHead
 from panfpn_fast.ops import PanopticSegments
 
+BRANCHES = {"instance": ("rpn", "box_head", "mask_head"), "semantic": ("semantic_head",)}
+"""The modules that each task needs, and no other."""
+
 
 class PanopticOutput(NamedTuple):
     """One image's prediction, at the output size [H, W]."""
@@ -37,6 +40,15 @@ class PanopticOutput(NamedTuple):
     """[N, 28, 28], the instance's probability inside its box."""
     semantic: Tensor
     """uint8 [H, W]: 0 = "other" (all things), 1.. = stuff."""
+
+
+class Instances(NamedTuple):
+    """One image's detections, at the output size; the fields are those of :class:`PanopticOutput`."""
+
+    boxes: Tensor
+    scores: Tensor
+    classes: Tensor
+    mask_probs: Tensor
 
 
 class ImageBatch(NamedTuple):
@@ -72,10 +84,12 @@ class PanopticFPN(ExactConstants):
         self.config = config
         self.backbone = ResNet(config.backbone, config.stride_in_1x1, config.backbone_norm)
         self.fpn = FPN(self.backbone.out_channels, config.fpn_channels)
-        self.rpn = RPN(config)
-        self.box_head = BoxHead(config)
-        self.mask_head = MaskHead(config)
-        self.semantic_head = SemanticHead(config)
+        if "instance" in config.tasks:
+            self.rpn = RPN(config)
+            self.box_head = BoxHead(config)
+            self.mask_head = MaskHead(config)
+        if "semantic" in config.tasks:
+            self.semantic_head = SemanticHead(config)
         self.add_constant("pixel_mean", config.pixel_mean)
         self.add_constant("pixel_std", config.pixel_std)
 
@@ -104,12 +118,12 @@ class PanopticFPN(ExactConstants):
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return self.backbone.conv1.weight.device
+        return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """The parameters' type."""
-        return self.backbone.conv1.weight.dtype
+        return next(self.parameters()).dtype
 
     def prepare(self, images: Sequence[Tensor]) -> ImageBatch:
         """Orders the channels, normalises, and pads to one batch.
@@ -169,51 +183,109 @@ class PanopticFPN(ExactConstants):
         """
         if len(images) == 0:
             return []
-        batch = self.prepare(images)
-        sizes = batch.sizes if output_sizes is None else _check_output_sizes(output_sizes, len(images))
+        batch, sizes = self.prepare_outputs(images, output_sizes)
         features = self.features(batch.images)
+        found = self.instances(features, batch.sizes, sizes)
+        labels = self.labels(features, batch.sizes, sizes)
+        return [merge(self.config, *each) for each in zip(found, labels, strict=True)]
 
+    def prepare_outputs(
+        self, images: Sequence[Tensor], output_sizes: Sequence[tuple[int, int]] | None
+    ) -> tuple[ImageBatch, list[tuple[int, int]]]:
+        """Checks what :meth:`forward` takes; returns the batch and the size of each result."""
+        batch = self.prepare(images)
+        if output_sizes is None:
+            return batch, batch.sizes
+        return batch, _check_output_sizes(output_sizes, len(images))
+
+    def instances(
+        self,
+        features: Sequence[Tensor],
+        sizes: Sequence[tuple[int, int]],
+        output_sizes: Sequence[tuple[int, int]],
+    ) -> list[Instances]:
+        """Finds instances.
+
+        Args:
+            features: P2..P6.
+            sizes: each image's height and width without padding.
+            output_sizes: the height and width of each result.
+
+        Returns:
+            Per image, its detections; none of a network without the instance branch.
+        """
+        if "instance" not in self.config.tasks:
+            return [self._no_instances(features[0]) for _ in sizes]
         objectness, moves = self.rpn(features)
-        proposals = self.rpn.propose(self.rpn.anchors(features), objectness, moves, batch.sizes)
+        proposals = self.rpn.propose(self.rpn.anchors(features), objectness, moves, sizes)
         class_logits, deltas = self.box_head(features, proposals)
-        detections = self.box_head.detect(class_logits, deltas, proposals, batch.sizes)
+        detections = self.box_head.detect(class_logits, deltas, proposals, sizes)
         masks = self.mask_head(
             features, [d.boxes for d in detections], torch.cat([d.classes for d in detections])
         ).sigmoid()
-        labels = self.semantic_head.label(self.semantic_head(features), batch.sizes, sizes)
-
         per_image = torch.split(masks, [len(d.boxes) for d in detections])
-        return [
-            self._combine(*each)
-            for each in zip(detections, per_image, labels, batch.sizes, sizes, strict=True)
-        ]
+        return [_resize(*each) for each in zip(detections, per_image, sizes, output_sizes, strict=True)]
 
-    def _combine(
+    def _no_instances(self, like: Tensor) -> Instances:
+        scores = like.new_zeros(0, dtype=at_least_float32(like.dtype))
+        side = 2 * self.config.mask_pool_size
+        classes = scores.to(torch.int64)
+        return Instances(scores.reshape(0, 4), scores, classes, scores.reshape(0, side, side))
+
+    def labels(
         self,
-        detections: Detections,
-        mask_probs: Tensor,
-        semantic: Tensor,
-        size: tuple[int, int],
-        output_size: tuple[int, int],
-    ) -> PanopticOutput:
-        """Carries one image's detections over to the output's size and merges them with the stuff."""
-        boxes = clip_boxes(scale_boxes(detections.boxes, size, output_size), output_size)
-        keep = nonempty(boxes)
-        boxes, mask_probs = boxes[keep], mask_probs[keep]
-        scores, classes = detections.scores[keep], detections.classes[keep]
-        panoptic, segments = ops.panoptic_merge(
-            mask_probs,
-            boxes,
-            scores,
-            classes,
-            semantic,
-            output_size,
-            score_threshold=self.config.instance_score_threshold,
-            overlap_threshold=self.config.overlap_threshold,
-            stuff_area_threshold=self.config.stuff_area_threshold,
-            mask_threshold=self.config.mask_threshold,
-        )
-        return PanopticOutput(panoptic, segments, boxes, scores, classes, mask_probs, semantic)
+        features: Sequence[Tensor],
+        sizes: Sequence[tuple[int, int]],
+        output_sizes: Sequence[tuple[int, int]],
+    ) -> list[Tensor]:
+        """Labels pixels.
+
+        Args:
+            features: P2..P6.
+            sizes: each image's height and width without padding.
+            output_sizes: the height and width of each result.
+
+        Returns:
+            Per image [H, W], 0 = things, 1.. = stuff; all 0 of a network without the semantic branch.
+        """
+        if "semantic" not in self.config.tasks:
+            return [features[0].new_zeros(size, dtype=torch.uint8) for size in output_sizes]
+        return self.semantic_head.label(self.semantic_head(features), sizes, output_sizes)
+
+
+def _resize(
+    detections: Detections, mask_probs: Tensor, size: tuple[int, int], output_size: tuple[int, int]
+) -> Instances:
+    """Carries one image's detections over to the output's size, and drops what has no area there."""
+    boxes = clip_boxes(scale_boxes(detections.boxes, size, output_size), output_size)
+    keep = nonempty(boxes)
+    return Instances(boxes[keep], detections.scores[keep], detections.classes[keep], mask_probs[keep])
+
+
+def merge(config: PanopticFPNConfig, instances: Instances, semantic: Tensor) -> PanopticOutput:
+    """Merges one image's instances with its stuff.
+
+    Args:
+        config: the thresholds.
+        instances: the detections.
+        semantic: [H, W], 0 = things, 1.. = stuff.
+
+    Returns:
+        The prediction, of the size of ``semantic``.
+    """
+    panoptic, segments = ops.panoptic_merge(
+        instances.mask_probs,
+        instances.boxes,
+        instances.scores,
+        instances.classes,
+        semantic,
+        (semantic.shape[0], semantic.shape[1]),
+        score_threshold=config.instance_score_threshold,
+        overlap_threshold=config.overlap_threshold,
+        stuff_area_threshold=config.stuff_area_threshold,
+        mask_threshold=config.mask_threshold,
+    )
+    return PanopticOutput(panoptic, segments, *instances, semantic)
 
 
 def _check_image(index: int, image: object) -> None:

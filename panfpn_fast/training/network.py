@@ -58,13 +58,19 @@ class TrainingNetwork(nn.Module):
             images: RGB [3, h, w], values from 0 to 255; they may differ in size.
             targets: One for each, on the network's device.
             seeds: One for each, of the sampling of anchors and proposals.
-            branches: Which ones learn in this step.
+            branches: Which ones learn in this step, of those that the network has.
 
         Returns:
             Scalars whose sum is the loss: loss_rpn_cls, loss_rpn_box, loss_cls, loss_box, loss_mask, loss_semantic, or
             those of the branches asked for.
+
+        Raises:
+            ValueError: The network has none of the branches.
         """
         model = self.model
+        branches = [branch for branch in branches if branch in model.config.tasks]
+        if not branches:
+            raise ValueError(f"branches: expected some of the network's, {model.config.tasks}, got none")
         batch = model.prepare(images)
         features = model.features(batch.images)
         found: dict[str, Tensor] = {}

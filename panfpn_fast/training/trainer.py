@@ -232,9 +232,9 @@ class Trainer:
             group["lr"] = rate
         device = self.process.device
         targets = [target.to(device, non_blocking=True) for target in batch.targets]
-        branches: Sequence[str] = ("instance", "semantic")
+        branches: Sequence[str] = self.model.config.tasks
         if config.alternate:
-            branches = branches[self.step % 2 : self.step % 2 + 1]
+            branches = (branches[self.step % len(branches)],)
         dtype = getattr(torch, config.precision)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             losses: dict[str, Tensor] = self.network(batch.images, targets, batch.seeds, branches)

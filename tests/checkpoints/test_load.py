@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 from pathlib import Path
@@ -13,8 +14,11 @@ import torch
 from checkpoint_samples import SMALL, Weights, save_pickle, save_torch, small_network, small_weights
 
 import panfpn_fast
-from panfpn_fast.checkpoints import CheckpointError, detectron2, load
+from panfpn_fast.checkpoints import CheckpointError, detectron2, load, own
+from panfpn_fast.data.categories import Categories, Category
 from panfpn_fast.models import PanopticFPN
+
+CATEGORIES = [Category(i, f"c{i}", i < 4, (i, i, i)) for i in range(1, 8)]
 
 
 @pytest.fixture
@@ -225,3 +229,38 @@ def test_loading_draws_no_random_numbers(tmp_path: Path, weights: Weights) -> No
     before = torch.get_rng_state()
     load(path)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("task", "others"), [("instance", "sem_seg_head."), ("semantic", ("proposal_generator.", "roi_heads."))]
+)
+def test_one_branch(tmp_path: Path, weights: Weights, task: str, others: Any) -> None:
+    """Of a checkpoint with one, such as a Mask R-CNN's; or of one with both, by wish."""
+    alone = {name: value for name, value in weights.items() if not name.startswith(others)}
+    model = load(save_pickle(tmp_path / "a.pkl", {"model": alone}))
+    assert model.config.tasks == (task,)
+    chosen = load(save_pickle(tmp_path / "b.pkl", {"model": weights}), tasks=[task])
+    assert chosen.config.tasks == (task,)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, torch.from_numpy(weights[detectron2.key(name)])), name
+        assert torch.equal(value, chosen.state_dict()[name]), name
+    [output] = model([torch.zeros(3, 40, 60, dtype=torch.uint8)])
+    assert output.panoptic.shape == (40, 60)
+    with pytest.raises(CheckpointError, match="missing: "):
+        load(tmp_path / "a.pkl", tasks=("instance", "semantic"))
+
+
+def test_one_branch_of_our_own(tmp_path: Path, original: PanopticFPN) -> None:
+    categories = Categories("four", tuple(CATEGORIES[:3]), tuple(CATEGORIES[3:]))
+    config = {**dataclasses.asdict(original.config), "dataset": "four"}
+    torch.save(own.content_of(original.state_dict(), config, categories), tmp_path / "a.pth")
+    assert load(tmp_path / "a.pth").config.tasks == ("instance", "semantic")
+    model = load(tmp_path / "a.pth", tasks=("semantic",))
+    assert {name.split(".")[0] for name in model.state_dict()} == {"backbone", "fpn", "semantic_head"}
+    assert all(torch.equal(value, original.state_dict()[name]) for name, value in model.state_dict().items())
+    torch.save(
+        own.content_of(model.state_dict(), dataclasses.asdict(model.config), categories), tmp_path / "b.pth"
+    )
+    assert load(tmp_path / "b.pth").config.tasks == ("semantic",)
+    with pytest.raises(CheckpointError, match="Missing key"):
+        load(tmp_path / "b.pth", tasks=("instance", "semantic"))

@@ -13,6 +13,10 @@ from panfpn_fast.models import PanopticFPN, PanopticFPNConfig, get_preset, prese
 @pytest.mark.parametrize(
     ("field", "value"),
     [
+        ("tasks", ()),
+        ("tasks", "instance"),
+        ("tasks", ("semantic", "instance")),
+        ("tasks", ("panoptic",)),
         ("backbone", "resnet19"),
         ("backbone_norm", "layer"),
         ("stride_in_1x1", "yes"),
@@ -58,6 +62,7 @@ def test_an_unknown_setting_is_refused_by_name() -> None:
 
 def test_lists_become_tuples() -> None:
     assert PanopticFPNConfig(pixel_std=[1, 1, 1]) == PanopticFPNConfig()  # type: ignore[arg-type]
+    assert PanopticFPNConfig(tasks=["semantic"]).tasks == ("semantic",)  # type: ignore[arg-type]
     assert hash(PanopticFPNConfig(anchor_ratios=[0.5, 1, 2])) == hash(PanopticFPNConfig())  # type: ignore[arg-type]
 
 
