@@ -49,7 +49,7 @@ def _train(config: Any) -> Any:
     import torch
 
     from panfpn_fast.data.synthetic import SyntheticDataset
-    from panfpn_fast.training.distributed import Process
+    from panfpn_fast.distributed import Process
     from panfpn_fast.training.trainer import Trainer, make_model
 
     dataset = SyntheticDataset(config.data.synthetic_count, config.seed)

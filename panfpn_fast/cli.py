@@ -76,6 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (_UserError, SettingsError) as error:
         _report(str(error))
         return _EXIT_USAGE
+    except ValueError as error:
+        from panfpn_fast.data.files import DataError
+
+        if not isinstance(error, DataError):
+            raise
+        _report(_one_line(error))
+        return _EXIT_USAGE
     except KeyboardInterrupt:
         _report("interrupted")
         return _EXIT_INTERRUPTED

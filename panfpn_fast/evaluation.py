@@ -3,36 +3,65 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from panfpn_fast.data.categories import Categories
+from panfpn_fast.data.files import DataError
 from panfpn_fast.data.loader import PanopticDataset
-from panfpn_fast.data.sample import IGNORE, Sample, make_target
+from panfpn_fast.data.sample import IGNORE, Sample, semantic_map
+from panfpn_fast.distributed import gather_to_first, place, tell_all
 from panfpn_fast.inference import PanopticResult, Predictor
 from panfpn_fast.metrics import PanopticQuality, SemanticQuality, match_segments
-from panfpn_fast.metrics.coco_ap import InstanceAP
+from panfpn_fast.metrics.coco_ap import AP_FIGURES, InstanceAP
+from panfpn_fast.metrics.semantic import CITYSCAPES_INSTANCE_SIZES
 
-__all__ = ["Evaluation", "evaluate", "format_table"]
+__all__ = ["Evaluation", "evaluate", "format_table", "without_nan"]
+
+_QUALITIES = ("PQ", "SQ", "RQ")
+_KINDS = ("All", "Things", "Stuff")
+_END = {"All": "", "Things": "_things", "Stuff": "_stuff"}
 
 
 class Evaluation:
-    """Collects the figures of images.
+    """Collects the figures of images; can be pickled, so that processes can share the work.
 
     Args:
-        dataset: Whose annotations are compared with.
+        categories: Of the data set and of the network.
         with_ap: Whether AP is wanted, which needs pycocotools.
     """
 
-    def __init__(self, dataset: PanopticDataset, with_ap: bool = True) -> None:
-        self.categories = dataset.categories
-        self.panoptic = PanopticQuality({category.id: category.isthing for category in self.categories.all})
-        self.semantic = SemanticQuality(len(self.categories.stuff) + 1, IGNORE)
-        self.instances = InstanceAP(self.categories) if with_ap else None
+    def __init__(self, categories: Categories, with_ap: bool = True) -> None:
+        self.categories = categories
+        self.panoptic = PanopticQuality({category.id: category.isthing for category in categories.all})
+        self.semantic = SemanticQuality(len(categories.stuff) + 1, IGNORE)
+        self.instances = InstanceAP(categories) if with_ap else None
+        sizes = CITYSCAPES_INSTANCE_SIZES if categories.name == "cityscapes" else {}
+        # Its labels are positions in `categories.all`.
+        self.parsing = (
+            SemanticQuality(
+                len(categories.all), IGNORE, {i: sizes[c.name] for i, c in enumerate(categories.things)}
+            )
+            if sizes
+            else None
+        )
+        self.images = 0
+        self.skipped: list[str] = []
 
-    def add(self, sample: Sample, result: PanopticResult) -> None:
-        """Compares a prediction with its annotation."""
+    def add(self, number: int, sample: Sample, result: PanopticResult) -> None:
+        """Compares a prediction with its annotation.
+
+        Args:
+            number: The image's position in the data set.
+            sample: The annotation.
+            result: The prediction.
+        """
         found = match_segments(
             np.ascontiguousarray(sample.segments.numpy()),
             self._table(sample),
@@ -42,9 +71,12 @@ class Evaluation:
             sample.image_id,
         )
         self.panoptic.add(found)
-        self.semantic.add(make_target(sample).semantic, result.semantic)
+        self.semantic.add(semantic_map(sample), result.semantic)
         if self.instances is not None:
-            self.instances.add(sample, result.instances)
+            self.instances.add(number, sample, result.instances)
+        if self.parsing is not None:
+            self.parsing.add(*self._label_maps(sample, result))
+        self.images += 1
 
     def _table(self, sample: Sample) -> list[dict[str, int]]:
         table = []
@@ -55,66 +87,212 @@ class Evaluation:
                 table.append({"id": row + 1, "category_id": category.id, "area": area, "iscrowd": int(crowd)})
         return table
 
+    def _label_maps(self, sample: Sample, result: PanopticResult) -> tuple[Tensor, Tensor, Tensor]:
+        """The true and the predicted class of each pixel, things and stuff alike, and the true instances' numbers."""
+        things = len(self.categories.things)
+        true_label = torch.full((len(sample.label) + 1,), IGNORE)
+        true_label[1:] = torch.where(sample.isthing, sample.label, things - 1 + sample.label)
+        number = torch.arange(len(sample.label) + 1)
+        number[1:][~sample.isthing | sample.crowd] = 0
+        label = torch.full((max((s.id for s in result.segments), default=0) + 1,), IGNORE)
+        for segment in result.segments:
+            label[segment.id] = segment.class_index + (0 if segment.isthing else things)
+        rows = sample.segments.long()
+        return true_label[rows], label[result.panoptic.long()], number[rows]
+
+    def merge(self, other: Evaluation) -> None:
+        """Adds the images of another one; the figures do not depend on the order."""
+        self.panoptic.merge(other.panoptic)
+        self.semantic.merge(other.semantic)
+        if self.instances is not None and other.instances is not None:
+            self.instances.merge(other.instances)
+        if self.parsing is not None and other.parsing is not None:
+            self.parsing.merge(other.parsing)
+        self.images += other.images
+        self.skipped += other.skipped
+
     def result(self) -> dict[str, Any]:
         """The figures.
 
         Returns:
-            "summary": PQ, SQ, RQ, PQ_things, PQ_stuff, mIoU, fIoU and AP, from 0 to 100; "per_class": the "pq", "sq"
-            and "rq" of each category, from 0 to 1.
+            "summary": PQ, SQ, RQ, the same as PQ_things, PQ_stuff and so on, mIoU and fIoU of the semantic branch, iIoU
+            on Cityscapes, and the box and mask AP, from 0 to 100, NaN where there is nothing to judge; "per_class":
+            PQ, SQ and RQ from 0 to 100 and the counts TP, FP and FN of each category that occurs; "images": how
+            many were compared; "skipped": a message for each that could not be read.
+
+        Note:
+            iIoU (cityscapesScripts, evalPixelLevelSemanticLabeling.py) is that of the things in the panoptic map, of
+            which void pixels count as missed, because the semantic branch has one label for all things.
         """
         panoptic, semantic = self.panoptic.result(), self.semantic.result()
-        summary = {name: panoptic["All"][name.lower()] for name in ("PQ", "SQ", "RQ")}
-        summary |= {f"PQ_{kind.lower()}": panoptic[kind]["pq"] for kind in ("Things", "Stuff")}
+        summary: dict[str, float] = {}
+        for kind in _KINDS:
+            summary |= {name + _END[kind]: panoptic[kind][name.lower()] for name in _QUALITIES}
         summary |= {"mIoU": semantic["miou"], "fIoU": semantic["fiou"]}
+        if self.parsing is not None:
+            summary["iIoU"] = self.parsing.result()["iiou"]
         if self.instances is not None:
             summary |= self.instances.result()
-        names = {category.id: category.name for category in self.categories.all}
+        tallies = self.panoptic.tallies()
+        per_class = {}
+        for category in self.categories.all:
+            tally = tallies[category.id]
+            quality = tally.quality()
+            if quality is not None:
+                figures = {name.upper(): 100 * value for name, value in quality.items()}
+                per_class[category.name] = {**figures, "TP": tally.tp, "FP": tally.fp, "FN": tally.fn}
         return {
             "summary": {name: 100 * value for name, value in summary.items()},
-            "per_class": {names[category]: quality for category, quality in panoptic["per_class"].items()},
+            "per_class": per_class,
+            "images": self.images,
+            "skipped": sorted(self.skipped),
         }
 
 
+class _Samples(Dataset["Sample | Exception"]):
+    """Annotated images by their position; what cannot be read comes back as its error."""
+
+    def __init__(self, dataset: PanopticDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> Sample | Exception:
+        try:
+            return self.dataset.load(index)
+        except (DataError, OSError) as error:
+            return error
+
+
+def _itself(item: Any) -> Any:
+    return item
+
+
+def _load(dataset: PanopticDataset, chosen: range, workers: int) -> Iterator[Sample | Exception]:
+    # Worker processes of a DataLoader compute with one thread each.
+    return iter(
+        DataLoader(
+            _Samples(dataset),
+            batch_size=None,
+            sampler=chosen,
+            num_workers=workers if len(chosen) > 1 else 0,
+            collate_fn=_itself,
+        )
+    )
+
+
 def evaluate(
-    predictor: Predictor, dataset: PanopticDataset, *, with_ap: bool = True, quiet: bool = False
+    predictor: Predictor,
+    dataset: PanopticDataset,
+    *,
+    with_ap: bool = True,
+    quiet: bool = False,
+    workers: int | None = None,
+    skip_bad: bool = False,
 ) -> dict[str, Any]:
     """Predicts every image of a data set and compares.
+
+    In a process group every process must call this: rank r of W takes every W-th image, and all get the figures of all
+    images, which are those that one process gets from the same predictions, to the last bit.
 
     Args:
         predictor: Of a network with the data set's classes.
         dataset: Annotated images.
         with_ap: Whether AP is wanted, which needs pycocotools.
         quiet: No progress bar.
+        workers: Processes that read images ahead; 0: none. None: one for a network on the CPU, four for one on a GPU.
+        skip_bad: An image that cannot be read is left out and named in the result, not an error.
 
     Returns:
         See `Evaluation.result`.
 
     Raises:
-        ValueError: The network has other classes.
+        ValueError: The network has other classes, or there are no images.
+        DataError: An image or annotation is missing or damaged; named.
     """
     if predictor.categories != dataset.categories:
         raise ValueError(
             f"dataset: its classes ({dataset.categories.name}) are not the network's ({predictor.categories.name})"
         )
-    evaluation = Evaluation(dataset, with_ap)
-    for index in tqdm(range(len(dataset)), unit="image", disable=quiet, leave=False):
-        sample = dataset.load(index)
-        image = np.ascontiguousarray(sample.image.permute(1, 2, 0).numpy())
-        evaluation.add(sample, predictor(image))
-    return evaluation.result()
+    if len(dataset) == 0:
+        raise ValueError("dataset: there are no images in it")
+    rank, count = place()
+    if workers is None:
+        workers = 1 if predictor.device.type == "cpu" else 4
+    mine = range(rank, len(dataset), count)
+    evaluation = Evaluation(dataset.categories, with_ap)
+    bar = tqdm(total=len(mine), unit="image", disable=quiet or rank > 0, leave=False)
+    with bar:
+        for number, sample in zip(mine, _load(dataset, mine, workers), strict=True):
+            if isinstance(sample, Exception):
+                if not skip_bad:
+                    raise sample
+                evaluation.skipped.append(str(sample))
+            else:
+                image = np.ascontiguousarray(sample.image.permute(1, 2, 0).numpy())
+                evaluation.add(number, sample, predictor(image))
+            bar.update()
+    parts = gather_to_first(evaluation)
+    for part in parts[1:]:
+        evaluation.merge(part)
+    return tell_all(evaluation.result() if parts else {})
+
+
+def without_nan(figures: Any) -> Any:
+    """The same nested dictionaries and lists with None, JSON's null, for every NaN, which JSON does not know."""
+    if isinstance(figures, dict):
+        return {name: without_nan(value) for name, value in figures.items()}
+    if isinstance(figures, list):
+        return [without_nan(value) for value in figures]
+    return None if isinstance(figures, float) and math.isnan(figures) else figures
+
+
+def _cell(value: float) -> str:
+    if isinstance(value, int):
+        return f"{value:7d}"
+    return f"{'-':>7}" if math.isnan(value) else f"{value:7.2f}"
 
 
 def format_table(result: dict[str, Any]) -> str:
-    """The summary, and each category that occurs, as text."""
-    summary = result["summary"]
-    lines = ["  ".join(f"{name:>9}" for name in summary)]
-    lines.append(
-        "  ".join("        -" if math.isnan(value) else f"{value:9.2f}" for value in summary.values())
+    """The figures as text: the panoptic quality of all, things and stuff, the other figures, and each class.
+
+    Example:
+        >>> summary = {"PQ": 50.0, "SQ": 75.0, "RQ": 66.7, "PQ_things": 50.0, "SQ_things": 75.0, "RQ_things": 66.7,
+        ...            "PQ_stuff": 0.0, "SQ_stuff": 0.0, "RQ_stuff": 0.0, "mIoU": float("nan"), "fIoU": 80.0}
+        >>> dog = {"PQ": 50.0, "SQ": 75.0, "RQ": 66.7, "TP": 1, "FP": 1, "FN": 0}
+        >>> print(format_table({"summary": summary, "per_class": {"dog": dog}, "images": 1, "skipped": []}))
+                    PQ      SQ      RQ
+        All      50.00   75.00   66.70
+        Things   50.00   75.00   66.70
+        Stuff     0.00    0.00    0.00
+        <BLANKLINE>
+        mIoU       -    fIoU   80.00
+        <BLANKLINE>
+                    PQ      SQ      RQ      TP      FP      FN
+        dog      50.00   75.00   66.70       1       1       0
+        <BLANKLINE>
+        1 images
+    """
+    summary, per_class = dict(result["summary"]), result["per_class"]
+    width = max(map(len, (*_KINDS, *per_class)))
+
+    def table(columns: Sequence[str], rows: Mapping[str, Sequence[float]]) -> list[str]:
+        lines = [" ".join((" " * width, *(f"{column:>7}" for column in columns)))]
+        return lines + [" ".join((f"{name:{width}}", *map(_cell, values))) for name, values in rows.items()]
+
+    lines = table(
+        _QUALITIES,
+        {kind: [summary.pop(name + _END[kind]) for name in _QUALITIES] for kind in _KINDS},
     )
-    width = max((len(name) for name in result["per_class"]), default=0)
-    lines += ["", f"{'':{width}}  {'PQ':>6} {'SQ':>6} {'RQ':>6}"]
-    for name, quality in result["per_class"].items():
-        if quality["rq"] > 0 or quality["pq"] > 0:
-            row = " ".join(f"{100 * quality[key]:6.2f}" for key in ("pq", "sq", "rq"))
-            lines.append(f"{name:{width}}  {row}")
+    if "box_AP" in summary:
+        rows = {
+            kind: [summary.pop(f"{kind.lower()}_{name}") for name in AP_FIGURES] for kind in ("Box", "Mask")
+        }
+        lines += ["", *table(AP_FIGURES, rows)]
+    lines += ["", "    ".join(f"{name} {_cell(value)}" for name, value in summary.items())]
+    columns = (*_QUALITIES, "TP", "FP", "FN")
+    rows = {name: [found[column] for column in columns] for name, found in per_class.items()}
+    lines += ["", *table(columns, rows)]
+    lines += ["", f"{result['images']} images"]
+    if result["skipped"]:
+        lines[-1] += f", and {len(result['skipped'])} that could not be read:"
+        lines += result["skipped"]
     return "\n".join(lines)

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from panfpn_fast.data.categories import Categories, Category, get_categories, register_categories
-from panfpn_fast.data.files import DataError, read_panoptic_json, read_rgb
+from panfpn_fast.data.files import DataError, check_same_size, read_panoptic_json, read_rgb
 from panfpn_fast.data.sample import Sample
 
 _PathLike = str | os.PathLike[str]
@@ -26,12 +27,12 @@ class CocoPanopticDataset:
         categories: Name of a known data set, or None: those that the JSON lists.
 
     Raises:
-        FileNotFoundError: There is no such JSON.
+        MissingFileError: There is no such JSON.
         DataError: It is damaged or lacks a part.
 
     Note:
-        A sample's segments are checked against its PNG when it is loaded: every id of the map must be in the table, and
-        every category must be known. The format: cocodataset.org/#format-data, "Panoptic Segmentation".
+        A sample's segments are checked against its PNG when it is loaded: both must have the same ids, and every
+        category must be known. The format: cocodataset.org/#format-data, "Panoptic Segmentation".
     """
 
     def __init__(
@@ -55,8 +56,15 @@ class CocoPanopticDataset:
         register_categories(self.categories)
         self._things = {category.id: i for i, category in enumerate(self.categories.things)}
         self._stuff = {category.id: i + 1 for i, category in enumerate(self.categories.stuff)}
-        names = {image["id"]: image["file_name"] for image in content["images"]}
         self._annotations: list[dict[str, Any]] = content["annotations"]
+        _check_keys(content["images"], ("id", "file_name"), "an image", self.annotation_json)
+        _check_keys(
+            self._annotations,
+            ("image_id", "file_name", "segments_info"),
+            "an annotation",
+            self.annotation_json,
+        )
+        names = {image["id"]: image["file_name"] for image in content["images"]}
         for annotation in self._annotations:
             if annotation["image_id"] not in names:
                 raise DataError(f"{self.annotation_json}: 'images' lacks image {annotation['image_id']}")
@@ -70,20 +78,18 @@ class CocoPanopticDataset:
         """Reads one image and its annotation.
 
         Raises:
-            FileNotFoundError: A file is missing; named.
+            MissingFileError: A file is missing; named.
             DataError: A file is damaged, sizes differ, or an id or a category is unknown.
         """
         annotation = self._annotations[index]
         image_path = self.image_folder / self._image_names[index]
         png_path = self.annotation_folder / annotation["file_name"]
         image, colours = read_rgb(image_path), read_rgb(png_path).astype(np.int32)
-        if image.shape != colours.shape:
-            raise DataError(
-                f"{png_path}: is {colours.shape[1]} x {colours.shape[0]} pixels, and its image {image_path} "
-                f"{image.shape[1]} x {image.shape[0]}"
-            )
+        check_same_size(image, image_path, colours, png_path)
         ids = colours[..., 0] + 256 * colours[..., 1] + 65536 * colours[..., 2]
         table = annotation["segments_info"]
+        of = f"a segment of image {annotation['image_id']}"
+        _check_keys(table, ("id", "category_id", "area"), of, self.annotation_json)
         isthing, label, crowd, area = [], [], [], []
         for segment in table:
             category = segment["category_id"]
@@ -108,9 +114,14 @@ class CocoPanopticDataset:
         )
 
 
-def _rows_of(
-    ids: np.ndarray[Any, np.dtype[np.int32]], table: list[int], path: Path
-) -> np.ndarray[Any, np.dtype[np.int32]]:
+def _check_keys(entries: list[dict[str, Any]], keys: tuple[str, ...], what: str, path: Path) -> None:
+    for entry in entries:
+        for key in keys:
+            if not isinstance(entry, dict) or key not in entry:
+                raise DataError(f"{path}: {what} lacks {key!r}: {str(entry)[:80]}")
+
+
+def _rows_of(ids: npt.NDArray[np.int32], table: list[int], path: Path) -> npt.NDArray[np.int32]:
     """Replaces each id by 1 + its row in the table; 0 stays 0."""
     known = np.array([0, *table], dtype=np.int64)
     order = np.argsort(known, kind="stable")
@@ -119,6 +130,9 @@ def _rows_of(
     unknown = ids[known[rows] != ids]
     if unknown.size:
         raise DataError(f"{path}: has the segment {unknown[0]}, which its segments_info lacks")
+    lacking = np.flatnonzero(np.bincount(rows.ravel(), minlength=len(known))[1:] == 0)
+    if lacking.size:
+        raise DataError(f"{path}: lacks the segment {table[lacking[0]]} of its segments_info")
     return rows.astype(np.int32)
 
 

@@ -94,6 +94,13 @@ def segment_boxes(segments: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return torch.stack((x1, y1, x2, y2), dim=1), areas
 
 
+def semantic_map(sample: Sample) -> Tensor:
+    """The label of each pixel, uint8 [H, W]: 0 = a thing or a crowd of them, 1.. = stuff, 255 = void."""
+    label = torch.full((len(sample.label) + 1,), IGNORE, dtype=torch.uint8)
+    label[1:] = torch.where(sample.isthing, 0, sample.label).to(torch.uint8)
+    return label[sample.segments.long()]
+
+
 def make_target(sample: Sample) -> Target:
     """Turns an annotated image into what the losses compare with.
 
@@ -105,7 +112,5 @@ def make_target(sample: Sample) -> Target:
     chosen = torch.nonzero(sample.isthing & ~sample.crowd & (areas > 0))[:, 0]
     number = torch.zeros(count + 1, dtype=torch.int32)
     number[chosen + 1] = torch.arange(1, len(chosen) + 1, dtype=torch.int32)
-    semantic = torch.full((count + 1,), IGNORE, dtype=torch.uint8)
-    semantic[1:] = torch.where(sample.isthing, 0, sample.label).to(torch.uint8)
-    row = sample.segments.long()
-    return Target(boxes[chosen].float(), sample.label[chosen], number[row], semantic[row])
+    instances = number[sample.segments.long()]
+    return Target(boxes[chosen].float(), sample.label[chosen], instances, semantic_map(sample))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from panfpn_fast.data.sample import IGNORE, Sample, make_target
+from panfpn_fast.data.sample import IGNORE, Sample, semantic_map
 from panfpn_fast.inference.preprocess import resize_shortest_edge, resized_shape
 
 # detectron2 tries this often to find a crop in which no class has more than its share.
@@ -95,7 +95,7 @@ class Crop:
     def __call__(self, sample: Sample, random: np.random.Generator) -> Sample:
         """Cuts both maps."""
         height, width = (min(wanted, have) for wanted, have in zip(self.size, sample.size, strict=True))
-        semantic = make_target(sample).semantic if self.most_of_one_class < 1 else None
+        semantic = semantic_map(sample) if self.most_of_one_class < 1 else None
         rows, columns = slice(0, height), slice(0, width)
         for _ in range(_CROP_TRIES):
             top = int(random.integers(sample.size[0] - height + 1))

@@ -63,7 +63,7 @@ class Predictor:
         max_edge: int = 1333,
     ) -> None:
         self.categories = _model_categories(model)
-        self.device = _check_device(device)
+        self.device = check_device(device)
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype: expected a torch.dtype or None, got {type(dtype).__name__}")
         if dtype is not None and dtype not in _DTYPES:
@@ -169,7 +169,13 @@ def _model_categories(model: Any) -> Categories:
     return categories
 
 
-def _check_device(device: Any) -> torch.device:
+def check_device(device: Any) -> torch.device:
+    """Makes a device from its name; None is a GPU if there is one, else the CPU.
+
+    Raises:
+        TypeError: It is of another kind.
+        ValueError: The machine does not have it.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not isinstance(device, (str, torch.device)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,13 +38,6 @@ class Tally:
     fp: int = 0
     fn: int = 0
 
-    def add(self, other: Tally) -> None:
-        """Adds another tally."""
-        self.iou += other.iou
-        self.tp += other.tp
-        self.fp += other.fp
-        self.fn += other.fn
-
     def quality(self) -> dict[str, float] | None:
         """PQ, SQ and RQ, or None where there is nothing to judge."""
         if self.tp + self.fp + self.fn == 0:
@@ -51,6 +45,16 @@ class Tally:
         size = self.tp + 0.5 * self.fp + 0.5 * self.fn
         sq = self.iou / self.tp if self.tp else 0.0
         return {"pq": self.iou / size, "sq": sq, "rq": self.tp / size}
+
+
+def _total(tallies: Sequence[Tally]) -> Tally:
+    return Tally(
+        # Rounded once, so that the order of the images does not matter.
+        iou=math.fsum(tally.iou for tally in tallies),
+        tp=sum(tally.tp for tally in tallies),
+        fp=sum(tally.fp for tally in tallies),
+        fn=sum(tally.fn for tally in tallies),
+    )
 
 
 def _count_pairs(truth: Labels, predicted: Labels) -> list[tuple[int, int, int]]:
@@ -180,12 +184,21 @@ class PanopticQuality:
 
     def __init__(self, categories: Mapping[int, bool]) -> None:
         self.categories = dict(categories)
-        self._tallies = {category: Tally() for category in categories}
+        self._tallies: dict[int, list[Tally]] = {category: [] for category in categories}
 
     def add(self, tallies: Mapping[int, Tally]) -> None:
         """Adds what `match_segments` found in an image."""
         for category, tally in tallies.items():
-            self._tallies.setdefault(category, Tally()).add(tally)
+            self._tallies.setdefault(category, []).append(tally)
+
+    def merge(self, other: PanopticQuality) -> None:
+        """Adds the images of another one; the result does not depend on the order, to the last bit."""
+        for category, tallies in other._tallies.items():
+            self._tallies.setdefault(category, []).extend(tallies)
+
+    def tallies(self) -> dict[int, Tally]:
+        """What was matched in each category, over all images."""
+        return {category: _total(tallies) for category, tallies in self._tallies.items()}
 
     def result(self) -> dict[str, Any]:
         """The means of all categories, of things and of stuff, and each category's own.
@@ -195,7 +208,8 @@ class PanopticQuality:
             have "pq", "sq" and "rq", from 0 to 1, averaged over the "n" categories that occur. With none that occurs
             they are 0.
         """
-        per_class = {category: self._tallies[category].quality() for category in self.categories}
+        tallies = self.tallies()
+        per_class = {category: tallies[category].quality() for category in self.categories}
         result: dict[str, Any] = {}
         for name, isthing in (("All", None), ("Things", True), ("Stuff", False)):
             found = [
@@ -236,8 +250,8 @@ def pq_compute(
     Note:
         panopticapi's rules (evaluation.py): a true segment's area is its JSON's, a predicted one's is counted; a match
         needs an intersection over union strictly above 0.5; only the last crowd region of a category excuses
-        predictions. Pairs of labels are counted natively, images in parallel, and added in the order of the file, so
-        the result does not depend on the number of threads.
+        predictions. Pairs of labels are counted natively, images in parallel; the result does not depend on the number
+        of threads.
 
     Example:
         >>> pq_compute("panoptic_val2017.json", "predictions.json")["All"]["pq"]  # doctest: +SKIP

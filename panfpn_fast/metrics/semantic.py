@@ -56,8 +56,8 @@ class SemanticQuality:
         self.instance_sizes = dict(instance_sizes or {})
         # The last column is "any other label".
         self._pixels = torch.zeros(num_classes, num_classes + 1, dtype=torch.int64)
-        self._weighted_hits = torch.zeros(num_classes, dtype=torch.float64)
-        self._weighted_misses = torch.zeros(num_classes, dtype=torch.float64)
+        # Of each class, the found pixels of each instance as a share of its size.
+        self._shares: dict[int, list[float]] = {label: [] for label in self.instance_sizes}
 
     def add(self, truth: Tensor, predicted: Tensor, instances: Tensor | None = None) -> None:
         """Counts an image.
@@ -89,16 +89,19 @@ class SemanticQuality:
             self._add_instances(true_label, label, instances[counted].long())
 
     def _add_instances(self, truth: Tensor, label: Tensor, instances: Tensor) -> None:
-        for key in torch.unique(torch.stack([instances, truth]), dim=1).T.tolist():
-            instance, label_of_instance = key
-            if instance == 0 or label_of_instance not in self.instance_sizes:
-                continue
-            members = (instances == instance) & (truth == label_of_instance)
-            size = int(members.sum())
-            hits = int((label[members] == label_of_instance).sum())
-            weight = self.instance_sizes[label_of_instance] / size
-            self._weighted_hits[label_of_instance] += weight * hits
-            self._weighted_misses[label_of_instance] += weight * (size - hits)
+        pairs, place = torch.unique(instances * self.num_classes + truth, return_inverse=True)
+        sizes = torch.bincount(place, minlength=len(pairs)).tolist()
+        hits = torch.bincount(place[label == truth], minlength=len(pairs)).tolist()
+        for pair, size, hit in zip(pairs.tolist(), sizes, hits, strict=True):
+            instance, label_of_instance = divmod(pair, self.num_classes)
+            if instance != 0 and label_of_instance in self.instance_sizes:
+                self._shares[label_of_instance].append(hit / size)
+
+    def merge(self, other: SemanticQuality) -> None:
+        """Adds the images of another one; the result does not depend on the order."""
+        self._pixels += other._pixels
+        for label, shares in other._shares.items():
+            self._shares[label].extend(shares)
 
     def result(self) -> dict[str, Any]:
         """The figures so far.
@@ -119,8 +122,16 @@ class SemanticQuality:
             "fiou": float((share * iou)[true_pixels > 0].sum()) if true_pixels.sum() > 0 else math.nan,
         }
         if self.instance_sizes:
-            classes = sorted(self.instance_sizes)
-            union_of_instances = self._weighted_hits + wrong + self._weighted_misses
-            found = torch.where(union_of_instances > 0, self._weighted_hits / union_of_instances, math.nan)
-            result["iiou"] = float(found[classes].nanmean())
+            result["iiou"] = self._instance_iou(wrong)
         return result
+
+    def _instance_iou(self, wrong: Tensor) -> float:
+        """iTP / (iTP + FP + iFN): every instance weighs as much as one of its class's mean size."""
+        found = []
+        for label, mean_size in self.instance_sizes.items():
+            hits = mean_size * math.fsum(self._shares[label])
+            misses = mean_size * math.fsum(1 - share for share in self._shares[label])
+            union = hits + float(wrong[label]) + misses
+            if union > 0:
+                found.append(hits / union)
+        return math.fsum(found) / len(found) if found else math.nan

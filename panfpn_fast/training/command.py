@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from panfpn_fast.data.loader import PanopticDataset
+    from panfpn_fast.distributed import Process
     from panfpn_fast.training.config import DataConfig, TrainConfig
-    from panfpn_fast.training.distributed import Process
     from panfpn_fast.training.trainer import Trainer
 
 _TRAIN_DESCRIPTION = """\
@@ -26,6 +27,17 @@ Settings come from a preset, then from a YAML file, then from NAME=VALUE on the 
   solver.learning_rate=0.01 solver.batch_size=8 data.images=coco/train2017 model.backbone=resnet101
 Several processes: torchrun --nproc-per-node 8 -m panfpn_fast.cli train ...
 """
+
+
+_EVAL_DESCRIPTION = """\
+Predicts annotated images and prints panoptic quality, IoU and AP; --json keeps them.
+  COCO's format: panfpn-fast eval --weights model.pth --images val2017 --annotations panoptic_val2017.json
+  Cityscapes:    panfpn-fast eval --weights model.pth --kind cityscapes --images cityscapes --annotations val
+Several processes share the images: torchrun --nproc-per-node 8 -m panfpn_fast.cli eval ...
+"""
+
+# Short and longest edge of the images, as the training presets evaluate them.
+_EVAL_EDGES = {"coco_panoptic": (800, 1333), "cityscapes": (1024, 2048), "synthetic": (128, 1000)}
 
 
 class SettingsError(ValueError):
@@ -57,20 +69,39 @@ def add_training_commands(commands: Any) -> None:
     evaluation = commands.add_parser(
         "eval",
         help="PQ, IoU and AP of a network on annotated images",
-        description="Predicts annotated images and prints panoptic quality, IoU and AP; --json keeps them.",
+        description=_EVAL_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     evaluation.add_argument("--weights", required=True, metavar="NAME_OR_PATH", help="checkpoint")
-    evaluation.add_argument("--images", required=True, type=Path, metavar="DIR", help="folder of the images")
     evaluation.add_argument(
-        "--annotations", required=True, type=Path, metavar="FILE", help="JSON of COCO's panoptic format"
+        "--kind",
+        choices=("coco_panoptic", "cityscapes", "synthetic"),
+        default="coco_panoptic",
+        help="of the data (default: %(default)s); synthetic takes no files",
+    )
+    evaluation.add_argument(
+        "--images",
+        metavar="DIR",
+        help="folder of the images; cityscapes: the one that holds leftImg8bit and gtFine",
+    )
+    evaluation.add_argument(
+        "--annotations",
+        metavar="FILE",
+        help="JSON of COCO's panoptic format; cityscapes: the split, such as val",
     )
     evaluation.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     evaluation.add_argument("--no-ap", action="store_true", help="leave AP out, which needs pycocotools")
     evaluation.add_argument(
-        "--short-edge", type=int, default=800, metavar="PIXELS", help="default: %(default)s"
+        "--skip-bad", action="store_true", help="leave out and count images that cannot be read"
     )
     evaluation.add_argument(
-        "--max-edge", type=int, default=1333, metavar="PIXELS", help="default: %(default)s"
+        "--short-edge",
+        type=int,
+        metavar="PIXELS",
+        help="default: 800; cityscapes 1024, synthetic 128",
+    )
+    evaluation.add_argument(
+        "--max-edge", type=int, metavar="PIXELS", help="default: 1333; cityscapes 2048, synthetic 1000"
     )
     evaluation.add_argument("--device", help="such as cpu (default: a CUDA GPU if there is one, else cpu)")
     evaluation.set_defaults(run=_eval)
@@ -106,20 +137,43 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    if args.kind != "synthetic":
+        for name in ("images", "annotations"):
+            if getattr(args, name) is None:
+                raise SettingsError(f"--{name}: is needed for the kind {args.kind}")
     import panfpn_fast
-    from panfpn_fast.data.coco_panoptic import CocoPanopticDataset
-    from panfpn_fast.evaluation import evaluate, format_table
+    from panfpn_fast.data.datasets import open_dataset
+    from panfpn_fast.data.synthetic import HELD_OUT_SEED, SyntheticDataset
+    from panfpn_fast.distributed import process_group
+    from panfpn_fast.evaluation import evaluate, format_table, without_nan
     from panfpn_fast.inference import Predictor
     from panfpn_fast.inference.coco_format import atomic_write
 
-    model = panfpn_fast.load(args.weights)
-    dataset = CocoPanopticDataset(args.images, args.annotations, categories=model.config.dataset)
-    predictor = Predictor(model, args.device, short_edge=args.short_edge, max_edge=args.max_edge)
-    result = evaluate(predictor, dataset, with_ap=not args.no_ap)
-    print(format_table(result))
-    if args.json is not None:
-        with atomic_write(args.json) as file:
-            file.write(json.dumps(result, indent=1).encode())
+    short_edge, max_edge = _EVAL_EDGES[args.kind]
+    with ExitStack() as stack:
+        try:
+            process = stack.enter_context(process_group(args.device))
+            model = panfpn_fast.load(args.weights)
+            predictor = Predictor(
+                model,
+                process.device,
+                short_edge=short_edge if args.short_edge is None else args.short_edge,
+                max_edge=max_edge if args.max_edge is None else args.max_edge,
+            )
+        except (OSError, ValueError) as error:  # the messages name the file, address or setting
+            raise SettingsError(" ".join(str(error).split())) from error
+        if args.kind == "synthetic":
+            dataset: PanopticDataset = SyntheticDataset(50, HELD_OUT_SEED)
+        else:
+            dataset = open_dataset(args.kind, args.images, args.annotations, predictor.categories.name)
+        if dataset.categories != predictor.categories:
+            raise SettingsError(f"--kind {args.kind}: the network's classes are {predictor.categories.name}")
+        result = evaluate(predictor, dataset, with_ap=not args.no_ap, skip_bad=args.skip_bad)
+        if process.is_first:
+            print(format_table(result))
+            if args.json is not None:
+                with atomic_write(args.json) as file:
+                    file.write(json.dumps(without_nan(result), indent=1, allow_nan=False).encode())
     return 0
 
 
@@ -151,7 +205,7 @@ def read_settings(preset: str, config: Path | None, settings: list[str]) -> Trai
 def _train(args: argparse.Namespace) -> int:
     _share_cores()
     from panfpn_fast.data.files import DataError
-    from panfpn_fast.training.distributed import process_group
+    from panfpn_fast.distributed import process_group
     from panfpn_fast.training.trainer import Stopped
 
     with process_group(args.device) as process:
@@ -232,11 +286,14 @@ def make_datasets(data: DataConfig, seed: int) -> tuple[PanopticDataset, Panopti
     for name in ("images", "annotations"):
         if not getattr(data, name):
             raise SettingsError(f"data.{name}: is not set; see DataConfig for what it takes")
-    from panfpn_fast.data.coco_panoptic import CocoPanopticDataset
+    from panfpn_fast.data.datasets import open_dataset
 
-    dataset = CocoPanopticDataset(data.images, data.annotations, categories=data.categories or None)
-    if not data.val_images:
+    dataset = open_dataset(data.kind, data.images, data.annotations, data.categories or None)
+    # The splits of Cityscapes share a folder.
+    val_images = data.val_images or (
+        data.images if data.kind == "cityscapes" and data.val_annotations else ""
+    )
+    if not val_images:
         return dataset, None
     # A JSON's own classes are named after it, so those of training serve for both.
-    names = dataset.categories.name
-    return dataset, CocoPanopticDataset(data.val_images, data.val_annotations, categories=names)
+    return dataset, open_dataset(data.kind, val_images, data.val_annotations, dataset.categories.name)

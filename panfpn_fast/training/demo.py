@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 
 from panfpn_fast.data.synthetic import HELD_OUT_SEED, SyntheticDataset
+from panfpn_fast.distributed import Process
 from panfpn_fast.evaluation import evaluate, format_table
 from panfpn_fast.inference import Predictor
 from panfpn_fast.inference.coco_format import atomic_write, save_png
 from panfpn_fast.inference.visualize import draw_panoptic
 from panfpn_fast.training.config import TrainConfig, get_train_preset
-from panfpn_fast.training.distributed import Process
 from panfpn_fast.training.trainer import Trainer, make_model
 
 _PICTURES = 8

@@ -17,11 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 from panfpn_fast.checkpoints import own
 from panfpn_fast.data.loader import Batch, PanopticDataset, TrainLoader
 from panfpn_fast.data.transforms import Compose, Crop, Flip, Photometric, Resize, Transform
+from panfpn_fast.distributed import Process
 from panfpn_fast.models.config import get_preset
 from panfpn_fast.models.panoptic_fpn import PanopticFPN
 from panfpn_fast.training.checkpoint import Checkpoints, save_atomically
 from panfpn_fast.training.config import DataConfig, TrainConfig
-from panfpn_fast.training.distributed import Process
 from panfpn_fast.training.logging import TrainingLog
 from panfpn_fast.training.network import TrainingNetwork, total
 from panfpn_fast.training.schedule import learning_rate, make_optimizer
