@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 import warnings
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
@@ -101,8 +102,12 @@ def _as_list(items: list[_Item]) -> list[_Item]:
     return items
 
 
-def _one_thread(worker: int) -> None:
+def _prepare_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    # Ctrl-C and schedulers signal a whole group of processes. The one that trains decides when to end; the loaders end
+    # with it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class TrainLoader:
@@ -163,7 +168,7 @@ class TrainLoader:
             batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of lists of positions
             num_workers=workers,
             collate_fn=_as_list,
-            worker_init_fn=_one_thread,
+            worker_init_fn=_prepare_worker,
             persistent_workers=workers > 0,
             prefetch_factor=4 if workers else None,
         )

@@ -143,6 +143,31 @@ def test_sigterm_saves_and_resumes(tmp_path: Path) -> None:
     assert [line["step"] for line in log_lines(part) if "loss" in line] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_to_all_processes_saves(number: signal.Signals, tmp_path: Path) -> None:
+    """As Ctrl-C and schedulers send it: to those that load images too."""
+    code = f"""
+import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]
+from pathlib import Path
+from test_trainer import Stopped, tiny, train
+try:
+    train(tiny(solver={{"steps": 100000}}, workers=2, checkpoint_every=100000), Path({str(tmp_path)!r}))
+except Stopped as stopped:
+    print(stopped)
+"""
+    command = [sys.executable, "-c", code]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
+        while not (tmp_path / "log.jsonl").exists() or not (tmp_path / "log.jsonl").read_text():
+            assert process.poll() is None
+            time.sleep(0.01)
+        os.killpg(process.pid, number)
+        output, error = process.communicate(timeout=300)
+    assert "--resume goes on" in output, error
+    assert process.returncode == 0, error
+    assert list(tmp_path.glob("checkpoint_*.pth"))
+
+
 _RUN = """
 import sys; sys.path[:0] = [{tests!r}]
 import torch; torch.set_num_threads(1)
