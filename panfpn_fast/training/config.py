@@ -233,6 +233,9 @@ def _nuclei() -> TrainConfig:
         model={
             "backbone_norm": "gn",
             "stride_in_1x1": False,
+            # Where there is nothing these images are black, as the padding is.
+            "pixel_mean": [0.0, 0.0, 0.0],
+            "pixel_std": [50.0, 50.0, 50.0],
             "anchor_sizes": [8, 16, 32, 64, 128],
             "detections_per_image": 400,
             "rpn_pre_nms_topk": 2000,
