@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from panfpn_fast.inference.predictor import check_device
+from panfpn_fast._device import check_device
 
 T = TypeVar("T")
 
