@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import multiprocessing
+from torch.multiprocessing.spawn import start_processes
 
 # Far more than any test takes: a deadlock must end, too.
 _SECONDS = 120
@@ -32,9 +32,7 @@ def run_ranks(count: int, function: Callable[[int], None]) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.start_processes(
-        _enter, (count, port, function), count, join=False, start_method="fork"
-    )
+    context = start_processes(_enter, (count, port, function), count, join=False, start_method="fork")
     assert context is not None
     deadline = time.monotonic() + _SECONDS
     while not context.join(timeout=deadline - time.monotonic()):  # returns when one of them ends

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from ranks import run_ranks
 from torch import Tensor, nn
-from torch.multiprocessing import ProcessExitedException
+from torch.multiprocessing.spawn import ProcessExitedException
 
 import panfpn_fast
 from panfpn_fast import PanopticFPN
