@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from panfpn_fast.data.categories import Categories
 from panfpn_fast.data.files import DataError
-from panfpn_fast.data.loader import PanopticDataset
+from panfpn_fast.data.loader import PanopticDataset, Unreadable
 from panfpn_fast.data.sample import IGNORE, Sample, semantic_map
 from panfpn_fast.distributed import gather_to_first, place, tell_all
 from panfpn_fast.inference import PanopticResult, Predictor
@@ -149,24 +149,24 @@ class Evaluation:
         }
 
 
-class _Samples(Dataset["Sample | Exception"]):
-    """Annotated images by their position; what cannot be read comes back as its error."""
+class _Samples(Dataset["Sample | Unreadable"]):
+    """Annotated images by their position; see `Unreadable`."""
 
     def __init__(self, dataset: PanopticDataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, index: int) -> Sample | Exception:
+    def __getitem__(self, index: int) -> Sample | Unreadable:
         try:
             return self.dataset.load(index)
         except (DataError, OSError) as error:
-            return error
+            return Unreadable(str(error))
 
 
 def _itself(item: Any) -> Any:
     return item
 
 
-def _load(dataset: PanopticDataset, chosen: range, workers: int) -> Iterator[Sample | Exception]:
+def _load(dataset: PanopticDataset, chosen: range, workers: int) -> Iterator[Sample | Unreadable]:
     # Worker processes of a DataLoader compute with one thread each.
     return iter(
         DataLoader(
@@ -222,10 +222,10 @@ def evaluate(
     bar = tqdm(total=len(mine), unit="image", disable=quiet or rank > 0, leave=False)
     with bar:
         for number, sample in zip(mine, _load(dataset, mine, workers), strict=True):
-            if isinstance(sample, Exception):
+            if isinstance(sample, Unreadable):
                 if not skip_bad:
-                    raise sample
-                evaluation.skipped.append(str(sample))
+                    raise DataError(sample.message)
+                evaluation.skipped.append(sample.message)
             else:
                 image = np.ascontiguousarray(sample.image.permute(1, 2, 0).numpy())
                 evaluation.add(number, sample, predictor(image))

@@ -130,12 +130,12 @@ class Photometric:
     def __call__(self, sample: Sample, random: np.random.Generator) -> Sample:
         """Changes the image alone."""
         x = sample.image.float()
-        x = x + 255 * float(random.uniform(-self.brightness, self.brightness))
+        x += 255 * float(random.uniform(-self.brightness, self.brightness))
         mean = x.mean()
-        x = mean + (x - mean) * float(random.uniform(1 - self.contrast, 1 + self.contrast))
-        grey = (x * x.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0)
-        x = grey + (x - grey) * float(random.uniform(1 - self.saturation, 1 + self.saturation))
-        return replace(sample, image=x.round().clamp(0, 255).to(torch.uint8))
+        x.sub_(mean).mul_(float(random.uniform(1 - self.contrast, 1 + self.contrast))).add_(mean)
+        grey = torch.tensordot(x.new_tensor([0.299, 0.587, 0.114]), x, 1)
+        x.sub_(grey).mul_(float(random.uniform(1 - self.saturation, 1 + self.saturation))).add_(grey)
+        return replace(sample, image=x.round_().clamp_(0, 255).to(torch.uint8))
 
 
 class Compose:
