@@ -52,6 +52,19 @@ def test_images_add_up() -> None:
     assert both.result() == once.result()
 
 
+def test_parts_merge_into_the_whole() -> None:
+    random = torch.Generator().manual_seed(1)
+    truth, predicted = torch.randint(0, 3, (2, 6, 9, 7), generator=random)
+    instances = torch.randint(0, 4, (6, 9, 7), generator=random)
+    sizes = {1: 7.3, 2: 11.1}
+    whole, parts = SemanticQuality(3, 255, sizes), [SemanticQuality(3, 255, sizes) for _ in range(2)]
+    for i in range(6):
+        whole.add(truth[i], predicted[i], instances[i])
+        parts[i % 2].add(truth[i], predicted[i], instances[i])
+    parts[1].merge(parts[0])
+    assert parts[1].result() == whole.result()
+
+
 def test_bad_input() -> None:
     quality = SemanticQuality(3)
     with pytest.raises(ValueError, match="predicted: expected shape"):
