@@ -92,6 +92,17 @@ def test_a_missed_car_is_counted(city: CityscapesDataset) -> None:
     assert result["summary"]["iIoU"] == pytest.approx(50)
 
 
+@pytest.mark.parametrize("task", ["instance", "semantic"])
+def test_single_tasks_have_their_own_figures_only(task: str) -> None:
+    pytest.importorskip("pycocotools")
+    predictor: Any = TruePredictor(SCENES)
+    predictor.tasks = (task,)
+    result = evaluate(predictor, SCENES, quiet=True)
+    assert ("mask_AP" in result["summary"]) == (task == "instance")
+    assert ("mIoU" in result["summary"]) == (task == "semantic")
+    assert ("Mask" in format_table(result)) == (task == "instance")
+
+
 def test_workers_change_nothing() -> None:
     predictor: Any = Mistaken(SCENES)
     alone = evaluate(predictor, SCENES, with_ap=False, quiet=True, workers=0)
@@ -195,3 +206,5 @@ def test_command_names_what_is_wrong(
     ):
         assert run_eval(monkeypatch, TruePredictor(city), *arguments) == 2
         assert capsys.readouterr().err.strip().endswith(message)
+    assert run_eval(monkeypatch, TruePredictor(city), "--kind", "synthetic", "--device", "toaster") == 2
+    assert "device: expected a device of this machine, got 'toaster'" in capsys.readouterr().err

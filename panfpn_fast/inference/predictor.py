@@ -74,6 +74,11 @@ class Predictor:
         self.max_edge = max_edge
         self.model = model.to(device=self.device, dtype=dtype).eval()
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The branches that the network has: "instance", "semantic" or both."""
+        return getattr(self.model.config, "tasks", ("instance", "semantic"))
+
     # A str is a sequence of str, so the two overlap; type checkers take the first that fits.
     @overload
     def __call__(self, image: ImageSource) -> PanopticResult: ...  # type: ignore[overload-overlap]

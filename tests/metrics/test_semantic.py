@@ -65,11 +65,17 @@ def test_parts_merge_into_the_whole() -> None:
     assert parts[1].result() == whole.result()
 
 
+def test_any_predicted_label_is_allowed() -> None:
+    quality = SemanticQuality(2, ignore_label=-1)
+    quality.add(torch.tensor([[0, 0, 0, 1, -1]]), torch.tensor([[0, -1, 2**31 - 1, 1, 0]]))
+    assert quality.result()["iou"] == pytest.approx([1 / 3, 1])
+
+
 def test_bad_input() -> None:
     quality = SemanticQuality(3)
     with pytest.raises(ValueError, match="predicted: expected shape"):
         quality.add(torch.zeros(2, 2), torch.zeros(2, 3))
-    with pytest.raises(ValueError, match=r"expected labels 0\.\.2 or 255, got 0\.\.3"):
+    with pytest.raises(ValueError, match=r"expected labels 0\.\.2 or 255, got \[3\]"):
         quality.add(torch.tensor([[0, 3]]), torch.tensor([[0, 0]]))
 
 
