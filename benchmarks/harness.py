@@ -98,6 +98,7 @@ class Comparison:
         cases: On what.
         agree: Takes our result and a peer's; raises AssertionError where they differ.
         cost: Takes the arguments and our result.
+        devices: Where the op runs.
     """
 
     op: str
@@ -106,12 +107,13 @@ class Comparison:
     cases: Sequence[Case]
     agree: Callable[[Any, Any], None]
     cost: Callable[[Arguments, Any], Cost]
+    devices: Sequence[str] = ("cpu", "cuda")
 
     def rows(self) -> pytest.MarkDecorator:
         """Parametrises a test with a `row` for each case, device and contender, ours first."""
         params = []
         for case in self.cases:
-            for device in ("cpu", "cuda"):
+            for device in self.devices:
                 timed = [None, *(peer for peer in self.peers if peer.sample is None)]
                 params += [_parameter(Row(self, case, torch.device(device), peer)) for peer in timed]
         return pytest.mark.parametrize("row", params)

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +20,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from panfpn_fast.training.command import SettingsError, add_training_commands
 
 if TYPE_CHECKING:
+    import torch
+
+    from panfpn_fast.distributed import Process
     from panfpn_fast.inference import CocoPanopticWriter, PanopticResult, Predictor
     from panfpn_fast.inference.preprocess import ImageArray
 
@@ -33,6 +37,7 @@ Segments images and writes, in the folder given by --out:
   predictions.json      what the ids mean, for all images, in COCO's panoptic result format
 
 NAME is the image's name without its suffix; images of the same name get NAME_2, NAME_3 and so on.
+Several processes share the images: torchrun --nproc-per-node 8 -m panfpn_fast.cli predict ...
 """
 
 # Not in the option's help, where argparse would break the name at its hyphen.
@@ -165,32 +170,54 @@ def _add_predict(commands: Any) -> None:
 
 def _predict(args: argparse.Namespace) -> int:
     paths, missing = _collect(args.images)
-    for problem in missing:
-        _report(problem)
+    if os.environ.get("RANK", "0") == "0":  # torchrun's; one process complains for all
+        for problem in missing:
+            _report(problem)
     if not paths:
         return _EXIT_USAGE
     try:  # before the weights, which may take minutes to download
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _UserError(f"cannot make the folder {args.out}: {error.strerror or error}") from error
-    predictor = _make_predictor(args)
+    from panfpn_fast.distributed import process_group
+
+    with ExitStack() as stack:
+        try:
+            process = stack.enter_context(process_group(args.device))
+        except ValueError as error:
+            raise _UserError(_one_line(error)) from error
+        failed = _predict_share(args, _make_predictor(args, process.device), process, paths)
+    if not process.is_first:  # torchrun would end the first one, too
+        return _EXIT_OK
+    if failed:
+        _report(f"{failed} of {len(paths)} images failed")
+    return _EXIT_SOME_FAILED if failed or missing else _EXIT_OK
+
+
+def _predict_share(
+    args: argparse.Namespace, predictor: Predictor, process: Process, paths: Sequence[Path]
+) -> int:
+    """Predicts every W-th image, W the number of processes, and returns how many could not be, of all in the first."""
+    from panfpn_fast.distributed import gather_to_first
     from panfpn_fast.inference import CocoPanopticWriter
 
+    jobs = _name_jobs(paths, args.out)
+    mine = jobs[process.rank :: process.world_size]
+    with_bar = process.is_first and len(jobs) > 1
     try:
-        with CocoPanopticWriter(args.out, predictor.categories) as writer:
-            failed = _predict_all(predictor, writer, _name_jobs(paths, args.out), args.out, args.batch_size)
+        with CocoPanopticWriter(args.out, predictor.categories, rank=process.rank) as writer:
+            failed = _predict_all(predictor, writer, mine, args.out, args.batch_size, with_bar)
+            writer.gather([job.name for job in jobs])
     except BrokenPipeError:
         raise
     except OSError as error:  # reading is dealt with image by image, so this is writing
         raise _UserError(f"cannot write to {args.out}: {error}") from error
     except ImportError as error:  # the native ops did not load; the message has the remedy
         raise _UserError(_one_line(error)) from error
-    if failed:
-        _report(f"{failed} of {len(paths)} images failed")
-    return _EXIT_SOME_FAILED if failed or missing else _EXIT_OK
+    return sum(gather_to_first(failed))
 
 
-def _make_predictor(args: argparse.Namespace) -> Predictor:
+def _make_predictor(args: argparse.Namespace, device: torch.device) -> Predictor:
     import torch
 
     import panfpn_fast
@@ -209,7 +236,7 @@ def _make_predictor(args: argparse.Namespace) -> Predictor:
     try:
         return Predictor(
             model,
-            device=args.device,
+            device=device,
             dtype=getattr(torch, args.dtype),
             short_edge=args.short_edge,
             max_edge=args.max_edge,
@@ -221,13 +248,18 @@ def _make_predictor(args: argparse.Namespace) -> Predictor:
 
 
 def _predict_all(
-    predictor: Predictor, writer: CocoPanopticWriter, jobs: list[_Job], out: Path, batch_size: int
+    predictor: Predictor,
+    writer: CocoPanopticWriter,
+    jobs: list[_Job],
+    out: Path,
+    batch_size: int,
+    with_bar: bool,
 ) -> int:
     """Predicts and writes every image, and returns how many could not be."""
     from tqdm import tqdm
 
     failed = 0
-    with tqdm(total=len(jobs), unit="image", disable=len(jobs) == 1) as bar:
+    with tqdm(total=len(jobs), unit="image", disable=not with_bar) as bar:
         for batch in _batches(jobs, batch_size):
             started = time.perf_counter()
             readable: list[tuple[_Job, ImageArray]] = []

@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from panfpn_fast.inference.predictor import check_device
+from panfpn_fast._device import check_device
 
 T = TypeVar("T")
 
@@ -37,12 +37,13 @@ def process_group(device: str | None = None) -> Iterator[Process]:
     Raises:
         ValueError: The machine does not have this device.
     """
-    mine = check_device(device)
     if "WORLD_SIZE" not in os.environ:
-        yield Process(0, 1, mine)
+        yield Process(0, 1, check_device(device))
         return
+    if (device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda"):
+        device = f"cuda:{os.environ['LOCAL_RANK']}"  # before anything touches the first GPU
+    mine = check_device(device)
     if mine.type == "cuda":
-        mine = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(mine)
     torch.distributed.init_process_group("nccl" if mine.type == "cuda" else "gloo")
     try:

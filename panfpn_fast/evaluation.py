@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from panfpn_fast.data.categories import Categories
 from panfpn_fast.data.files import DataError
-from panfpn_fast.data.loader import PanopticDataset
-from panfpn_fast.data.sample import IGNORE, Sample, semantic_map
+from panfpn_fast.data.loader import PanopticDataset, Unreadable
+from panfpn_fast.data.sample import IGNORE, Sample, runs_of, semantic_map
 from panfpn_fast.distributed import gather_to_first, place, tell_all
 from panfpn_fast.inference import PanopticResult, Predictor
 from panfpn_fast.metrics import PanopticQuality, SemanticQuality, match_segments
@@ -35,13 +35,20 @@ class Evaluation:
     Args:
         categories: Of the data set and of the network.
         with_ap: Whether AP is wanted, which needs pycocotools.
+        tasks: The network's branches: AP is that of "instance", mIoU and fIoU are those of "semantic".
     """
 
-    def __init__(self, categories: Categories, with_ap: bool = True) -> None:
+    def __init__(
+        self,
+        categories: Categories,
+        with_ap: bool = True,
+        tasks: Sequence[str] = ("instance", "semantic"),
+    ) -> None:
         self.categories = categories
         self.panoptic = PanopticQuality({category.id: category.isthing for category in categories.all})
-        self.semantic = SemanticQuality(len(categories.stuff) + 1, IGNORE)
-        self.instances = InstanceAP(categories) if with_ap else None
+        stuff = len(categories.stuff) + 1
+        self.semantic = SemanticQuality(stuff, IGNORE) if "semantic" in tasks else None
+        self.instances = InstanceAP(categories) if with_ap and "instance" in tasks else None
         sizes = CITYSCAPES_INSTANCE_SIZES if categories.name == "cityscapes" else {}
         # Its labels are positions in `categories.all`.
         self.parsing = (
@@ -71,7 +78,8 @@ class Evaluation:
             sample.image_id,
         )
         self.panoptic.add(found)
-        self.semantic.add(semantic_map(sample), result.semantic)
+        if self.semantic is not None:
+            self.semantic.add(semantic_map(sample), result.semantic)
         if self.instances is not None:
             self.instances.add(number, sample, result.instances)
         if self.parsing is not None:
@@ -89,21 +97,26 @@ class Evaluation:
 
     def _label_maps(self, sample: Sample, result: PanopticResult) -> tuple[Tensor, Tensor, Tensor]:
         """The true and the predicted class of each pixel, things and stuff alike, and the true instances' numbers."""
-        things = len(self.categories.things)
-        true_label = torch.full((len(sample.label) + 1,), IGNORE)
-        true_label[1:] = torch.where(sample.isthing, sample.label, things - 1 + sample.label)
-        number = torch.arange(len(sample.label) + 1)
-        number[1:][~sample.isthing | sample.crowd] = 0
-        label = torch.full((max((s.id for s in result.segments), default=0) + 1,), IGNORE)
+        things, count = len(self.categories.things), len(sample.label)
+        true_label = np.full(count + 1, IGNORE, np.int32)
+        true_label[1:] = torch.where(sample.isthing, sample.label, things - 1 + sample.label).numpy()
+        number = np.arange(count + 1, dtype=np.int32)
+        number[1:][(~sample.isthing | sample.crowd).numpy()] = 0
+        label = np.full(max((s.id for s in result.segments), default=0) + 1, IGNORE, np.int32)
         for segment in result.segments:
             label[segment.id] = segment.class_index + (0 if segment.isthing else things)
-        rows = sample.segments.long()
-        return true_label[rows], label[result.panoptic.long()], number[rows]
+        truth, found = runs_of(sample.segments.numpy()), runs_of(result.panoptic.numpy())
+        maps = [
+            runs.map_of(table[runs.value], sample.size)
+            for runs, table in ((truth, true_label), (found, label), (truth, number))
+        ]
+        return torch.from_numpy(maps[0]), torch.from_numpy(maps[1]), torch.from_numpy(maps[2])
 
     def merge(self, other: Evaluation) -> None:
         """Adds the images of another one; the figures do not depend on the order."""
         self.panoptic.merge(other.panoptic)
-        self.semantic.merge(other.semantic)
+        if self.semantic is not None and other.semantic is not None:
+            self.semantic.merge(other.semantic)
         if self.instances is not None and other.instances is not None:
             self.instances.merge(other.instances)
         if self.parsing is not None and other.parsing is not None:
@@ -116,7 +129,8 @@ class Evaluation:
 
         Returns:
             "summary": PQ, SQ, RQ, the same as PQ_things, PQ_stuff and so on, mIoU and fIoU of the semantic branch, iIoU
-            on Cityscapes, and the box and mask AP, from 0 to 100, NaN where there is nothing to judge; "per_class":
+            on Cityscapes, and the box and mask AP, those that were asked for and that the network has branches for,
+            from 0 to 100, NaN where there is nothing to judge; "per_class":
             PQ, SQ and RQ from 0 to 100 and the counts TP, FP and FN of each category that occurs; "images": how
             many were compared; "skipped": a message for each that could not be read.
 
@@ -124,11 +138,13 @@ class Evaluation:
             iIoU (cityscapesScripts, evalPixelLevelSemanticLabeling.py) is that of the things in the panoptic map, of
             which void pixels count as missed, because the semantic branch has one label for all things.
         """
-        panoptic, semantic = self.panoptic.result(), self.semantic.result()
+        panoptic = self.panoptic.result()
         summary: dict[str, float] = {}
         for kind in _KINDS:
             summary |= {name + _END[kind]: panoptic[kind][name.lower()] for name in _QUALITIES}
-        summary |= {"mIoU": semantic["miou"], "fIoU": semantic["fiou"]}
+        if self.semantic is not None:
+            semantic = self.semantic.result()
+            summary |= {"mIoU": semantic["miou"], "fIoU": semantic["fiou"]}
         if self.parsing is not None:
             summary["iIoU"] = self.parsing.result()["iiou"]
         if self.instances is not None:
@@ -149,24 +165,24 @@ class Evaluation:
         }
 
 
-class _Samples(Dataset["Sample | Exception"]):
-    """Annotated images by their position; what cannot be read comes back as its error."""
+class _Samples(Dataset["Sample | Unreadable"]):
+    """Annotated images by their position; see `Unreadable`."""
 
     def __init__(self, dataset: PanopticDataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, index: int) -> Sample | Exception:
+    def __getitem__(self, index: int) -> Sample | Unreadable:
         try:
             return self.dataset.load(index)
         except (DataError, OSError) as error:
-            return error
+            return Unreadable(str(error))
 
 
 def _itself(item: Any) -> Any:
     return item
 
 
-def _load(dataset: PanopticDataset, chosen: range, workers: int) -> Iterator[Sample | Exception]:
+def _load(dataset: PanopticDataset, chosen: range, workers: int) -> Iterator[Sample | Unreadable]:
     # Worker processes of a DataLoader compute with one thread each.
     return iter(
         DataLoader(
@@ -218,14 +234,14 @@ def evaluate(
     if workers is None:
         workers = 1 if predictor.device.type == "cpu" else 4
     mine = range(rank, len(dataset), count)
-    evaluation = Evaluation(dataset.categories, with_ap)
+    evaluation = Evaluation(dataset.categories, with_ap, predictor.tasks)
     bar = tqdm(total=len(mine), unit="image", disable=quiet or rank > 0, leave=False)
     with bar:
         for number, sample in zip(mine, _load(dataset, mine, workers), strict=True):
-            if isinstance(sample, Exception):
+            if isinstance(sample, Unreadable):
                 if not skip_bad:
-                    raise sample
-                evaluation.skipped.append(str(sample))
+                    raise DataError(sample.message)
+                evaluation.skipped.append(sample.message)
             else:
                 image = np.ascontiguousarray(sample.image.permute(1, 2, 0).numpy())
                 evaluation.add(number, sample, predictor(image))
@@ -287,7 +303,8 @@ def format_table(result: dict[str, Any]) -> str:
             kind: [summary.pop(f"{kind.lower()}_{name}") for name in AP_FIGURES] for kind in ("Box", "Mask")
         }
         lines += ["", *table(AP_FIGURES, rows)]
-    lines += ["", "    ".join(f"{name} {_cell(value)}" for name, value in summary.items())]
+    if summary:
+        lines += ["", "    ".join(f"{name} {_cell(value)}" for name, value in summary.items())]
     columns = (*_QUALITIES, "TP", "FP", "FN")
     rows = {name: [found[column] for column in columns] for name, found in per_class.items()}
     lines += ["", *table(columns, rows)]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -12,11 +14,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ranks import run_ranks
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 import panfpn_fast
+from panfpn_fast import PanopticFPN
+from panfpn_fast.checkpoints.own import content_of
 from panfpn_fast.cli import DEFAULT_WEIGHTS, main
+from panfpn_fast.data import get_categories
 from panfpn_fast.inference import Instances, Predictor, decode_panoptic
+from panfpn_fast.training.config import get_train_preset
 
 Loaded = dict[str, Any]
 
@@ -251,7 +259,8 @@ def test_settings_reach_the_model_and_predictor(
     assert main([*arguments, "--score-threshold", "0.3"]) == 0
     assert loaded["weights"] == "w.pkl"
     assert loaded["overrides"] == {"instance_score_threshold": 0.3}
-    assert settings == {"device": "cpu", "dtype": torch.bfloat16, "short_edge": 64, "max_edge": 96}
+    device = torch.device("cpu")
+    assert settings == {"device": device, "dtype": torch.bfloat16, "short_edge": 64, "max_edge": 96}
     assert main([*arguments, "--score-threshold", "0.01"]) == 0
     assert loaded["overrides"] == {"instance_score_threshold": 0.01, "score_threshold": 0.01}
 
@@ -379,6 +388,68 @@ def test_a_real_network(loaded: Loaded, tmp_path: Path) -> None:
         assert ids
         assert set(np.unique(panoptic).tolist()) - {0} == ids
         assert sum(info["area"] for info in annotation["segments_info"]) == (panoptic != 0).sum()
+
+
+def test_two_processes_write_what_one_writes(loaded: Loaded, tmp_path: Path) -> None:
+    names = ["1.png", "01.png", "b.png", "c.png", "a/b.png"]
+    images = [photo(tmp_path / "in" / name, 20 + number) for number, name in enumerate(names)]
+    (tmp_path / "in" / "broken.png").write_text("no picture")
+    images.insert(1, tmp_path / "in" / "broken.png")
+    assert predict(*images, out=tmp_path / "one") == 1
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "predictions.rank5.json").write_text("of a run that was interrupted")
+
+    run_ranks(2, lambda rank: sys.exit(predict(*images, out=tmp_path / "two") - (rank == 0)))
+    assert written(tmp_path / "two") == written(tmp_path / "one")
+    one, two = (json.loads((tmp_path / out / "predictions.json").read_text()) for out in ("one", "two"))
+    assert [image["id"] for image in two["images"]] == [1, "01", "b", "c", "b_2"]
+    assert two == one
+
+
+def test_one_of_two_processes_is_interrupted(loaded: Loaded, tmp_path: Path) -> None:
+    images = [photo(tmp_path / f"{name}.png", 20 + number) for number, name in enumerate("abcd")]
+
+    def run(rank: int) -> None:
+        if rank == 1:
+            calls = itertools.count()
+
+            def interrupt(images: Sequence[Tensor]) -> None:
+                if next(calls) == 1:
+                    raise KeyboardInterrupt
+
+            loaded["model"] = OneDogModel(interrupt)
+        sys.exit(predict(*images, out=tmp_path / "out"))
+
+    # Whose end is seen first is open: the other's, because it lost its partner, or the one's own.
+    with pytest.raises((ProcessExitedException, ProcessRaisedException)):
+        run_ranks(2, run)
+    content = json.loads((tmp_path / "out" / "predictions.rank1.json").read_text())
+    assert [image["id"] for image in content["images"]] == ["b"]
+
+
+def test_torchrun(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = PanopticFPN(
+        **{**get_train_preset("tiny").model, "dataset": "synthetic", "num_things": 4, "num_stuff": 4}
+    )
+    weights = tmp_path / "model.pth"
+    torch.save(
+        content_of(model.state_dict(), dataclasses.asdict(model.config), get_categories("synthetic")), weights
+    )
+    images = [photo(tmp_path / f"{name}.png", 20 + number) for number, name in enumerate("abc")]
+    arguments = ["predict", *images, "--out", tmp_path / "out", "--weights", weights, "--short-edge", "64"]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+            *("-m", "panfpn_fast.cli", *map(str, arguments), "--device", "cpu"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [a["image_id"] for a in read_annotations(tmp_path / "out")] == ["a", "b", "c"]
+    assert done.stdout.count(" -> ") == 3
 
 
 def test_module_can_be_run() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from checkpoint_samples import shared_folder
 from city_samples import write_city
+from ranks import run_ranks
 from true_predictor import TruePredictor
 
 import panfpn_fast
@@ -21,6 +22,7 @@ from panfpn_fast.data.coco_panoptic import CocoPanopticDataset
 from panfpn_fast.data.files import DataError
 from panfpn_fast.data.sample import Sample
 from panfpn_fast.data.synthetic import SyntheticDataset
+from panfpn_fast.distributed import process_group
 from panfpn_fast.evaluation import evaluate, format_table, without_nan
 from panfpn_fast.inference import PanopticResult
 
@@ -90,10 +92,37 @@ def test_a_missed_car_is_counted(city: CityscapesDataset) -> None:
     assert result["summary"]["iIoU"] == pytest.approx(50)
 
 
+@pytest.mark.parametrize("task", ["instance", "semantic"])
+def test_single_tasks_have_their_own_figures_only(task: str) -> None:
+    pytest.importorskip("pycocotools")
+    predictor: Any = TruePredictor(SCENES)
+    predictor.tasks = (task,)
+    result = evaluate(predictor, SCENES, quiet=True)
+    assert ("mask_AP" in result["summary"]) == (task == "instance")
+    assert ("mIoU" in result["summary"]) == (task == "semantic")
+    assert ("Mask" in format_table(result)) == (task == "instance")
+
+
 def test_workers_change_nothing() -> None:
     predictor: Any = Mistaken(SCENES)
     alone = evaluate(predictor, SCENES, with_ap=False, quiet=True, workers=0)
     assert evaluate(predictor, SCENES, with_ap=False, quiet=True, workers=2) == alone
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_together_find_what_one_finds(city: CityscapesDataset, tmp_path: Path, count: int) -> None:
+    pytest.importorskip("pycocotools")
+    predictor: Any = Mistaken(city)
+    alone = evaluate(predictor, city, quiet=True)
+
+    def run(rank: int) -> None:
+        with process_group("cpu"):
+            result = evaluate(predictor, city, quiet=True)
+        (tmp_path / f"{rank}.json").write_text(json.dumps(without_nan(result)))
+
+    run_ranks(count, run)  # with four, one has no image
+    for rank in range(count):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == without_nan(alone)
 
 
 def test_damage_is_an_error_or_left_out(city: CityscapesDataset, tmp_path: Path) -> None:
@@ -177,3 +206,5 @@ def test_command_names_what_is_wrong(
     ):
         assert run_eval(monkeypatch, TruePredictor(city), *arguments) == 2
         assert capsys.readouterr().err.strip().endswith(message)
+    assert run_eval(monkeypatch, TruePredictor(city), "--kind", "synthetic", "--device", "toaster") == 2
+    assert "device: expected a device of this machine, got 'toaster'" in capsys.readouterr().err

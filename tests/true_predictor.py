@@ -20,6 +20,8 @@ class TruePredictor:
         dataset: Whose images will be asked for; no two of them are equal.
     """
 
+    tasks: tuple[str, ...] = ("instance", "semantic")
+
     def __init__(self, dataset: PanopticDataset) -> None:
         self.categories = dataset.categories
         self.device = torch.device("cpu")

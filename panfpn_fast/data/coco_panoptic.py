@@ -12,7 +12,7 @@ import torch
 
 from panfpn_fast.data.categories import Categories, Category, get_categories, register_categories
 from panfpn_fast.data.files import DataError, check_same_size, read_panoptic_json, read_rgb
-from panfpn_fast.data.sample import Sample
+from panfpn_fast.data.sample import Sample, runs_of
 
 _PathLike = str | os.PathLike[str]
 
@@ -84,9 +84,10 @@ class CocoPanopticDataset:
         annotation = self._annotations[index]
         image_path = self.image_folder / self._image_names[index]
         png_path = self.annotation_folder / annotation["file_name"]
-        image, colours = read_rgb(image_path), read_rgb(png_path).astype(np.int32)
+        image, colours = read_rgb(image_path), read_rgb(png_path)
         check_same_size(image, image_path, colours, png_path)
-        ids = colours[..., 0] + 256 * colours[..., 1] + 65536 * colours[..., 2]
+        red, green, blue = (colours[..., channel].astype(np.int32) for channel in range(3))
+        ids = red + 256 * green + 65536 * blue
         table = annotation["segments_info"]
         of = f"a segment of image {annotation['image_id']}"
         _check_keys(table, ("id", "category_id", "area"), of, self.annotation_json)
@@ -125,15 +126,16 @@ def _rows_of(ids: npt.NDArray[np.int32], table: list[int], path: Path) -> npt.ND
     """Replaces each id by 1 + its row in the table; 0 stays 0."""
     known = np.array([0, *table], dtype=np.int64)
     order = np.argsort(known, kind="stable")
-    place = np.minimum(np.searchsorted(known[order], ids), len(known) - 1)
+    runs = runs_of(ids)
+    place = np.minimum(np.searchsorted(known[order], runs.value), len(known) - 1)
     rows = order[place]
-    unknown = ids[known[rows] != ids]
+    unknown = runs.value[known[rows] != runs.value]
     if unknown.size:
         raise DataError(f"{path}: has the segment {unknown[0]}, which its segments_info lacks")
-    lacking = np.flatnonzero(np.bincount(rows.ravel(), minlength=len(known))[1:] == 0)
+    lacking = np.flatnonzero(np.bincount(rows, minlength=len(known))[1:] == 0)
     if lacking.size:
         raise DataError(f"{path}: lacks the segment {table[lacking[0]]} of its segments_info")
-    return rows.astype(np.int32)
+    return runs.map_of(rows.astype(np.int32), ids.shape)
 
 
 def categories_of(content: dict[str, Any], path: Path) -> Categories:

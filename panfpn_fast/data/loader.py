@@ -45,6 +45,12 @@ class Batch(NamedTuple):
     """A number for each image, of its own among all the images of a run: for what training draws at random."""
 
 
+class Unreadable(NamedTuple):
+    """What a worker process says of an image that it cannot read; raised there, it would become a traceback."""
+
+    message: str
+
+
 class _Item(NamedTuple):
     image: Tensor
     target: Target
@@ -59,7 +65,7 @@ def _permutation(length: int, seed: int, epoch: int, subset: int | None) -> np.n
     return chosen[np.random.default_rng((seed, 1, epoch)).permutation(len(chosen))]
 
 
-class _Positions(Dataset[_Item]):
+class _Positions(Dataset["_Item | Unreadable"]):
     """The endless sequence of training images: position -> image, by the seed alone."""
 
     def __init__(
@@ -79,7 +85,7 @@ class _Positions(Dataset[_Item]):
             self._epoch = (epoch, _permutation(len(self.dataset), self.seed, epoch, self.subset))
         return int(self._epoch[1][place])
 
-    def __getitem__(self, position: int) -> _Item:
+    def __getitem__(self, position: int) -> _Item | Unreadable:
         random = np.random.default_rng((self.seed, 2, position))
         skipped: list[str] = []
         index = self.index_at(position)
@@ -89,16 +95,14 @@ class _Positions(Dataset[_Item]):
                 return _Item(sample.image, make_target(sample), self.seed * 2**40 + position, skipped)
             except (DataError, OSError) as error:
                 if not self.skip_bad:
-                    raise
+                    return Unreadable(str(error))
                 skipped.append(str(error))
                 if len(skipped) == _MOST_SKIPPED:
-                    raise DataError(
-                        f"{_MOST_SKIPPED} images in a row could not be read; the last: {error}"
-                    ) from None
+                    return Unreadable(f"{_MOST_SKIPPED} images in a row could not be read; the last: {error}")
                 index = self.index_at(int(random.integers(self.length)))
 
 
-def _as_list(items: list[_Item]) -> list[_Item]:
+def _as_list(items: list[_Item | Unreadable]) -> list[_Item | Unreadable]:
     return items
 
 
@@ -163,7 +167,7 @@ class TrainLoader:
         batches = (
             range(first + rank, first + step, world_size) for first in itertools.count(start * step, step)
         )
-        self._loader: DataLoader[_Item] = DataLoader(
+        self._loader: DataLoader[_Item | Unreadable] = DataLoader(
             self._positions,
             batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of lists of positions
             num_workers=workers,
@@ -179,9 +183,17 @@ class TrainLoader:
         return self._positions.length
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yields batches without end; can be iterated over once."""
-        for items in self._loader:
-            for item in items:
+        """Yields batches without end; can be iterated over once.
+
+        Raises:
+            DataError: An image cannot be read and is not to be skipped, or twenty in a row cannot.
+        """
+        for found in self._loader:
+            items: list[_Item] = []
+            for item in found:
+                if isinstance(item, Unreadable):
+                    raise DataError(item.message)
+                items.append(item)
                 for message in item.skipped:
                     if message not in self.skipped:
                         self.skipped.add(message)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -62,6 +64,45 @@ class Target(NamedTuple):
         return Target(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
 
 
+class Runs(NamedTuple):
+    """A map as runs of equal values along its rows, of which there are far fewer than pixels.
+
+    Attributes:
+        value: [R], of each run.
+        start: int64 [R], its first pixel, counted row by row.
+        length: int64 [R].
+    """
+
+    value: npt.NDArray[Any]
+    start: npt.NDArray[np.int64]
+    length: npt.NDArray[np.int64]
+
+    def map_of(self, value: npt.NDArray[Any], shape: tuple[int, int]) -> npt.NDArray[Any]:
+        """The map with another value for each run."""
+        return np.repeat(value, self.length).reshape(shape)
+
+
+def runs_of(values: npt.NDArray[Any]) -> Runs:
+    """Finds the runs of a map [H, W]; none is longer than a row."""
+    begins = np.ones(values.shape, dtype=bool)
+    np.not_equal(values[:, 1:], values[:, :-1], out=begins[:, 1:])
+    start = np.flatnonzero(begins)
+    return Runs(values.ravel()[start], start, np.diff(start, append=values.size))
+
+
+def _boxes_of(runs: Runs, width: int, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    areas = np.zeros(count + 1, np.int64)
+    np.add.at(areas, runs.value, runs.length)
+    y, x = np.divmod(runs.start, max(width, 1))
+    boxes = np.zeros((4, count + 1), np.int64)
+    boxes[:2] = np.iinfo(np.int64).max
+    for edge, ends, extreme in zip(
+        boxes, (x, y, x + runs.length, y + 1), (np.minimum, np.minimum, np.maximum, np.maximum), strict=True
+    ):
+        extreme.at(edge, runs.value, ends)
+    return boxes.T[1:], areas[1:]
+
+
 def segment_boxes(segments: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Boxes and areas of the segments in a map.
 
@@ -78,27 +119,21 @@ def segment_boxes(segments: Tensor, count: int) -> tuple[Tensor, Tensor]:
         >>> boxes.tolist(), areas.tolist()
         ([[1, 0, 3, 2]], [3])
     """
-    height, width = segments.shape
-    label = segments.long()
-    areas = torch.bincount(label.flatten(), minlength=count + 1)[1:]
-    # In every row, and in every column, which segments there are: [H, S + 1] and [W, S + 1].
-    in_row = torch.zeros(height, count + 1, dtype=torch.bool).scatter_(1, label, True)
-    in_column = torch.zeros(width, count + 1, dtype=torch.bool).scatter_(1, label.T, True)
-    edges = []
-    for present, size in ((in_column, width), (in_row, height)):
-        number = torch.arange(size)[:, None]
-        first = torch.where(present, number, size).amin(0) if size else number.new_zeros(count + 1)
-        last = torch.where(present, number, -1).amax(0) if size else number.new_zeros(count + 1)
-        edges.append((first[1:], last[1:] + 1))
-    (x1, x2), (y1, y2) = edges
-    return torch.stack((x1, y1, x2, y2), dim=1), areas
+    boxes, areas = _boxes_of(runs_of(segments.numpy()), segments.shape[1], count)
+    return torch.from_numpy(np.ascontiguousarray(boxes)), torch.from_numpy(areas)
+
+
+def _semantic_labels(sample: Sample) -> npt.NDArray[np.uint8]:
+    """The semantic label of void and then of each segment."""
+    label = np.full(len(sample.label) + 1, IGNORE, np.uint8)
+    label[1:] = torch.where(sample.isthing, 0, sample.label).numpy()
+    return label
 
 
 def semantic_map(sample: Sample) -> Tensor:
     """The label of each pixel, uint8 [H, W]: 0 = a thing or a crowd of them, 1.. = stuff, 255 = void."""
-    label = torch.full((len(sample.label) + 1,), IGNORE, dtype=torch.uint8)
-    label[1:] = torch.where(sample.isthing, 0, sample.label).to(torch.uint8)
-    return label[sample.segments.long()]
+    runs = runs_of(sample.segments.numpy())
+    return torch.from_numpy(runs.map_of(_semantic_labels(sample)[runs.value], sample.size))
 
 
 def make_target(sample: Sample) -> Target:
@@ -108,9 +143,14 @@ def make_target(sample: Sample) -> Target:
     in detectron2.
     """
     count = len(sample.label)
-    boxes, areas = segment_boxes(sample.segments, count)
-    chosen = torch.nonzero(sample.isthing & ~sample.crowd & (areas > 0))[:, 0]
-    number = torch.zeros(count + 1, dtype=torch.int32)
-    number[chosen + 1] = torch.arange(1, len(chosen) + 1, dtype=torch.int32)
-    instances = number[sample.segments.long()]
-    return Target(boxes[chosen].float(), sample.label[chosen], instances, semantic_map(sample))
+    runs = runs_of(sample.segments.numpy())
+    boxes, areas = _boxes_of(runs, sample.size[1], count)
+    chosen = np.flatnonzero((sample.isthing & ~sample.crowd).numpy() & (areas > 0))
+    number = np.zeros(count + 1, np.int32)
+    number[chosen + 1] = np.arange(1, len(chosen) + 1)
+    return Target(
+        torch.from_numpy(boxes[chosen].astype(np.float32)),
+        sample.label[torch.from_numpy(chosen)],
+        torch.from_numpy(runs.map_of(number[runs.value], sample.size)),
+        torch.from_numpy(runs.map_of(_semantic_labels(sample)[runs.value], sample.size)),
+    )

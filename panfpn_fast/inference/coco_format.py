@@ -10,17 +10,18 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from panfpn_fast.data import Categories
+from panfpn_fast.distributed import gather_to_first, tell_all
 from panfpn_fast.inference.result import PanopticResult
 
 __all__ = ["CocoPanopticWriter", "atomic_write", "decode_panoptic", "encode_panoptic", "save_png"]
@@ -73,16 +74,30 @@ def save_png(image: Image.Image, path: Path, compress_level: int = 6) -> None:
         image.save(file, format="PNG", compress_level=compress_level)
 
 
+class _Entry(NamedTuple):
+    """One result; `name` is unique."""
+
+    name: str
+    source: str
+    height: int
+    width: int
+    segments_info: list[dict[str, Any]]
+
+
 class CocoPanopticWriter:
     """Collects results under `<out>/predictions.json` and `<out>/predictions/<name>.png`.
 
     A context manager: the JSON is written when the block ends, however it ends, and now and then before, so
     that a run that is interrupted or killed keeps what it has computed. An earlier run's JSON is replaced.
 
+    Several processes may write into one folder, each with its rank and results of its own names. Until `gather` the
+    JSON of rank r > 0 is `<out>/predictions.rank<r>.json`.
+
     Args:
         out: Folder to write to; made where it is missing.
         categories: The data set whose ids the results carry.
         flush_seconds: The JSON is rewritten by `add` when it is older than this.
+        rank: Number of this process.
 
     Example:
         >>> import tempfile
@@ -94,15 +109,14 @@ class CocoPanopticWriter:
         19
     """
 
-    def __init__(self, out: Path, categories: Categories, flush_seconds: float = 30.0) -> None:
-        self.json_path = out / "predictions.json"
+    def __init__(self, out: Path, categories: Categories, flush_seconds: float = 30.0, rank: int = 0) -> None:
+        self.json_path = out / ("predictions.json" if rank == 0 else f"predictions.rank{rank}.json")
         self.png_folder = out / "predictions"
         self.png_folder.mkdir(parents=True, exist_ok=True)
         self._flush_seconds = flush_seconds
         self._flushed_at = time.monotonic()
-        self._image_ids: set[int | str] = set()
-        self._images: list[dict[str, Any]] = []
-        self._annotations: list[dict[str, Any]] = []
+        self._entries: list[_Entry] = []
+        self._gathered = False
         self._categories = [
             {"id": c.id, "name": c.name, "isthing": int(c.isthing), "color": list(c.color)}
             for c in categories.all
@@ -117,12 +131,8 @@ class CocoPanopticWriter:
                 as in COCO ("000000142238" is image 142238); otherwise it is the image id itself.
             source: The image's file name, for the JSON's `images`.
         """
-        png_name = f"{name}.png"
         panoptic = result.panoptic.cpu().numpy()
-        save_png(Image.fromarray(encode_panoptic(panoptic)), self.png_folder / png_name)
-        image_id = self._new_image_id(name)
-        height, width = panoptic.shape
-        self._images.append({"id": image_id, "file_name": source, "width": width, "height": height})
+        save_png(Image.fromarray(encode_panoptic(panoptic)), self.png_folder / f"{name}.png")
         segments_info = []
         for segment in result.segments:
             info: dict[str, Any] = {
@@ -134,15 +144,42 @@ class CocoPanopticWriter:
             if segment.isthing:
                 info["score"] = round(segment.score, 6)
             segments_info.append(info)
-        self._annotations.append(
-            {"image_id": image_id, "file_name": png_name, "segments_info": segments_info}
-        )
+        height, width = panoptic.shape
+        self._entries.append(_Entry(name, source, height, width, segments_info))
         if time.monotonic() - self._flushed_at > self._flush_seconds:
             self.flush()
 
+    def gather(self, order: Sequence[str]) -> None:
+        """Puts what all processes have added into one JSON; every one of them must call this, once, at its end.
+
+        Args:
+            order: The names of all images in the order of the JSON; those without a result are left out.
+        """
+        parts = gather_to_first(self._entries)
+        self._gathered = True
+        if parts:
+            place = {name: number for number, name in enumerate(order)}
+            entries = [entry for part in parts for entry in part]
+            self._entries = sorted(entries, key=lambda entry: place[entry.name])
+            self.flush()
+            for part in self.json_path.parent.glob("predictions.rank*.json"):
+                part.unlink()
+        tell_all(None)  # nobody ends before the JSON is complete
+
     def flush(self) -> None:
         """Writes the JSON with everything added so far."""
-        content = {"images": self._images, "annotations": self._annotations, "categories": self._categories}
+        images, annotations = [], []
+        for image_id, entry in zip(_image_ids(self._entries), self._entries, strict=True):
+            size = {"width": entry.width, "height": entry.height}
+            images.append({"id": image_id, "file_name": entry.source, **size})
+            annotations.append(
+                {
+                    "image_id": image_id,
+                    "file_name": f"{entry.name}.png",
+                    "segments_info": entry.segments_info,
+                }
+            )
+        content = {"images": images, "annotations": annotations, "categories": self._categories}
         with atomic_write(self.json_path) as file:
             file.write(json.dumps(content).encode())
         self._flushed_at = time.monotonic()
@@ -155,11 +192,14 @@ class CocoPanopticWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Writes the JSON, also when an exception ends the block."""
-        self.flush()
+        if not self._gathered:
+            self.flush()
 
-    def _new_image_id(self, name: str) -> int | str:
+
+def _image_ids(entries: Iterable[_Entry]) -> list[int | str]:
+    ids: dict[int | str, None] = {}
+    for entry in entries:
         # "1" and "01" are the same number: the second keeps its text, because ids must be unique.
-        number = int(name) if name.isascii() and name.isdecimal() else name
-        image_id = name if number in self._image_ids else number
-        self._image_ids.add(image_id)
-        return image_id
+        number = int(entry.name) if entry.name.isascii() and entry.name.isdecimal() else entry.name
+        ids[entry.name if number in ids else number] = None
+    return list(ids)

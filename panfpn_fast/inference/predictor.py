@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from panfpn_fast._device import check_device
 from panfpn_fast.data import Categories, get_categories
 from panfpn_fast.inference.preprocess import ImageSource, resize_shortest_edge, resized_shape, to_rgb_array
 from panfpn_fast.inference.result import Instances, PanopticResult, Segment
@@ -72,6 +73,11 @@ class Predictor:
         self.short_edge = short_edge
         self.max_edge = max_edge
         self.model = model.to(device=self.device, dtype=dtype).eval()
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The branches that the network has: "instance", "semantic" or both."""
+        return getattr(self.model.config, "tasks", ("instance", "semantic"))
 
     # A str is a sequence of str, so the two overlap; type checkers take the first that fits.
     @overload
@@ -167,26 +173,3 @@ def _model_categories(model: Any) -> Categories:
             f"{config.dataset!r} has, got {config.num_things} and {config.num_stuff}"
         )
     return categories
-
-
-def check_device(device: Any) -> torch.device:
-    """Makes a device from its name; None is a GPU if there is one, else the CPU.
-
-    Raises:
-        TypeError: It is of another kind.
-        ValueError: The machine does not have it.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not isinstance(device, (str, torch.device)):
-        raise TypeError(f"device: expected a string, a torch.device or None, got {type(device).__name__}")
-    try:
-        checked = torch.device(device)
-        torch.empty(0, device=checked)
-    # RuntimeError, or AssertionError from a torch that was built without the device.
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"device: expected a device of this machine, got {str(device)!r} ({reason})"
-        ) from error
-    return checked

@@ -8,7 +8,6 @@ import io
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -76,7 +75,7 @@ class InstanceAP:
 
     def _add_annotations(self, number: int, sample: Sample) -> None:
         boxes, areas = segment_boxes(sample.segments, len(sample.label))
-        segments = sample.segments.numpy()
+        by_columns = np.asfortranarray(sample.segments.numpy())  # as pycocotools' run lengths go
         for row in torch.nonzero(sample.isthing & (areas > 0))[:, 0].tolist():
             self._annotations.append(
                 {
@@ -85,7 +84,7 @@ class InstanceAP:
                     "bbox": _xywh(boxes[row : row + 1])[0],
                     "area": int(areas[row]),
                     "iscrowd": int(sample.crowd[row]),
-                    "segmentation": _pycocotools("mask").encode(_fortran(segments == row + 1)),
+                    "segmentation": _pycocotools("mask").encode((by_columns == row + 1).view(np.uint8)),
                 }
             )
 
@@ -136,7 +135,3 @@ def _measures(entry: dict[str, Any], kind: str) -> dict[str, Any]:
 
 def _xywh(boxes: Tensor) -> list[list[float]]:
     return torch.cat((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), dim=1).tolist()
-
-
-def _fortran(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
-    return np.asfortranarray(mask, dtype=np.uint8)

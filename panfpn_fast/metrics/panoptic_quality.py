@@ -57,7 +57,11 @@ def _total(tallies: Sequence[Tally]) -> Tally:
     )
 
 
-def _count_pairs(truth: Labels, predicted: Labels) -> list[tuple[int, int, int]]:
+def count_pairs(truth: Labels, predicted: Labels) -> list[tuple[int, int, int]]:
+    """Which labels meet in two maps, int32 [H, W] or uint8 [H, W, 3], and in how many pixels; in ascending order.
+
+    Negative labels come back as uint32.
+    """
     _load.native(torch.device("cpu"))  # says why, where there is no _C
     from panfpn_fast import _C
 
@@ -120,7 +124,7 @@ def match_segments(
         ValueError: The maps are of different size or of the wrong kind.
     """
     try:
-        pairs = _count_pairs(truth, predicted)
+        pairs = count_pairs(truth, predicted)
     except ValueError as error:
         raise ValueError(f"image {image}: {error}: got {truth.shape} and {predicted.shape}") from None
     mine = _predicted_segments(pairs, predicted_segments, categories, image)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from panfpn_fast.metrics.panoptic_quality import count_pairs
+
 # Mean instance sizes in pixels of Cityscapes' training set, from cityscapesScripts'
 # evalPixelLevelSemanticLabeling.py.
 CITYSCAPES_INSTANCE_SIZES = {
@@ -23,6 +25,17 @@ CITYSCAPES_INSTANCE_SIZES = {
     "truck": 27855.1264367816,
     "trailer": 16926.9763313609,
 }
+
+
+def _pairs(truth: Tensor, predicted: Tensor) -> list[tuple[int, int, int]]:
+    first, second = (
+        map_.to(device="cpu", dtype=torch.int32).contiguous().numpy() for map_ in (truth, predicted)
+    )
+    return [(_signed(t), _signed(p), count) for t, p, count in count_pairs(first, second)]
+
+
+def _signed(label: int) -> int:
+    return label - 2**32 if label >= 2**31 else label
 
 
 class SemanticQuality:
@@ -72,30 +85,32 @@ class SemanticQuality:
         """
         if truth.shape != predicted.shape:
             raise ValueError(f"predicted: expected shape {list(truth.shape)}, got {list(predicted.shape)}")
-        counted = truth != self.ignore_label
-        true_label, label = truth[counted].long(), predicted[counted].long()
-        if true_label.numel() == 0:
-            return
-        if not 0 <= int(true_label.min()) <= int(true_label.max()) < self.num_classes:
+        pairs = _pairs(truth, predicted)
+        unknown = {t for t, _, _ in pairs if t != self.ignore_label and not 0 <= t < self.num_classes}
+        if unknown:
             raise ValueError(
-                f"truth: expected labels 0..{self.num_classes - 1} or {self.ignore_label}, "
-                f"got {int(true_label.min())}..{int(true_label.max())}"
+                f"truth: expected labels 0..{self.num_classes - 1} or {self.ignore_label}, got {sorted(unknown)}"
             )
-        label = torch.where((label >= 0) & (label < self.num_classes), label, self.num_classes)
-        columns = self.num_classes + 1
-        pixels = torch.bincount(true_label * columns + label, minlength=self.num_classes * columns)
-        self._pixels += pixels.reshape(self.num_classes, columns).cpu()
+        for true_label, label, count in pairs:
+            if true_label != self.ignore_label:
+                known = 0 <= label < self.num_classes
+                self._pixels[true_label, label if known else self.num_classes] += count
         if instances is not None and self.instance_sizes:
-            self._add_instances(true_label, label, instances[counted].long())
+            self._add_instances(truth, predicted, instances)
 
-    def _add_instances(self, truth: Tensor, label: Tensor, instances: Tensor) -> None:
-        pairs, place = torch.unique(instances * self.num_classes + truth, return_inverse=True)
-        sizes = torch.bincount(place, minlength=len(pairs)).tolist()
-        hits = torch.bincount(place[label == truth], minlength=len(pairs)).tolist()
-        for pair, size, hit in zip(pairs.tolist(), sizes, hits, strict=True):
+    def _add_instances(self, truth: Tensor, predicted: Tensor, instances: Tensor) -> None:
+        within = (instances != 0) & (truth != self.ignore_label)
+        key = torch.where(within, instances * self.num_classes + truth, 0)
+        sizes: dict[int, int] = {}
+        hits: dict[int, int] = {}
+        for pair, label, count in _pairs(key, predicted):
+            sizes[pair] = sizes.get(pair, 0) + count
+            if label == pair % self.num_classes:
+                hits[pair] = count
+        for pair, size in sizes.items():
             instance, label_of_instance = divmod(pair, self.num_classes)
             if instance != 0 and label_of_instance in self.instance_sizes:
-                self._shares[label_of_instance].append(hit / size)
+                self._shares[label_of_instance].append(hits.get(pair, 0) / size)
 
     def merge(self, other: SemanticQuality) -> None:
         """Adds the images of another one; the result does not depend on the order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ from PIL import Image
 
 from panfpn_fast.data.cityscapes import CityscapesDataset
 from panfpn_fast.data.files import DataError
+from panfpn_fast.data.loader import TrainLoader
 from panfpn_fast.data.sample import IGNORE, make_target
+from panfpn_fast.data.transforms import Compose, Crop, Flip, Resize
 from panfpn_fast.training.command import make_datasets
 from panfpn_fast.training.config import get_train_preset
 
@@ -107,3 +110,13 @@ def test_the_preset_trains_and_evaluates_on_it(root: Path) -> None:
     assert (len(training), len(held_out)) == (1, 3)
     data.val_annotations = ""
     assert make_datasets(data, seed=0)[1] is None
+
+
+def test_batches_of_crops(root: Path) -> None:
+    transform = Compose([Resize([32, 64], 128, continuous=True), Crop((24, 40), 0.9), Flip()])
+    loader = TrainLoader(CityscapesDataset(root, "val"), transform, 3, seed=1)
+    for batch in islice(loader, 2):
+        for image, target in zip(batch.images, batch.targets, strict=True):
+            assert image.shape == (3, 24, 40)
+            assert target.semantic.shape == target.instances.shape == (24, 40)
+            assert int(target.instances.max()) == len(target.boxes)

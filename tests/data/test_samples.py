@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_samples import shared_folder
+from PIL import Image
 
 from panfpn_fast.data.coco_panoptic import CocoPanopticDataset
 from panfpn_fast.data.files import DataError
@@ -103,6 +104,19 @@ def test_crop_avoids_windows_of_one_class() -> None:
         shares.append(float((found == 1).float().mean()))
     mixed = sum(0.2 < share < 0.8 for share in shares)
     assert mixed > 20  # without the rule one window in five is
+
+
+def test_segments_are_resized_as_pillow_does() -> None:
+    random = np.random.default_rng(0)
+    sample = small_sample()
+    for short in (*range(1, 40), 223, 800):
+        height, width = random.integers(1, 90, 2)
+        ids = random.integers(0, 6, (height, width), dtype=np.int32)
+        sample.segments = torch.from_numpy(ids)
+        sample.image = torch.zeros(3, height, width, dtype=torch.uint8)
+        resized = Resize([short], 1000)(sample, random)
+        expected = Image.fromarray(ids).resize(resized.size[::-1], Image.Resampling.NEAREST)
+        np.testing.assert_array_equal(resized.segments.numpy(), np.asarray(expected))
 
 
 def test_photometric_changes_the_image_only() -> None:

@@ -287,3 +287,21 @@ def test_empty_maps() -> None:
     empty = np.zeros((0, 5), np.int32)
     assert match_segments(empty, [], empty, [], ISTHING) == {}
     assert PanopticQuality(ISTHING).result()["All"] == {"pq": 0.0, "sq": 0.0, "rq": 0.0, "n": 0}
+
+
+def test_parts_merge_into_the_whole() -> None:
+    random = np.random.default_rng(0)
+    whole, parts = PanopticQuality(ISTHING), [PanopticQuality(ISTHING) for _ in range(3)]
+    for image in range(30):
+        truth = random.integers(1, 4, (6, 6), dtype=np.int32)
+        predicted = np.where(random.random((6, 6)) < 0.3, 1, truth).astype(np.int32)
+        segments = [
+            segment(i, category, int((truth == i).sum())) for i, category in ((1, 1), (2, 7), (3, 100))
+        ]
+        found = match_segments(truth, segments, predicted, segments, ISTHING)
+        whole.add(found)
+        parts[image % 3].add(found)
+    parts[2].merge(parts[0])
+    parts[2].merge(parts[1])
+    assert parts[2].result() == whole.result()
+    assert 0 < whole.result()["All"]["pq"] < 1

@@ -52,11 +52,30 @@ def test_images_add_up() -> None:
     assert both.result() == once.result()
 
 
+def test_parts_merge_into_the_whole() -> None:
+    random = torch.Generator().manual_seed(1)
+    truth, predicted = torch.randint(0, 3, (2, 6, 9, 7), generator=random)
+    instances = torch.randint(0, 4, (6, 9, 7), generator=random)
+    sizes = {1: 7.3, 2: 11.1}
+    whole, parts = SemanticQuality(3, 255, sizes), [SemanticQuality(3, 255, sizes) for _ in range(2)]
+    for i in range(6):
+        whole.add(truth[i], predicted[i], instances[i])
+        parts[i % 2].add(truth[i], predicted[i], instances[i])
+    parts[1].merge(parts[0])
+    assert parts[1].result() == whole.result()
+
+
+def test_any_predicted_label_is_allowed() -> None:
+    quality = SemanticQuality(2, ignore_label=-1)
+    quality.add(torch.tensor([[0, 0, 0, 1, -1]]), torch.tensor([[0, -1, 2**31 - 1, 1, 0]]))
+    assert quality.result()["iou"] == pytest.approx([1 / 3, 1])
+
+
 def test_bad_input() -> None:
     quality = SemanticQuality(3)
     with pytest.raises(ValueError, match="predicted: expected shape"):
         quality.add(torch.zeros(2, 2), torch.zeros(2, 3))
-    with pytest.raises(ValueError, match=r"expected labels 0\.\.2 or 255, got 0\.\.3"):
+    with pytest.raises(ValueError, match=r"expected labels 0\.\.2 or 255, got \[3\]"):
         quality.add(torch.tensor([[0, 3]]), torch.tensor([[0, 0]]))
 
 
