@@ -120,7 +120,7 @@ def _tasks(weights: Collection[str]) -> tuple[str, ...]:
     return found or TASKS
 
 
-def _backbone(weights: Collection[str]) -> str:
+def _backbone(weights: Mapping[str, Any]) -> str:
     blocks: dict[int, set[int]] = {2: set(), 3: set(), 4: set(), 5: set()}
     for name in weights:
         match = re.match(r"backbone\.bottom_up\.res([2-5])\.(\d+)\.", name)
@@ -129,8 +129,11 @@ def _backbone(weights: Collection[str]) -> str:
     depth = tuple(len(found) for found in blocks.values())
     bottleneck = any(re.match(r"backbone\.bottom_up\.res2\.0\.conv3\.", name) for name in weights)
     published = {name: layout for name, layout in BACKBONES.items() if layout.width == 64}
+    # A convolution's weight has as many columns as one of its groups has channels.
+    columns = np.shape(weights.get("backbone.bottom_up.res2.0.conv2.weight", ()))[1:2]
     for name, layout in published.items():
-        if (depth, bottleneck) == (layout.blocks, layout.bottleneck):
+        fits = (depth, bottleneck) == (layout.blocks, layout.bottleneck)
+        if fits and (not bottleneck or columns in ((), (layout.group_width,))):
             return name
     raise CheckpointError(
         f"a backbone of {depth} {'bottlenecks' if bottleneck else 'basic blocks'} per stage; known are "

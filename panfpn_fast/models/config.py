@@ -14,11 +14,15 @@ class ResNetLayout(NamedTuple):
         blocks: per stage.
         bottleneck: blocks of three convolutions, else of two.
         width: channels behind the stem; each stage has twice those of the one before.
+        groups: of a bottleneck's 3x3 convolution; above 1 it is a ResNeXt (Xie et al. 2017).
+        group_width: channels of each of them in the first stage; a bottleneck without groups has 64.
     """
 
     blocks: tuple[int, int, int, int]
     bottleneck: bool = True
     width: int = 64
+    groups: int = 1
+    group_width: int = 64
 
 
 BACKBONES: dict[str, ResNetLayout] = {
@@ -27,9 +31,14 @@ BACKBONES: dict[str, ResNetLayout] = {
     "resnet152": ResNetLayout((3, 8, 36, 3)),
     "resnet18": ResNetLayout((2, 2, 2, 2), bottleneck=False),
     "resnet34": ResNetLayout((3, 4, 6, 3), bottleneck=False),
+    "resnext50_32x4d": ResNetLayout((3, 4, 6, 3), groups=32, group_width=4),
+    "resnext101_32x8d": ResNetLayout((3, 4, 23, 3), groups=32, group_width=8),
     "resnet10_narrow": ResNetLayout((1, 1, 1, 1), bottleneck=False, width=32),
 }
-"""ResNets by name (He et al. 2016, table 1), and a small one for CPUs."""
+"""ResNets by name (He et al. 2016, table 1), ResNeXts, and a small one for CPUs."""
+
+LIBRARIES = ("torchvision", "timm")
+"""Whose networks a backbone can be made of."""
 
 NORMS = ("frozen_bn", "bn", "sync_bn", "gn")
 """Normalisations of the backbone."""
@@ -50,9 +59,11 @@ class PanopticFPNConfig:
     Attributes:
         tasks: the branches that exist: both, or ``("instance",)`` (Mask R-CNN) or ``("semantic",)`` alone, the two
             separate networks that the paper compares with.
-        backbone: a key of :data:`BACKBONES`, such as ``"resnet50"``.
+        backbone: a key of :data:`BACKBONES`, such as ``"resnet50"``; or a network of torchvision or timm, if that is
+            installed: ``"torchvision:mobilenet_v3_large"``, ``"timm:convnext_tiny"``.
         backbone_norm: its normalisation: ``"frozen_bn"`` (a checkpoint's statistics and scale, never trained),
-            ``"bn"``, ``"sync_bn"`` (over all processes) or ``"gn"`` (at most 32 groups of at least 8 channels).
+            ``"bn"``, ``"sync_bn"`` (over all processes) or ``"gn"`` (at most 32 groups of at least 8 channels). Of
+            torchvision's and timm's networks, the batch norms are replaced so; other normalisations stay.
         stride_in_1x1: where a bottleneck that halves the resolution has its stride: in the first 1x1
             convolution (True; Caffe, MSRA, detectron2's COCO models) or in the 3x3 one (False; torchvision,
             mmdetection). The weights do not show it, and the wrong choice ruins the result.
@@ -164,8 +175,12 @@ class PanopticFPNConfig:
         if not isinstance(self.tasks, list | tuple) or tuple(self.tasks) not in (TASKS, TASKS[:1], TASKS[1:]):
             raise ValueError(f"tasks: expected {TASKS}, {TASKS[:1]} or {TASKS[1:]}, got {self.tasks!r}")
         object.__setattr__(self, "tasks", tuple(self.tasks))
-        if self.backbone not in BACKBONES:
-            raise ValueError(f"backbone: expected one of {', '.join(BACKBONES)}, got {self.backbone!r}")
+        library, colon, network = str(self.backbone).partition(":")
+        if self.backbone not in BACKBONES and not (library in LIBRARIES and colon and network):
+            raise ValueError(
+                f"backbone: expected one of {', '.join(BACKBONES)}, 'torchvision:NAME' or 'timm:NAME', "
+                f"got {self.backbone!r}"
+            )
         if self.backbone_norm not in NORMS:
             raise ValueError(f"backbone_norm: expected one of {', '.join(NORMS)}, got {self.backbone_norm!r}")
         if self.stride_in_1x1 not in (True, False):
@@ -232,11 +247,21 @@ class PanopticFPNConfig:
 
 _CITYSCAPES: dict[str, Any] = {"num_things": 8, "num_stuff": 11, "dataset": "cityscapes"}
 
+# torchvision's weights, which it can begin with, were trained so.
+_MOBILENET: dict[str, Any] = {
+    "backbone": "torchvision:mobilenet_v3_large",
+    "channel_order": "RGB",
+    "pixel_mean": (123.675, 116.28, 103.53),
+    "pixel_std": (58.395, 57.12, 57.375),
+}
+
 presets: dict[str, PanopticFPNConfig] = {
     "panoptic_fpn_r50": PanopticFPNConfig(),
     "panoptic_fpn_r101": PanopticFPNConfig(backbone="resnet101"),
+    "panoptic_fpn_mobilenet": PanopticFPNConfig(**_MOBILENET),
     "panoptic_fpn_r50_cityscapes": PanopticFPNConfig(**_CITYSCAPES),
     "panoptic_fpn_r101_cityscapes": PanopticFPNConfig(backbone="resnet101", **_CITYSCAPES),
+    "panoptic_fpn_mobilenet_cityscapes": PanopticFPNConfig(**_MOBILENET, **_CITYSCAPES),
 }
 
 

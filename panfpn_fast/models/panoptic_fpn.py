@@ -11,7 +11,8 @@ from torch import Tensor
 from panfpn_fast import ops
 from panfpn_fast.models.backbone import ResNet
 from panfpn_fast.models.boxes import clip_boxes, nonempty, scale_boxes
-from panfpn_fast.models.config import PanopticFPNConfig, get_preset
+from panfpn_fast.models.config import BACKBONES, PanopticFPNConfig, get_preset
+from panfpn_fast.models.feature_extractor import FeatureExtractor
 from panfpn_fast.models.fpn import FPN
 from panfpn_fast.models.layers import ExactConstants, at_least_float32
 from panfpn_fast.models.roi_heads import BoxHead, Detections, MaskHead
@@ -67,6 +68,7 @@ class PanopticFPN(ExactConstants):
     Raises:
         TypeError: a setting that the configuration does not have.
         ValueError: a value that a setting cannot take.
+        ImportError: the backbone is torchvision's or timm's, which is not installed.
 
     Example:
         >>> model = PanopticFPN(num_things=2, num_stuff=3).eval()
@@ -82,7 +84,11 @@ class PanopticFPN(ExactConstants):
         super().__init__()
         config = PanopticFPNConfig().replace(**settings)
         self.config = config
-        self.backbone = ResNet(config.backbone, config.stride_in_1x1, config.backbone_norm)
+        self.backbone: ResNet | FeatureExtractor
+        if config.backbone in BACKBONES:
+            self.backbone = ResNet(config.backbone, config.stride_in_1x1, config.backbone_norm)
+        else:
+            self.backbone = FeatureExtractor(config.backbone, config.backbone_norm)
         self.fpn = FPN(self.backbone.out_channels, config.fpn_channels)
         if "instance" in config.tasks:
             self.rpn = RPN(config)

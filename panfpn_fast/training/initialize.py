@@ -13,6 +13,7 @@ from torch import Tensor
 
 from panfpn_fast.checkpoints import detectron2, hub, own, reader
 from panfpn_fast.checkpoints.reader import CheckpointError
+from panfpn_fast.models.feature_extractor import FeatureExtractor
 from panfpn_fast.models.panoptic_fpn import PanopticFPN
 
 # torchvision's names and ours.
@@ -84,8 +85,10 @@ def _from_detectron2(model: PanopticFPN, weights: Mapping[str, Any], omitted: st
     return found
 
 
-def _resnet(model: PanopticFPN, weights: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A ResNet's tensors by our names, and what is wrong with using them."""
+def _backbone(model: PanopticFPN, weights: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A backbone's tensors by our names, and what is wrong with using them."""
+    if isinstance(model.backbone, FeatureExtractor):
+        return {f"backbone.body.{name}": value for name, value in weights.items()}, []
     if "conv1_w" in weights:
         found, wanted = _from_caffe2(weights), _MSRA
     elif "stem.conv1.weight" in weights:
@@ -111,8 +114,9 @@ def initialize(model: PanopticFPN, path_or_name: str) -> list[str]:
 
     Args:
         model: The network; what has no weights keeps its own.
-        path_or_name: A checkpoint that `panfpn_fast.load` takes, a file with a ResNet of torchvision's, of Caffe2's or
-            of detectron2's naming, or "detectron2://ImageNetPretrained/MSRA/R-50.pkl" (R-101.pkl).
+        path_or_name: A checkpoint that `panfpn_fast.load` takes; a file with a ResNet of torchvision's, of Caffe2's or
+            of detectron2's naming; one with the network of torchvision or timm that is the backbone; or
+            "detectron2://ImageNetPretrained/MSRA/R-50.pkl" (R-101.pkl).
 
     Returns:
         What was taken over, what was not and why, and where the network's settings are not those that the weights were
@@ -134,7 +138,7 @@ def initialize(model: PanopticFPN, path_or_name: str) -> list[str]:
         raise CheckpointError(f"{path}: no dictionary of tensors by name")
     if detectron2.is_detectron2(weights):
         return _copy(model, _from_detectron2(model, weights), str(path))
-    backbone, messages = _resnet(model, weights)
+    backbone, messages = _backbone(model, weights)
     return _copy(model, backbone, str(path)) + messages
 
 

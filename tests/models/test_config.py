@@ -18,6 +18,8 @@ from panfpn_fast.models import PanopticFPN, PanopticFPNConfig, get_preset, prese
         ("tasks", ("semantic", "instance")),
         ("tasks", ("panoptic",)),
         ("backbone", "resnet19"),
+        ("backbone", "torchvision:"),
+        ("backbone", "keras:resnet50"),
         ("backbone_norm", "layer"),
         ("stride_in_1x1", "yes"),
         ("num_things", 0),
@@ -85,6 +87,7 @@ def test_from_config_takes_nothing_else() -> None:
 @pytest.mark.parametrize("name", sorted(presets))
 def test_presets(name: str) -> None:
     config = get_preset(name)
-    assert config.backbone == ("resnet101" if "r101" in name else "resnet50")
+    backbones = {"r50": "resnet50", "r101": "resnet101", "mobilenet": "torchvision:mobilenet_v3_large"}
+    assert config.backbone == backbones[name.split("_")[2]]
     counts = (8, 11, "cityscapes") if "cityscapes" in name else (80, 53, "coco_panoptic")
     assert (config.num_things, config.num_stuff, config.dataset) == counts
