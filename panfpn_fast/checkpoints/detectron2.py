@@ -152,7 +152,12 @@ def fill(model: PanopticFPN, weights: Mapping[str, Any]) -> None:
         CheckpointError: tensors are missing, unknown, or of another shape; the message lists them all.
     """
     own = model.state_dict()
-    names = {key(name): name for name in own}
+    names, foreign = {}, []
+    for name in own:
+        try:
+            names[key(name)] = name
+        except KeyError:
+            foreign.append(name)
     absent = tuple(prefix for task in TASKS if task not in model.config.tasks for prefix in _BRANCHES[task])
     unexpected = [
         name
@@ -160,6 +165,9 @@ def fill(model: PanopticFPN, weights: Mapping[str, Any]) -> None:
         if name not in names and not _IGNORED.search(name) and not name.startswith(absent)
     ]
     problems = [
+        f"missing: {name} {list(own[name].shape)}, of which detectron2 has no like" for name in foreign
+    ]
+    problems += [
         f"missing: {theirs} {list(own[ours].shape)}"
         for theirs, ours in names.items()
         if theirs not in weights

@@ -75,6 +75,8 @@ class PanopticFPNConfig:
         channel_order: the order in which the backbone wants colours: ``"BGR"`` or ``"RGB"``.
         size_divisibility: images are zero-padded right and bottom to a multiple of this; a multiple of 32.
         fpn_channels: channels of P2..P6.
+        fpn_groups: 1: both branches see all of these; 2: the instance branch has one half and the semantic branch the
+            other, which nothing connects above the backbone (the paper's ablation).
         anchor_sizes: side of the square anchor, in pixels of the input, at each of P2..P6.
         anchor_ratios: anchors' height / width.
         rpn_pre_nms_topk: best anchors per level that enter NMS.
@@ -114,6 +116,7 @@ class PanopticFPNConfig:
     channel_order: str = "BGR"
     size_divisibility: int = 32
     fpn_channels: int = 256
+    fpn_groups: int = 1
     anchor_sizes: tuple[float, ...] = (32.0, 64.0, 128.0, 256.0, 512.0)
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     rpn_pre_nms_topk: int = 1000
@@ -181,6 +184,10 @@ class PanopticFPNConfig:
                 f"backbone: expected one of {', '.join(BACKBONES)}, 'torchvision:NAME' or 'timm:NAME', "
                 f"got {self.backbone!r}"
             )
+        if self.fpn_groups not in (1, 2) or self.fpn_channels % self.fpn_groups:
+            raise ValueError(
+                f"fpn_groups: expected 1, or 2 with an even fpn_channels, got {self.fpn_groups!r}"
+            )
         if self.backbone_norm not in NORMS:
             raise ValueError(f"backbone_norm: expected one of {', '.join(NORMS)}, got {self.backbone_norm!r}")
         if self.stride_in_1x1 not in (True, False):
@@ -222,6 +229,11 @@ class PanopticFPNConfig:
             raise ValueError(f"{name}: expected numbers above 0, got {value!r}")
         # A list (from JSON or a command line) becomes a tuple, so that equal settings compare and hash equal.
         object.__setattr__(self, name, numbers)
+
+    @property
+    def branch_channels(self) -> int:
+        """Channels of P2..P6 as each branch sees them."""
+        return self.fpn_channels // self.fpn_groups
 
     def replace(self, **overrides: Any) -> PanopticFPNConfig:
         """Returns a copy with some fields changed.

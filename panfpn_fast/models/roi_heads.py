@@ -49,7 +49,7 @@ class BoxHead(nn.Module):
         self.nms_threshold = config.nms_threshold
         self.detections_per_image = config.detections_per_image
         hidden = config.box_head_channels
-        self.fc1 = nn.Linear(config.fpn_channels * config.box_pool_size**2, hidden)
+        self.fc1 = nn.Linear(config.branch_channels * config.box_pool_size**2, hidden)
         self.fc2 = nn.Linear(hidden, hidden)
         self.class_logits = nn.Linear(hidden, config.num_things + 1)
         self.box_deltas = nn.Linear(hidden, config.num_things * 4)
@@ -126,7 +126,7 @@ class MaskHead(nn.Module):
         channels = config.mask_head_channels
         self.convs = nn.ModuleList()
         for i in range(config.mask_head_convs):
-            self.convs.append(nn.Conv2d(channels if i else config.fpn_channels, channels, 3, padding=1))
+            self.convs.append(nn.Conv2d(channels if i else config.branch_channels, channels, 3, padding=1))
         self.deconv = nn.ConvTranspose2d(channels, channels, 2, stride=2)
         self.logits = nn.Conv2d(channels, config.num_things, 1)
         self.apply(init_msra)

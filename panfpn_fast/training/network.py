@@ -63,12 +63,12 @@ class TrainingNetwork(nn.Module):
         if not branches:
             raise ValueError(f"branches: expected some of the network's, {model.config.tasks}, got none")
         batch = model.prepare(images)
-        features = model.features(batch.images)
+        features = model.features(batch.images, branches)
         found: dict[str, Tensor] = {}
         if "instance" in branches:
-            found |= self._instance_losses(features, batch.sizes, targets, seeds)
+            found |= self._instance_losses(features["instance"], batch.sizes, targets, seeds)
         if "semantic" in branches:
-            found["loss_semantic"] = losses.semantic_loss(model, features, targets)
+            found["loss_semantic"] = losses.semantic_loss(model, features["semantic"], targets)
         weights = dict.fromkeys(INSTANCE_LOSSES, self.lambda_instance)
         weights |= dict.fromkeys(SEMANTIC_LOSSES, self.lambda_semantic)
         return {name: weights[name] * loss for name, loss in found.items()}

@@ -33,6 +33,8 @@ from panfpn_fast.models import PanopticFPN, PanopticFPNConfig, get_preset, prese
         ("pixel_std", (1.0, float("nan"), 1.0)),
         ("channel_order", "bgr"),
         ("size_divisibility", 16),
+        ("fpn_groups", 3),
+        ("fpn_groups", "2"),
         ("anchor_sizes", (32, 64)),
         ("anchor_ratios", ()),
         ("anchor_ratios", (1, -1)),
