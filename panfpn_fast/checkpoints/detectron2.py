@@ -106,6 +106,13 @@ def settings(weights: Mapping[str, Any]) -> dict[str, Any]:
         shape = np.shape(weights[name]) if name in weights else ()
         if len(shape) > axis and shape[axis] > extra:
             found[field] = int(shape[axis]) - extra
+    for field, name, rows in (
+        ("class_agnostic_boxes", "roi_heads.box_predictor.bbox_pred.weight", 4),
+        ("class_agnostic_masks", "roi_heads.mask_head.predictor.weight", 1),
+    ):
+        # Of a single class, both are the same.
+        if name in weights and found.get("num_things", 1) > 1:
+            found[field] = np.shape(weights[name])[:1] == (rows,)
     if (found.get("num_things"), found.get("num_stuff")) == (8, 11):
         found["dataset"] = "cityscapes"
     for field in ("pixel_mean", "pixel_std"):

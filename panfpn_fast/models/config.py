@@ -85,12 +85,14 @@ class PanopticFPNConfig:
         box_pool_size: ROIAlign's output side for the box head.
         box_head_channels: width of the box head's two linear layers.
         box_weights: scale of the box head's (dx, dy, dw, dh).
+        class_agnostic_boxes: proposals are refined in the same way whatever their class.
         score_threshold: a class of a proposal is a candidate if its probability is above this.
         nms_threshold: IoU above which, within a class, the lower scored box is dropped.
         detections_per_image: best detections per image that are kept.
         mask_pool_size: ROIAlign's output side for the mask head; masks have twice this side.
         mask_head_channels: channels of the mask head's convolutions.
         mask_head_convs: their number.
+        class_agnostic_masks: one mask per box, whatever its class, instead of one for each class.
         semantic_channels: channels of the semantic head (64, 128 or 256 in the paper).
         semantic_groups: groups of its GroupNorm.
         semantic_fusion: how it combines the levels: ``"sum"``, or ``"concat"``, then with one predictor over four
@@ -125,12 +127,14 @@ class PanopticFPNConfig:
     box_pool_size: int = 7
     box_head_channels: int = 1024
     box_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
+    class_agnostic_boxes: bool = False
     score_threshold: float = 0.05
     nms_threshold: float = 0.5
     detections_per_image: int = 100
     mask_pool_size: int = 14
     mask_head_channels: int = 256
     mask_head_convs: int = 4
+    class_agnostic_masks: bool = False
     semantic_channels: int = 128
     semantic_groups: int = 32
     semantic_fusion: str = "sum"
@@ -190,8 +194,9 @@ class PanopticFPNConfig:
             )
         if self.backbone_norm not in NORMS:
             raise ValueError(f"backbone_norm: expected one of {', '.join(NORMS)}, got {self.backbone_norm!r}")
-        if self.stride_in_1x1 not in (True, False):
-            raise ValueError(f"stride_in_1x1: expected True or False, got {self.stride_in_1x1!r}")
+        for name in ("stride_in_1x1", "class_agnostic_boxes", "class_agnostic_masks"):
+            if getattr(self, name) not in (True, False):
+                raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if self.channel_order not in ("BGR", "RGB"):
             raise ValueError(f"channel_order: expected 'BGR' or 'RGB', got {self.channel_order!r}")
         if not isinstance(self.dataset, str) or not self.dataset:

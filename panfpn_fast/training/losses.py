@@ -176,7 +176,7 @@ def box_losses(
 
     Args:
         logits: [K, things + 1].
-        deltas: [K, things, 4].
+        deltas: [K, things, 4], or [K, 1, 4] for all classes alike.
         sampled: Per image; K slots in all.
         num_things: The label of background.
         weights: Scale of (dx, dy, dw, dh).
@@ -189,7 +189,7 @@ def box_losses(
     target_boxes = torch.cat([image.target_boxes for image in sampled])
     count = averaged((classes >= 0).sum())
     is_object = (classes >= 0) & (classes < num_things)
-    own = deltas[torch.arange(len(deltas), device=deltas.device), classes.clamp(0, num_things - 1)]
+    own = deltas[torch.arange(len(deltas), device=deltas.device), classes.clamp(0, deltas.shape[1] - 1)]
     wanted = encode_boxes(target_boxes, boxes, weights)
     return {
         "loss_cls": F.cross_entropy(logits, classes, ignore_index=-1, reduction="sum") / count,

@@ -22,6 +22,8 @@ from panfpn_fast.models import PanopticFPN, PanopticFPNConfig, get_preset, prese
         ("backbone", "keras:resnet50"),
         ("backbone_norm", "layer"),
         ("stride_in_1x1", "yes"),
+        ("class_agnostic_boxes", None),
+        ("class_agnostic_masks", 2),
         ("num_things", 0),
         ("num_things", 80.0),
         ("num_stuff", True),

@@ -181,7 +181,8 @@ def expected_losses(
         if count:
             near = target.boxes.double().numpy()[instance[:count]]
             wanted = deltas_to(near, boxes[:count], model.config.box_weights)
-            difference = deltas[first + np.arange(count), own[:count]] - wanted
+            of_class = 0 if model.config.class_agnostic_boxes else own[:count]
+            difference = deltas[first + np.arange(count), of_class] - wanted
             found["loss_box"] += np.abs(difference).sum() / len(classes)
         first += len(boxes)
 
@@ -214,12 +215,15 @@ def model() -> PanopticFPN:
     return small_model().double()
 
 
-def test_grouped_channels_equal_the_definitions() -> None:
-    grouped = small_model(fpn_groups=2).double()
+@pytest.mark.parametrize(
+    "settings", [{"fpn_groups": 2}, {"class_agnostic_boxes": True, "class_agnostic_masks": True}]
+)
+def test_other_networks_losses_equal_their_definitions(settings: dict[str, Any]) -> None:
+    other = small_model(**settings).double()
     images, targets, seeds = make_batch(*SCENES["instances"])
     with torch.no_grad():
-        found = TrainingNetwork(grouped, 1.0, 1.0)(images, targets, seeds)
-    for name, value in expected_losses(grouped, images, targets, seeds).items():
+        found = TrainingNetwork(other, 1.0, 1.0)(images, targets, seeds)
+    for name, value in expected_losses(other, images, targets, seeds).items():
         assert float(found[name]) == pytest.approx(value, rel=1e-9), name
 
 
