@@ -92,6 +92,7 @@ class TrainConfig:
         solver: See SolverConfig.
         lambda_instance: Weight of the instance branch's losses.
         lambda_semantic: Weight of the semantic branch's loss.
+        lambda_panoptic: Weight of the differentiable panoptic quality as a loss; 0: without it.
         alternate: Steps train the two branches in turn instead of together.
         init: Weights to begin with: a checkpoint, or a ResNet of torchvision's or detectron2's naming; empty: random.
         freeze_at: Stages of the backbone that keep their weights: 1 is the stem, 2 the first stage too; 0: none.
@@ -112,6 +113,7 @@ class TrainConfig:
     solver: SolverConfig = field(default_factory=SolverConfig)
     lambda_instance: float = 1.0
     lambda_semantic: float = 0.5
+    lambda_panoptic: float = 0.0
     alternate: bool = False
     init: str = ""
     freeze_at: int = 2

@@ -154,7 +154,9 @@ class Trainer:
         if config.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         freeze(self.model, config.freeze_at)
-        network = TrainingNetwork(self.model, config.lambda_instance, config.lambda_semantic)
+        network = TrainingNetwork(
+            self.model, config.lambda_instance, config.lambda_semantic, config.lambda_panoptic
+        )
         self.optimizer = make_optimizer(network, config.solver)
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=config.precision == "float16")
         self.average = Average(self.model, config.solver.ema) if config.solver.ema > 0 else None
