@@ -35,6 +35,9 @@ def small_model(**settings: Any) -> PanopticFPN:
             torch.nn.init.normal_(parameter, std=0.1)
         if name.startswith(("mask_head.logits", "semantic_head.logits")):
             torch.nn.init.normal_(parameter, std=0.5)
+    if "instance" in model.config.tasks:
+        # Where no channel is above zero, anchors would have the very same score.
+        torch.nn.init.constant_(model.rpn.get_parameter("conv.bias"), 0.5)
     return model
 
 

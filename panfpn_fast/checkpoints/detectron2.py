@@ -106,6 +106,13 @@ def settings(weights: Mapping[str, Any]) -> dict[str, Any]:
         shape = np.shape(weights[name]) if name in weights else ()
         if len(shape) > axis and shape[axis] > extra:
             found[field] = int(shape[axis]) - extra
+    for field, name, rows in (
+        ("class_agnostic_boxes", "roi_heads.box_predictor.bbox_pred.weight", 4),
+        ("class_agnostic_masks", "roi_heads.mask_head.predictor.weight", 1),
+    ):
+        # Of a single class, both are the same.
+        if name in weights and found.get("num_things", 1) > 1:
+            found[field] = np.shape(weights[name])[:1] == (rows,)
     if (found.get("num_things"), found.get("num_stuff")) == (8, 11):
         found["dataset"] = "cityscapes"
     for field in ("pixel_mean", "pixel_std"):
@@ -120,7 +127,7 @@ def _tasks(weights: Collection[str]) -> tuple[str, ...]:
     return found or TASKS
 
 
-def _backbone(weights: Collection[str]) -> str:
+def _backbone(weights: Mapping[str, Any]) -> str:
     blocks: dict[int, set[int]] = {2: set(), 3: set(), 4: set(), 5: set()}
     for name in weights:
         match = re.match(r"backbone\.bottom_up\.res([2-5])\.(\d+)\.", name)
@@ -129,8 +136,11 @@ def _backbone(weights: Collection[str]) -> str:
     depth = tuple(len(found) for found in blocks.values())
     bottleneck = any(re.match(r"backbone\.bottom_up\.res2\.0\.conv3\.", name) for name in weights)
     published = {name: layout for name, layout in BACKBONES.items() if layout.width == 64}
+    # A convolution's weight has as many columns as one of its groups has channels.
+    columns = np.shape(weights.get("backbone.bottom_up.res2.0.conv2.weight", ()))[1:2]
     for name, layout in published.items():
-        if (depth, bottleneck) == (layout.blocks, layout.bottleneck):
+        fits = (depth, bottleneck) == (layout.blocks, layout.bottleneck)
+        if fits and (not bottleneck or columns in ((), (layout.group_width,))):
             return name
     raise CheckpointError(
         f"a backbone of {depth} {'bottlenecks' if bottleneck else 'basic blocks'} per stage; known are "
@@ -149,7 +159,12 @@ def fill(model: PanopticFPN, weights: Mapping[str, Any]) -> None:
         CheckpointError: tensors are missing, unknown, or of another shape; the message lists them all.
     """
     own = model.state_dict()
-    names = {key(name): name for name in own}
+    names, foreign = {}, []
+    for name in own:
+        try:
+            names[key(name)] = name
+        except KeyError:
+            foreign.append(name)
     absent = tuple(prefix for task in TASKS if task not in model.config.tasks for prefix in _BRANCHES[task])
     unexpected = [
         name
@@ -157,6 +172,9 @@ def fill(model: PanopticFPN, weights: Mapping[str, Any]) -> None:
         if name not in names and not _IGNORED.search(name) and not name.startswith(absent)
     ]
     problems = [
+        f"missing: {name} {list(own[name].shape)}, of which detectron2 has no like" for name in foreign
+    ]
+    problems += [
         f"missing: {theirs} {list(own[ours].shape)}"
         for theirs, ours in names.items()
         if theirs not in weights

@@ -28,6 +28,12 @@ PUBLISHED: dict[str, str] = {
 }
 """Names, and their files' paths below :data:`BASE_URL`. A file's name ends in the beginning of its sha256."""
 
+BACKBONES: dict[str, str] = {
+    f"detectron2://{path}": path
+    for path in ("ImageNetPretrained/MSRA/R-50.pkl", "ImageNetPretrained/MSRA/R-101.pkl")
+}
+"""The same for ResNets trained on ImageNet, which training begins with; their names have no check sum."""
+
 _CHUNK = 1 << 20
 _TIMEOUT_S = 30.0
 
@@ -39,11 +45,11 @@ class DownloadError(OSError):
 def fetch(name: str, cache: str | os.PathLike[str] | None = None, base_url: str | None = None) -> Path:
     """Returns a published checkpoint's file, downloading it if it is not there yet.
 
-    An interrupted download goes on where it stopped. Only a file whose sha256 begins with the digits in its
-    name gets that name.
+    An interrupted download goes on where it stopped. A file whose name has digits of its sha256, as all in
+    :data:`PUBLISHED` have, gets that name only if it begins with them.
 
     Args:
-        name: a key of :data:`PUBLISHED`, for example
+        name: a key of :data:`PUBLISHED` or :data:`BACKBONES`, for example
             ``"detectron2://COCO-PanopticSegmentation/panoptic_fpn_R_50_3x"``.
         cache: the folder to keep it in; None: :func:`panfpn_fast._cache.cache_dir`.
         base_url: where the files are; None: ``$PANFPN_DETECTRON2_URL`` (a mirror), else :data:`BASE_URL`.
@@ -56,9 +62,10 @@ def fetch(name: str, cache: str | os.PathLike[str] | None = None, base_url: str 
         DownloadError: the server could not be reached or lacks the file, the connection broke, or the file
             that came is not the published one.
     """
-    if name not in PUBLISHED:
-        raise ValueError(f"unknown checkpoint {name!r}; known checkpoints: {', '.join(PUBLISHED)}")
-    path = PUBLISHED[name]
+    known = PUBLISHED | BACKBONES
+    if name not in known:
+        raise ValueError(f"unknown checkpoint {name!r}; known checkpoints: {', '.join(known)}")
+    path = known[name]
     base_url = base_url or os.environ.get("PANFPN_DETECTRON2_URL") or BASE_URL
     url = f"{base_url.rstrip('/')}/{path}"
     target = (Path(cache) if cache is not None else cache_dir()) / "detectron2" / path
@@ -69,7 +76,8 @@ def fetch(name: str, cache: str | os.PathLike[str] | None = None, base_url: str 
     with _locked(target.with_name(target.name + ".lock")):
         if not target.is_file():  # another process may have fetched it meanwhile
             _download(url, part, target)
-            _verify(url, part)
+            if name in PUBLISHED:
+                _verify(url, part)
             part.replace(target)
     return target
 

@@ -1,4 +1,4 @@
-"""ResNet (He et al. 2016) as the feature extractor under an FPN."""
+"""ResNet (He et al. 2016) and ResNeXt (Xie et al. 2017) as the feature extractor under an FPN."""
 
 from __future__ import annotations
 
@@ -50,25 +50,35 @@ class Bottleneck(nn.Module):
 
     Args:
         in_channels: channels of the input.
-        channels: channels of the 3x3 convolution; the output has four times as many.
+        channels: a quarter of the output's; those of the 3x3 convolution, unless it has groups.
         stride: 1, or 2 to halve the resolution.
         stride_in_1x1: the stride is in the first 1x1 convolution (Caffe) instead of in the 3x3 (torchvision).
         norm: see :func:`make_norm`.
+        groups: of the 3x3 convolution.
+        group_width: channels of each of them, for every 64 of ``channels``.
     """
 
     expansion = 4
 
     def __init__(
-        self, in_channels: int, channels: int, stride: int, stride_in_1x1: bool, norm: str = "frozen_bn"
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        stride_in_1x1: bool,
+        norm: str = "frozen_bn",
+        groups: int = 1,
+        group_width: int = 64,
     ) -> None:
         super().__init__()
         out_channels = channels * self.expansion
+        width = channels * group_width // 64 * groups
         stride1, stride2 = (stride, 1) if stride_in_1x1 else (1, stride)
-        self.conv1 = nn.Conv2d(in_channels, channels, 1, stride1, bias=False)
-        self.norm1 = make_norm(norm, channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, stride2, padding=1, bias=False)
-        self.norm2 = make_norm(norm, channels)
-        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, width, 1, stride1, bias=False)
+        self.norm1 = make_norm(norm, width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride2, padding=1, groups=groups, bias=False)
+        self.norm2 = make_norm(norm, width)
+        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
         self.norm3 = make_norm(norm, out_channels)
         self.shortcut = _shortcut(in_channels, out_channels, stride, norm)
 
@@ -106,7 +116,8 @@ class ResNet(nn.Module):
             for block in range(blocks):
                 stride = 2 if block == 0 and stage > 0 else 1
                 if layout.bottleneck:
-                    layer.append(Bottleneck(in_channels, channels, stride, stride_in_1x1, norm))
+                    grouped = (layout.groups, layout.group_width)
+                    layer.append(Bottleneck(in_channels, channels, stride, stride_in_1x1, norm, *grouped))
                     in_channels = channels * Bottleneck.expansion
                 else:
                     layer.append(BasicBlock(in_channels, channels, stride, norm))

@@ -14,11 +14,15 @@ class ResNetLayout(NamedTuple):
         blocks: per stage.
         bottleneck: blocks of three convolutions, else of two.
         width: channels behind the stem; each stage has twice those of the one before.
+        groups: of a bottleneck's 3x3 convolution; above 1 it is a ResNeXt (Xie et al. 2017).
+        group_width: channels of each of them in the first stage; a bottleneck without groups has 64.
     """
 
     blocks: tuple[int, int, int, int]
     bottleneck: bool = True
     width: int = 64
+    groups: int = 1
+    group_width: int = 64
 
 
 BACKBONES: dict[str, ResNetLayout] = {
@@ -27,9 +31,14 @@ BACKBONES: dict[str, ResNetLayout] = {
     "resnet152": ResNetLayout((3, 8, 36, 3)),
     "resnet18": ResNetLayout((2, 2, 2, 2), bottleneck=False),
     "resnet34": ResNetLayout((3, 4, 6, 3), bottleneck=False),
+    "resnext50_32x4d": ResNetLayout((3, 4, 6, 3), groups=32, group_width=4),
+    "resnext101_32x8d": ResNetLayout((3, 4, 23, 3), groups=32, group_width=8),
     "resnet10_narrow": ResNetLayout((1, 1, 1, 1), bottleneck=False, width=32),
 }
-"""ResNets by name (He et al. 2016, table 1), and a small one for CPUs."""
+"""ResNets by name (He et al. 2016, table 1), ResNeXts, and a small one for CPUs."""
+
+LIBRARIES = ("torchvision", "timm")
+"""Whose networks a backbone can be made of."""
 
 NORMS = ("frozen_bn", "bn", "sync_bn", "gn")
 """Normalisations of the backbone."""
@@ -50,9 +59,11 @@ class PanopticFPNConfig:
     Attributes:
         tasks: the branches that exist: both, or ``("instance",)`` (Mask R-CNN) or ``("semantic",)`` alone, the two
             separate networks that the paper compares with.
-        backbone: a key of :data:`BACKBONES`, such as ``"resnet50"``.
+        backbone: a key of :data:`BACKBONES`, such as ``"resnet50"``; or a network of torchvision or timm, if that is
+            installed: ``"torchvision:mobilenet_v3_large"``, ``"timm:convnext_tiny"``.
         backbone_norm: its normalisation: ``"frozen_bn"`` (a checkpoint's statistics and scale, never trained),
-            ``"bn"``, ``"sync_bn"`` (over all processes) or ``"gn"`` (at most 32 groups of at least 8 channels).
+            ``"bn"``, ``"sync_bn"`` (over all processes) or ``"gn"`` (at most 32 groups of at least 8 channels). Of
+            torchvision's and timm's networks, the batch norms are replaced so; other normalisations stay.
         stride_in_1x1: where a bottleneck that halves the resolution has its stride: in the first 1x1
             convolution (True; Caffe, MSRA, detectron2's COCO models) or in the 3x3 one (False; torchvision,
             mmdetection). The weights do not show it, and the wrong choice ruins the result.
@@ -64,6 +75,8 @@ class PanopticFPNConfig:
         channel_order: the order in which the backbone wants colours: ``"BGR"`` or ``"RGB"``.
         size_divisibility: images are zero-padded right and bottom to a multiple of this; a multiple of 32.
         fpn_channels: channels of P2..P6.
+        fpn_groups: 1: both branches see all of these; 2: the instance branch has one half and the semantic branch the
+            other, which nothing connects above the backbone (the paper's ablation).
         anchor_sizes: side of the square anchor, in pixels of the input, at each of P2..P6.
         anchor_ratios: anchors' height / width.
         rpn_pre_nms_topk: best anchors per level that enter NMS.
@@ -72,12 +85,14 @@ class PanopticFPNConfig:
         box_pool_size: ROIAlign's output side for the box head.
         box_head_channels: width of the box head's two linear layers.
         box_weights: scale of the box head's (dx, dy, dw, dh).
+        class_agnostic_boxes: proposals are refined in the same way whatever their class.
         score_threshold: a class of a proposal is a candidate if its probability is above this.
         nms_threshold: IoU above which, within a class, the lower scored box is dropped.
         detections_per_image: best detections per image that are kept.
         mask_pool_size: ROIAlign's output side for the mask head; masks have twice this side.
         mask_head_channels: channels of the mask head's convolutions.
         mask_head_convs: their number.
+        class_agnostic_masks: one mask per box, whatever its class, instead of one for each class.
         semantic_channels: channels of the semantic head (64, 128 or 256 in the paper).
         semantic_groups: groups of its GroupNorm.
         semantic_fusion: how it combines the levels: ``"sum"``, or ``"concat"``, then with one predictor over four
@@ -103,6 +118,7 @@ class PanopticFPNConfig:
     channel_order: str = "BGR"
     size_divisibility: int = 32
     fpn_channels: int = 256
+    fpn_groups: int = 1
     anchor_sizes: tuple[float, ...] = (32.0, 64.0, 128.0, 256.0, 512.0)
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     rpn_pre_nms_topk: int = 1000
@@ -111,12 +127,14 @@ class PanopticFPNConfig:
     box_pool_size: int = 7
     box_head_channels: int = 1024
     box_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
+    class_agnostic_boxes: bool = False
     score_threshold: float = 0.05
     nms_threshold: float = 0.5
     detections_per_image: int = 100
     mask_pool_size: int = 14
     mask_head_channels: int = 256
     mask_head_convs: int = 4
+    class_agnostic_masks: bool = False
     semantic_channels: int = 128
     semantic_groups: int = 32
     semantic_fusion: str = "sum"
@@ -164,12 +182,21 @@ class PanopticFPNConfig:
         if not isinstance(self.tasks, list | tuple) or tuple(self.tasks) not in (TASKS, TASKS[:1], TASKS[1:]):
             raise ValueError(f"tasks: expected {TASKS}, {TASKS[:1]} or {TASKS[1:]}, got {self.tasks!r}")
         object.__setattr__(self, "tasks", tuple(self.tasks))
-        if self.backbone not in BACKBONES:
-            raise ValueError(f"backbone: expected one of {', '.join(BACKBONES)}, got {self.backbone!r}")
+        library, colon, network = str(self.backbone).partition(":")
+        if self.backbone not in BACKBONES and not (library in LIBRARIES and colon and network):
+            raise ValueError(
+                f"backbone: expected one of {', '.join(BACKBONES)}, 'torchvision:NAME' or 'timm:NAME', "
+                f"got {self.backbone!r}"
+            )
+        if self.fpn_groups not in (1, 2) or self.fpn_channels % self.fpn_groups:
+            raise ValueError(
+                f"fpn_groups: expected 1, or 2 with an even fpn_channels, got {self.fpn_groups!r}"
+            )
         if self.backbone_norm not in NORMS:
             raise ValueError(f"backbone_norm: expected one of {', '.join(NORMS)}, got {self.backbone_norm!r}")
-        if self.stride_in_1x1 not in (True, False):
-            raise ValueError(f"stride_in_1x1: expected True or False, got {self.stride_in_1x1!r}")
+        for name in ("stride_in_1x1", "class_agnostic_boxes", "class_agnostic_masks"):
+            if getattr(self, name) not in (True, False):
+                raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if self.channel_order not in ("BGR", "RGB"):
             raise ValueError(f"channel_order: expected 'BGR' or 'RGB', got {self.channel_order!r}")
         if not isinstance(self.dataset, str) or not self.dataset:
@@ -208,6 +235,11 @@ class PanopticFPNConfig:
         # A list (from JSON or a command line) becomes a tuple, so that equal settings compare and hash equal.
         object.__setattr__(self, name, numbers)
 
+    @property
+    def branch_channels(self) -> int:
+        """Channels of P2..P6 as each branch sees them."""
+        return self.fpn_channels // self.fpn_groups
+
     def replace(self, **overrides: Any) -> PanopticFPNConfig:
         """Returns a copy with some fields changed.
 
@@ -232,11 +264,21 @@ class PanopticFPNConfig:
 
 _CITYSCAPES: dict[str, Any] = {"num_things": 8, "num_stuff": 11, "dataset": "cityscapes"}
 
+# torchvision's weights, which it can begin with, were trained so.
+_MOBILENET: dict[str, Any] = {
+    "backbone": "torchvision:mobilenet_v3_large",
+    "channel_order": "RGB",
+    "pixel_mean": (123.675, 116.28, 103.53),
+    "pixel_std": (58.395, 57.12, 57.375),
+}
+
 presets: dict[str, PanopticFPNConfig] = {
     "panoptic_fpn_r50": PanopticFPNConfig(),
     "panoptic_fpn_r101": PanopticFPNConfig(backbone="resnet101"),
+    "panoptic_fpn_mobilenet": PanopticFPNConfig(**_MOBILENET),
     "panoptic_fpn_r50_cityscapes": PanopticFPNConfig(**_CITYSCAPES),
     "panoptic_fpn_r101_cityscapes": PanopticFPNConfig(backbone="resnet101", **_CITYSCAPES),
+    "panoptic_fpn_mobilenet_cityscapes": PanopticFPNConfig(**_MOBILENET, **_CITYSCAPES),
 }
 
 

@@ -51,7 +51,8 @@ def make_norm(kind: str, channels: int) -> nn.Module:
         return nn.BatchNorm2d(channels)
     if kind == "sync_bn":
         return nn.SyncBatchNorm(channels)
-    return nn.GroupNorm(min(32, max(1, channels // 8)), channels)
+    most = min(32, max(1, channels // 8))
+    return nn.GroupNorm(next(groups for groups in range(most, 0, -1) if channels % groups == 0), channels)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

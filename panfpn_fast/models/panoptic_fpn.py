@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from panfpn_fast import ops
 from panfpn_fast.models.backbone import ResNet
 from panfpn_fast.models.boxes import clip_boxes, nonempty, scale_boxes
-from panfpn_fast.models.config import PanopticFPNConfig, get_preset
+from panfpn_fast.models.config import BACKBONES, PanopticFPNConfig, get_preset
+from panfpn_fast.models.feature_extractor import FeatureExtractor
 from panfpn_fast.models.fpn import FPN
 from panfpn_fast.models.layers import ExactConstants, at_least_float32
 from panfpn_fast.models.roi_heads import BoxHead, Detections, MaskHead
@@ -19,7 +20,10 @@ from panfpn_fast.models.rpn import RPN
 from panfpn_fast.models.semantic_head import SemanticHead
 from panfpn_fast.ops import PanopticSegments
 
-BRANCHES = {"instance": ("rpn", "box_head", "mask_head"), "semantic": ("semantic_head",)}
+BRANCHES = {
+    "instance": ("rpn", "box_head", "mask_head", "fpn.instance"),
+    "semantic": ("semantic_head", "fpn.semantic"),
+}
 """The modules that each task needs, and no other."""
 
 
@@ -67,6 +71,7 @@ class PanopticFPN(ExactConstants):
     Raises:
         TypeError: a setting that the configuration does not have.
         ValueError: a value that a setting cannot take.
+        ImportError: the backbone is torchvision's or timm's, which is not installed.
 
     Example:
         >>> model = PanopticFPN(num_things=2, num_stuff=3).eval()
@@ -82,8 +87,18 @@ class PanopticFPN(ExactConstants):
         super().__init__()
         config = PanopticFPNConfig().replace(**settings)
         self.config = config
-        self.backbone = ResNet(config.backbone, config.stride_in_1x1, config.backbone_norm)
-        self.fpn = FPN(self.backbone.out_channels, config.fpn_channels)
+        self.backbone: ResNet | FeatureExtractor
+        if config.backbone in BACKBONES:
+            self.backbone = ResNet(config.backbone, config.stride_in_1x1, config.backbone_norm)
+        else:
+            self.backbone = FeatureExtractor(config.backbone, config.backbone_norm)
+        self.fpn: FPN | nn.ModuleDict
+        if config.fpn_groups == 1:
+            self.fpn = FPN(self.backbone.out_channels, config.fpn_channels)
+        else:
+            self.fpn = nn.ModuleDict(
+                {task: FPN(self.backbone.out_channels, config.branch_channels) for task in config.tasks}
+            )
         if "instance" in config.tasks:
             self.rpn = RPN(config)
             self.box_head = BoxHead(config)
@@ -153,10 +168,21 @@ class PanopticFPN(ExactConstants):
             batch[i, :, : x.shape[1], : x.shape[2]] = (x - mean) / std
         return ImageBatch(batch, sizes)
 
-    def features(self, images: Tensor) -> list[Tensor]:
-        """Returns P2..P6 of prepared images [N, 3, H, W]."""
-        pyramid: list[Tensor] = self.fpn(self.backbone(images))
-        return pyramid
+    def features(self, images: Tensor, tasks: Sequence[str] | None = None) -> dict[str, list[Tensor]]:
+        """Computes what the branches see.
+
+        Args:
+            images: prepared images [N, 3, H, W].
+            tasks: some of the network's; None: all.
+
+        Returns:
+            For each task P2..P6, the same tensors if the branches share them.
+        """
+        tasks = self.config.tasks if tasks is None else tasks
+        found = self.backbone(images)
+        if isinstance(self.fpn, FPN):
+            return dict.fromkeys(tasks, self.fpn(found))
+        return {task: self.fpn[task](found) for task in tasks}
 
     @torch.no_grad()
     def forward(
@@ -200,14 +226,14 @@ class PanopticFPN(ExactConstants):
 
     def instances(
         self,
-        features: Sequence[Tensor],
+        features: Mapping[str, Sequence[Tensor]],
         sizes: Sequence[tuple[int, int]],
         output_sizes: Sequence[tuple[int, int]],
     ) -> list[Instances]:
         """Finds instances.
 
         Args:
-            features: P2..P6.
+            features: as :meth:`features` returns them.
             sizes: each image's height and width without padding.
             output_sizes: the height and width of each result.
 
@@ -215,33 +241,34 @@ class PanopticFPN(ExactConstants):
             Per image, its detections; none of a network without the instance branch.
         """
         if "instance" not in self.config.tasks:
-            return [self._no_instances(features[0]) for _ in sizes]
-        objectness, moves = self.rpn(features)
-        proposals = self.rpn.propose(self.rpn.anchors(features), objectness, moves, sizes)
-        class_logits, deltas = self.box_head(features, proposals)
+            return [self._no_instances() for _ in sizes]
+        pyramid = features["instance"]
+        objectness, moves = self.rpn(pyramid)
+        proposals = self.rpn.propose(self.rpn.anchors(pyramid), objectness, moves, sizes)
+        class_logits, deltas = self.box_head(pyramid, proposals)
         detections = self.box_head.detect(class_logits, deltas, proposals, sizes)
         masks = self.mask_head(
-            features, [d.boxes for d in detections], torch.cat([d.classes for d in detections])
+            pyramid, [d.boxes for d in detections], torch.cat([d.classes for d in detections])
         ).sigmoid()
         per_image = torch.split(masks, [len(d.boxes) for d in detections])
         return [_resize(*each) for each in zip(detections, per_image, sizes, output_sizes, strict=True)]
 
-    def _no_instances(self, like: Tensor) -> Instances:
-        scores = like.new_zeros(0, dtype=at_least_float32(like.dtype))
+    def _no_instances(self) -> Instances:
+        scores = torch.zeros(0, dtype=at_least_float32(self.dtype), device=self.device)
         side = 2 * self.config.mask_pool_size
         classes = scores.to(torch.int64)
         return Instances(scores.reshape(0, 4), scores, classes, scores.reshape(0, side, side))
 
     def labels(
         self,
-        features: Sequence[Tensor],
+        features: Mapping[str, Sequence[Tensor]],
         sizes: Sequence[tuple[int, int]],
         output_sizes: Sequence[tuple[int, int]],
     ) -> list[Tensor]:
         """Labels pixels.
 
         Args:
-            features: P2..P6.
+            features: as :meth:`features` returns them.
             sizes: each image's height and width without padding.
             output_sizes: the height and width of each result.
 
@@ -249,8 +276,8 @@ class PanopticFPN(ExactConstants):
             Per image [H, W], 0 = things, 1.. = stuff; all 0 of a network without the semantic branch.
         """
         if "semantic" not in self.config.tasks:
-            return [features[0].new_zeros(size, dtype=torch.uint8) for size in output_sizes]
-        return self.semantic_head.label(self.semantic_head(features), sizes, output_sizes)
+            return [torch.zeros(size, dtype=torch.uint8, device=self.device) for size in output_sizes]
+        return self.semantic_head.label(self.semantic_head(features["semantic"]), sizes, output_sizes)
 
 
 def _resize(

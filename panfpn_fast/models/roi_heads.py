@@ -35,7 +35,7 @@ def _pool(features: Sequence[Tensor], boxes: Sequence[Tensor], size: int) -> Ten
 
 
 class BoxHead(nn.Module):
-    """Classifies proposals and refines their boxes, class by class.
+    """Classifies proposals and refines their boxes, class by class or for all classes alike.
 
     Args:
         config: the network's settings.
@@ -49,10 +49,10 @@ class BoxHead(nn.Module):
         self.nms_threshold = config.nms_threshold
         self.detections_per_image = config.detections_per_image
         hidden = config.box_head_channels
-        self.fc1 = nn.Linear(config.fpn_channels * config.box_pool_size**2, hidden)
+        self.fc1 = nn.Linear(config.branch_channels * config.box_pool_size**2, hidden)
         self.fc2 = nn.Linear(hidden, hidden)
         self.class_logits = nn.Linear(hidden, config.num_things + 1)
-        self.box_deltas = nn.Linear(hidden, config.num_things * 4)
+        self.box_deltas = nn.Linear(hidden, 4 if config.class_agnostic_boxes else config.num_things * 4)
         self.fc1.apply(init_xavier)
         self.fc2.apply(init_xavier)
         self.class_logits.apply(partial(init_normal, std=0.01))
@@ -66,8 +66,8 @@ class BoxHead(nn.Module):
             proposals: per image, [L, 4].
 
         Returns:
-            Class logits [K, things + 1], the background last, and deltas [K, things, 4], for the K proposals
-            of all images in order, in float32 (float64 for float64 features).
+            Class logits [K, things + 1], the background last, and deltas [K, things, 4] ([K, 1, 4] for all classes
+            alike), for the K proposals of all images in order, in float32 (float64 for float64 features).
         """
         x = _pool(features, proposals, self.pool_size).flatten(1)
         x = F.relu_(self.fc1(x))
@@ -84,7 +84,7 @@ class BoxHead(nn.Module):
 
         Args:
             logits: [K, things + 1] as :meth:`forward` returns them.
-            deltas: [K, things, 4].
+            deltas: [K, things, 4] or [K, 1, 4].
             proposals: per image, [L, 4].
             sizes: each image's height and width without padding.
 
@@ -105,6 +105,7 @@ class BoxHead(nn.Module):
         """Each class of a proposal that scores high enough is a candidate; NMS follows within classes."""
         finite = boxes.isfinite().flatten(1).all(dim=1) & scores.isfinite().all(dim=1)
         scores = scores[:, :-1]
+        boxes = boxes.expand(-1, scores.shape[1], -1)
         rows, classes = ((scores > self.score_threshold) & finite[:, None]).nonzero(as_tuple=True)
         candidates = clip_boxes(boxes[rows, classes], size)
         candidate_scores = scores[rows, classes]
@@ -126,9 +127,10 @@ class MaskHead(nn.Module):
         channels = config.mask_head_channels
         self.convs = nn.ModuleList()
         for i in range(config.mask_head_convs):
-            self.convs.append(nn.Conv2d(channels if i else config.fpn_channels, channels, 3, padding=1))
+            self.convs.append(nn.Conv2d(channels if i else config.branch_channels, channels, 3, padding=1))
         self.deconv = nn.ConvTranspose2d(channels, channels, 2, stride=2)
-        self.logits = nn.Conv2d(channels, config.num_things, 1)
+        self.class_agnostic = config.class_agnostic_masks
+        self.logits = nn.Conv2d(channels, 1 if self.class_agnostic else config.num_things, 1)
         self.apply(init_msra)
         self.logits.apply(partial(init_normal, std=0.001))
 
@@ -138,7 +140,7 @@ class MaskHead(nn.Module):
         Args:
             features: P2..P5 (P6 may follow), each [N, C, h, w].
             boxes: per image, [L, 4]; K in all.
-            classes: int64 [K], the class of each box.
+            classes: int64 [K], the class of each box; class-agnostic masks do not depend on it.
 
         Returns:
             [K, 28, 28] in float32 (float64 for float64 features).
@@ -148,7 +150,8 @@ class MaskHead(nn.Module):
             x = F.relu_(conv(x))
         x = F.relu_(self.deconv(x))  # [K, C, 28, 28]
         # The last 1x1 convolution for the one class that is wanted, instead of for all of them.
-        weight = self.logits.weight.flatten(1)[classes]  # [K, C]
-        bias = self.logits.bias[classes] if self.logits.bias is not None else weight.new_zeros(len(weight))
+        rows = torch.zeros_like(classes) if self.class_agnostic else classes
+        weight = self.logits.weight.flatten(1)[rows]  # [K, C]
+        bias = self.logits.bias[rows] if self.logits.bias is not None else weight.new_zeros(len(weight))
         logits = torch.baddbmm(bias[:, None, None], weight[:, None], x.flatten(2))  # [K, 1, 28 * 28]
         return logits.reshape(len(x), x.shape[2], x.shape[3]).to(at_least_float32(logits.dtype))

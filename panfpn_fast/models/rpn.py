@@ -67,9 +67,9 @@ class RPN(ExactConstants):
         self.post_nms_topk = config.rpn_post_nms_topk
         self.nms_threshold = config.rpn_nms_threshold
         anchors = len(config.anchor_ratios)
-        self.conv = nn.Conv2d(config.fpn_channels, config.fpn_channels, 3, padding=1)
-        self.objectness = nn.Conv2d(config.fpn_channels, anchors, 1)
-        self.deltas = nn.Conv2d(config.fpn_channels, anchors * 4, 1)
+        self.conv = nn.Conv2d(config.branch_channels, config.branch_channels, 3, padding=1)
+        self.objectness = nn.Conv2d(config.branch_channels, anchors, 1)
+        self.deltas = nn.Conv2d(config.branch_channels, anchors * 4, 1)
         self.apply(partial(init_normal, std=0.01))
         self.add_constant("cells", [cell_anchors(size, config.anchor_ratios) for size in config.anchor_sizes])
 

@@ -59,7 +59,7 @@ class SemanticHead(nn.Module):
         for level in range(2, 6):
             stages = nn.ModuleList()
             for i in range(max(level - 2, 1)):
-                stages.append(SemanticStage(channels if i else config.fpn_channels, channels, groups))
+                stages.append(SemanticStage(channels if i else config.branch_channels, channels, groups))
             self.levels[f"p{level}"] = stages
         self.fusion = config.semantic_fusion
         predicted = channels * len(self.levels) if self.fusion == "concat" else channels

@@ -71,9 +71,11 @@ class TwoNetworks(nn.Module):
         if len(images) == 0:
             return []
         batch, sizes = self.instance.prepare_outputs(images, output_sizes)
-        found = self.instance.instances(self.instance.features(batch.images), batch.sizes, sizes)
+        features = self.instance.features(batch.images, ("instance",))
+        found = self.instance.instances(features, batch.sizes, sizes)
         batch = self.semantic.prepare(images)
-        labels = self.semantic.labels(self.semantic.features(batch.images), batch.sizes, sizes)
+        features = self.semantic.features(batch.images, ("semantic",))
+        labels = self.semantic.labels(features, batch.sizes, sizes)
         return [merge(self.config, *each) for each in zip(found, labels, strict=True)]
 
 

@@ -92,6 +92,7 @@ class TrainConfig:
         solver: See SolverConfig.
         lambda_instance: Weight of the instance branch's losses.
         lambda_semantic: Weight of the semantic branch's loss.
+        lambda_panoptic: Weight of the differentiable panoptic quality as a loss; 0: without it.
         rpn_samples: Anchors of each image that the region proposal network learns from.
         box_samples: Proposals of each image that the box and mask heads learn from.
         alternate: Steps train the two branches in turn instead of together.
@@ -114,6 +115,7 @@ class TrainConfig:
     solver: SolverConfig = field(default_factory=SolverConfig)
     lambda_instance: float = 1.0
     lambda_semantic: float = 0.5
+    lambda_panoptic: float = 0.0
     rpn_samples: int = 256
     box_samples: int = 512
     alternate: bool = False

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from panfpn_fast.checkpoints import hub, load, own, reader
-from panfpn_fast.checkpoints.detectron2 import is_detectron2
+from panfpn_fast.checkpoints import detectron2, hub, own, reader
 from panfpn_fast.checkpoints.reader import CheckpointError
+from panfpn_fast.models.feature_extractor import FeatureExtractor
 from panfpn_fast.models.panoptic_fpn import PanopticFPN
 
 # torchvision's names and ours.
@@ -26,13 +26,27 @@ _TORCHVISION = (
 # Caffe2's names, of detectron2's MSRA models, and ours. Its normalisations have a scale and a shift alone.
 _CAFFE2_BRANCH = {"2a": "1", "2b": "2", "2c": "3"}
 
+# What the networks of each were trained with.
+_IMAGENET = {
+    "stride_in_1x1": False,
+    "channel_order": "RGB",
+    "pixel_mean": (123.675, 116.28, 103.53),
+    "pixel_std": (58.395, 57.12, 57.375),
+}
+_MSRA = {
+    "stride_in_1x1": True,
+    "channel_order": "BGR",
+    "pixel_mean": (103.53, 116.28, 123.675),
+    "pixel_std": (1.0, 1.0, 1.0),
+}
+
 
 def _from_torchvision(weights: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
     for name, value in weights.items():
         for pattern, ours in _TORCHVISION:
             name = re.sub(pattern, ours, name)
-        found[name] = value
+        found[f"backbone.{name}"] = value
     return found
 
 
@@ -53,8 +67,46 @@ def _from_caffe2(weights: Mapping[str, Any]) -> dict[str, Any]:
             kind = block[4]
         else:
             continue
-        found[{"w": f"{conv}.weight", "bn_s": f"{norm}.weight", "bn_b": f"{norm}.bias"}[kind]] = value
+        ours = {"w": f"{conv}.weight", "bn_s": f"{norm}.weight", "bn_b": f"{norm}.bias"}[kind]
+        found[f"backbone.{ours}"] = value
     return found
+
+
+def _from_detectron2(model: PanopticFPN, weights: Mapping[str, Any], omitted: str = "") -> dict[str, Any]:
+    """Renames detectron2's tensors; `omitted` is what the file's names lack at their front."""
+    found = {}
+    for name in model.state_dict():
+        try:
+            theirs = detectron2.key(name).removeprefix(omitted)
+        except KeyError:  # a part that detectron2's network does not have
+            continue
+        if theirs in weights:
+            found[name] = weights[theirs]
+    return found
+
+
+def _backbone(model: PanopticFPN, weights: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A backbone's tensors by our names, and what is wrong with using them."""
+    if isinstance(model.backbone, FeatureExtractor):
+        return {f"backbone.body.{name}": value for name, value in weights.items()}, []
+    if "conv1_w" in weights:
+        found, wanted = _from_caffe2(weights), _MSRA
+    elif "stem.conv1.weight" in weights:
+        # detectron2 has torchvision's converted so; which of the two inputs it wants is not in the file.
+        found, wanted = _from_detectron2(model, weights, "backbone.bottom_up."), {}
+    else:
+        found, wanted = _from_torchvision(weights), _IMAGENET
+    messages = []
+    if model.config.backbone_norm == "gn":
+        found = {name: value for name, value in found.items() if ".norm" not in name}
+        messages.append("GroupNorm cannot use the batch norms' values and begins anew")
+    for field, value in wanted.items():
+        mine = getattr(model.config, field)
+        if mine != value:
+            messages.append(
+                f"warning: these weights were trained with {field}={value!r}, here it is {mine!r}"
+            )
+    return found, messages
 
 
 def initialize(model: PanopticFPN, path_or_name: str) -> list[str]:
@@ -62,28 +114,32 @@ def initialize(model: PanopticFPN, path_or_name: str) -> list[str]:
 
     Args:
         model: The network; what has no weights keeps its own.
-        path_or_name: A checkpoint that `panfpn_fast.load` takes, or a file with a ResNet of torchvision's or of
-            detectron2's (Caffe2) naming.
+        path_or_name: A checkpoint that `panfpn_fast.load` takes; a file with a ResNet of torchvision's, of Caffe2's or
+            of detectron2's naming; one with the network of torchvision or timm that is the backbone; or
+            "detectron2://ImageNetPretrained/MSRA/R-50.pkl" (R-101.pkl).
 
     Returns:
-        What was not taken over and why, to be shown.
+        What was taken over, what was not and why, and where the network's settings are not those that the weights were
+        trained with; to be shown.
 
     Raises:
         CheckpointError: Nothing in the file fits; names the file.
     """
-    if "://" in path_or_name and "ImageNetPretrained" not in path_or_name:
-        return _copy(model, load(path_or_name).state_dict(), path_or_name)
     path = hub.fetch(path_or_name) if "://" in path_or_name else Path(path_or_name)
     content = reader.read(path)
     if own.is_own(content):
         return _copy(model, content["model"], str(path))
-    weights = content.get("model", content.get("state_dict", content)) if isinstance(content, Mapping) else {}
-    if not isinstance(weights, Mapping) or not weights:
+    weights = content
+    for level in ("model", "state_dict", "blobs"):
+        if isinstance(weights, Mapping) and isinstance(weights.get(level), Mapping):
+            weights = weights[level]
+            break
+    if not isinstance(weights, Mapping) or not weights or not all(isinstance(name, str) for name in weights):
         raise CheckpointError(f"{path}: no dictionary of tensors by name")
-    if is_detectron2(weights):
-        return _copy(model, load(path).state_dict(), str(path))
-    backbone = _from_caffe2(weights) if "conv1_w" in weights else _from_torchvision(weights)
-    return _copy(model, {f"backbone.{name}": value for name, value in backbone.items()}, str(path))
+    if detectron2.is_detectron2(weights):
+        return _copy(model, _from_detectron2(model, weights), str(path))
+    backbone, messages = _backbone(model, weights)
+    return _copy(model, backbone, str(path)) + messages
 
 
 def _copy(model: PanopticFPN, weights: Mapping[str, Any], source: str) -> list[str]:
@@ -92,7 +148,7 @@ def _copy(model: PanopticFPN, weights: Mapping[str, Any], source: str) -> list[s
     for name, value in weights.items():
         if name not in state:
             continue
-        tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value))
+        tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
         if tensor.shape != state[name].shape:
             reshaped.append(f"{name}: {list(tensor.shape)}, here {list(state[name].shape)}")
             continue

@@ -41,6 +41,22 @@ class Sampled(NamedTuple):
     positives: int
 
 
+class Masks(NamedTuple):
+    """A batch's sampled boxes in the mask head.
+
+    Attributes:
+        logits: [R, S, S], of the true class.
+        truth: [R, S, S], zeros and ones.
+        counted: bool [R], whether it holds an object.
+        instance: int64 [R], which one of the batch's instances.
+    """
+
+    logits: Tensor
+    truth: Tensor
+    counted: Tensor
+    instance: Tensor
+
+
 def averaged(count: Tensor) -> Tensor:
     """A count, averaged over the processes of distributed training, and at least one of all of them."""
     processes = 1
@@ -179,7 +195,7 @@ def box_losses(
 
     Args:
         logits: [K, things + 1].
-        deltas: [K, things, 4].
+        deltas: [K, things, 4], or [K, 1, 4] for all classes alike.
         sampled: Per image; K slots in all.
         num_things: The label of background.
         weights: Scale of (dx, dy, dw, dh).
@@ -192,7 +208,7 @@ def box_losses(
     target_boxes = torch.cat([image.target_boxes for image in sampled])
     count = averaged((classes >= 0).sum())
     is_object = (classes >= 0) & (classes < num_things)
-    own = deltas[torch.arange(len(deltas), device=deltas.device), classes.clamp(0, num_things - 1)]
+    own = deltas[torch.arange(len(deltas), device=deltas.device), classes.clamp(0, deltas.shape[1] - 1)]
     wanted = encode_boxes(target_boxes, boxes, weights)
     return {
         "loss_cls": F.cross_entropy(logits, classes, ignore_index=-1, reduction="sum") / count,
@@ -221,35 +237,49 @@ def mask_targets(target: Target, boxes: Tensor, instance: Tensor, size: int) -> 
     return (covered[:, 0] >= 0.5).to(torch.float32)
 
 
-def mask_loss(
+def predict_masks(
     model: PanopticFPN, features: Sequence[Tensor], targets: Sequence[Target], sampled: Sequence[Sampled]
-) -> Tensor:
-    """Binary cross-entropy of the true class' masks of the sampled objects, averaged over their pixels."""
+) -> Masks:
+    """Predicts the true class' masks of the sampled objects."""
     boxes = [image.boxes[: image.positives] for image in sampled]
     classes = torch.cat([image.classes[: image.positives] for image in sampled])
     counted = (classes >= 0) & (classes < model.config.num_things)
     logits = model.mask_head(features, boxes, classes.clamp(0, model.config.num_things - 1))
-    wanted = []
+    wanted, instances, before = [], [], 0
     for target, image, image_boxes in zip(targets, sampled, boxes, strict=True):
+        instance = image.instance[: image.positives]
         if len(target.boxes) == 0:
             wanted.append(logits.new_zeros(len(image_boxes), *logits.shape[1:]))
         else:
-            wanted.append(
-                mask_targets(target, image_boxes, image.instance[: image.positives], logits.shape[-1])
-            )
-    loss = F.binary_cross_entropy_with_logits(logits, torch.cat(wanted).to(logits), reduction="none")
-    pixels = averaged(counted.sum()) * logits.shape[-1] * logits.shape[-2]
-    return (loss * counted[:, None, None]).sum() / pixels
+            wanted.append(mask_targets(target, image_boxes, instance, logits.shape[-1]))
+        instances.append(instance + before)
+        before += len(target.boxes)
+    return Masks(logits, torch.cat(wanted).to(logits), counted, torch.cat(instances))
 
 
-def semantic_loss(model: PanopticFPN, features: Sequence[Tensor], targets: Sequence[Target]) -> Tensor:
-    """Cross-entropy of the semantic branch at the input's resolution, averaged over the pixels that are not void."""
-    logits = model.semantic_head(features)
-    stride = model.semantic_head.stride
-    height, width = logits.shape[2] * stride, logits.shape[3] * stride
+def mask_loss(masks: Masks) -> Tensor:
+    """Binary cross-entropy, averaged over the objects' pixels."""
+    loss = F.binary_cross_entropy_with_logits(masks.logits, masks.truth, reduction="none")
+    pixels = averaged(masks.counted.sum()) * loss.shape[-1] * loss.shape[-2]
+    return (loss * masks.counted[:, None, None]).sum() / pixels
+
+
+def semantic_labels(targets: Sequence[Target], height: int, width: int) -> Tensor:
+    """The images' semantic labels, padded right and bottom with void: uint8 [N, height, width]."""
     semantic = targets[0].semantic.new_full((len(targets), height, width), IGNORE)
     for image, target in zip(semantic, targets, strict=True):
         image[: target.semantic.shape[0], : target.semantic.shape[1]] = target.semantic
-    count = averaged((semantic != IGNORE).sum())
-    total: Tensor = ops.upsample_cross_entropy(logits, semantic, stride, ignore_index=IGNORE, reduction="sum")
+    return semantic
+
+
+def semantic_loss(logits: Tensor, labels: Tensor, stride: int) -> Tensor:
+    """Cross-entropy of the semantic branch at the input's resolution, averaged over the pixels that are not void.
+
+    Args:
+        logits: [N, K, H / stride, W / stride].
+        labels: [N, H, W].
+        stride: 4.
+    """
+    count = averaged((labels != IGNORE).sum())
+    total: Tensor = ops.upsample_cross_entropy(logits, labels, stride, ignore_index=IGNORE, reduction="sum")
     return total / count

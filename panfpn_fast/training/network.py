@@ -10,6 +10,12 @@ from torch import Tensor, nn
 from panfpn_fast.data.sample import Target
 from panfpn_fast.models.panoptic_fpn import PanopticFPN
 from panfpn_fast.training import losses
+from panfpn_fast.training.panoptic_quality_loss import (
+    ClassQuality,
+    panoptic_quality_loss,
+    stuff_quality,
+    thing_quality,
+)
 
 INSTANCE_LOSSES = ("loss_rpn_cls", "loss_rpn_box", "loss_cls", "loss_box", "loss_mask")
 SEMANTIC_LOSSES = ("loss_semantic",)
@@ -22,6 +28,7 @@ class TrainingNetwork(nn.Module):
         model: The network.
         lambda_instance: Weight of the instance branch's losses (the paper's lambda_i).
         lambda_semantic: Weight of the semantic branch's loss (lambda_s).
+        lambda_panoptic: Weight of :mod:`panfpn_fast.training.panoptic_quality_loss`; 0: it is not computed.
         rpn_samples: Anchors of each image that the region proposal network learns from.
         box_samples: Proposals of each image that the heads learn from.
 
@@ -35,6 +42,7 @@ class TrainingNetwork(nn.Module):
         model: PanopticFPN,
         lambda_instance: float = 1.0,
         lambda_semantic: float = 0.5,
+        lambda_panoptic: float = 0.0,
         rpn_samples: int = 256,
         box_samples: int = 512,
     ) -> None:
@@ -42,6 +50,7 @@ class TrainingNetwork(nn.Module):
         self.model = model
         self.lambda_instance = lambda_instance
         self.lambda_semantic = lambda_semantic
+        self.lambda_panoptic = lambda_panoptic
         self.rpn_samples = rpn_samples
         self.box_samples = box_samples
 
@@ -62,7 +71,7 @@ class TrainingNetwork(nn.Module):
 
         Returns:
             Scalars whose sum is the loss: loss_rpn_cls, loss_rpn_box, loss_cls, loss_box, loss_mask, loss_semantic, or
-            those of the branches asked for.
+            those of the branches asked for; and loss_panoptic of these, if it has a weight.
 
         Raises:
             ValueError: The network has none of the branches.
@@ -72,37 +81,53 @@ class TrainingNetwork(nn.Module):
         if not branches:
             raise ValueError(f"branches: expected some of the network's, {model.config.tasks}, got none")
         batch = model.prepare(images)
-        features = model.features(batch.images)
+        features = model.features(batch.images, branches)
         found: dict[str, Tensor] = {}
+        parts: list[ClassQuality] = []
         if "instance" in branches:
-            found |= self._instance_losses(features, batch.sizes, targets, seeds)
+            pyramid = features["instance"]
+            sampled = self._sample(pyramid, batch.sizes, targets, seeds, found)
+            class_logits, box_deltas = model.box_head(pyramid, [image.boxes for image in sampled])
+            things = model.config.num_things
+            found |= losses.box_losses(class_logits, box_deltas, sampled, things, model.box_head.weights)
+            masks = losses.predict_masks(model, pyramid, targets, sampled)
+            found["loss_mask"] = losses.mask_loss(masks)
+            if self.lambda_panoptic > 0:
+                classes = torch.cat([target.classes for target in targets])
+                parts.append(thing_quality(*masks, classes, things))
         if "semantic" in branches:
-            found["loss_semantic"] = losses.semantic_loss(model, features, targets)
+            logits, stride = model.semantic_head(features["semantic"]), model.semantic_head.stride
+            labels = losses.semantic_labels(targets, logits.shape[2] * stride, logits.shape[3] * stride)
+            found["loss_semantic"] = losses.semantic_loss(logits, labels, stride)
+            if self.lambda_panoptic > 0:
+                # The pixel in the middle of each cell.
+                parts.append(stuff_quality(logits, labels[:, stride // 2 :: stride, stride // 2 :: stride]))
+        if parts:
+            found["loss_panoptic"] = panoptic_quality_loss(parts)
         weights = dict.fromkeys(INSTANCE_LOSSES, self.lambda_instance)
         weights |= dict.fromkeys(SEMANTIC_LOSSES, self.lambda_semantic)
+        weights["loss_panoptic"] = self.lambda_panoptic
         return {name: weights[name] * loss for name, loss in found.items()}
 
-    def _instance_losses(
+    def _sample(
         self,
         features: Sequence[Tensor],
         sizes: Sequence[tuple[int, int]],
         targets: Sequence[Target],
         seeds: Sequence[int],
-    ) -> dict[str, Tensor]:
+        found: dict[str, Tensor],
+    ) -> list[losses.Sampled]:
+        """Chooses boxes for the heads, and adds the RPN's losses to those found."""
         model, things = self.model, self.model.config.num_things
         logits, deltas = model.rpn(features)
         anchors = model.rpn.anchors(features)
-        found = losses.rpn_losses(model.rpn, anchors, logits, deltas, targets, seeds, self.rpn_samples)
+        found |= losses.rpn_losses(model.rpn, anchors, logits, deltas, targets, seeds, self.rpn_samples)
         boxes, valid = losses.propose(model.rpn, anchors, logits, deltas, sizes)
-        sampled = [
+        return [
             # Other random numbers than the anchors'.
             losses.sample_boxes(image_boxes, image_valid, target, things, ~seed, self.box_samples)
             for image_boxes, image_valid, target, seed in zip(boxes, valid, targets, seeds, strict=True)
         ]
-        class_logits, box_deltas = model.box_head(features, [image.boxes for image in sampled])
-        found |= losses.box_losses(class_logits, box_deltas, sampled, things, model.box_head.weights)
-        found["loss_mask"] = losses.mask_loss(model, features, targets, sampled)
-        return found
 
 
 def total(found: dict[str, Tensor]) -> Tensor:

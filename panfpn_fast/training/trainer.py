@@ -18,6 +18,7 @@ from panfpn_fast.checkpoints import own
 from panfpn_fast.data.loader import Batch, PanopticDataset, TrainLoader
 from panfpn_fast.data.transforms import Compose, Crop, Flip, Photometric, Resize, Transform
 from panfpn_fast.distributed import Process
+from panfpn_fast.models.backbone import ResNet
 from panfpn_fast.models.config import get_preset
 from panfpn_fast.models.panoptic_fpn import PanopticFPN
 from panfpn_fast.training.checkpoint import Checkpoints, save_atomically
@@ -58,7 +59,13 @@ def make_model(config: TrainConfig, dataset: PanopticDataset) -> PanopticFPN:
 
 
 def freeze(model: PanopticFPN, stages: int) -> None:
-    """Takes the first stages of the backbone out of the training: 1 is the stem, 2 the first stage too."""
+    """Takes the first stages of the backbone out of the training: 1 is the stem, 2 the first stage too.
+
+    Raises:
+        ValueError: The backbone is no ResNet, and has no stages that are known.
+    """
+    if stages > 0 and not isinstance(model.backbone, ResNet):
+        raise ValueError(f"freeze_at: expected 0 with the backbone {model.config.backbone!r}, got {stages}")
     names = ["conv1", "norm1"] if stages > 0 else []
     names += [f"layer{stage}" for stage in range(1, stages)]
     for name in names:
@@ -151,6 +158,7 @@ class Trainer:
             self.model,
             config.lambda_instance,
             config.lambda_semantic,
+            config.lambda_panoptic,
             config.rpn_samples,
             config.box_samples,
         )

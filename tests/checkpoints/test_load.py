@@ -139,7 +139,7 @@ def test_everything_that_does_not_fit_is_named_in_one_error(tmp_path: Path, weig
     del weights["roi_heads.mask_head.deconv.bias"]
     del weights["backbone.bottom_up.res4.3.conv2.norm.running_mean"]
     weights["sem_seg_head.p5.0.weight"] = np.zeros((32, 31, 3, 3), np.float32)
-    weights["roi_heads.box_predictor.bbox_pred.weight"] = np.zeros((4, 16), np.float32)
+    weights["roi_heads.box_predictor.bbox_pred.weight"] = np.zeros((5, 16), np.float32)
     weights["roi_heads.keypoint_head.conv_fcn1.weight"] = np.zeros((2, 2), np.float32)
     path = save_pickle(tmp_path / "a.pkl", {"model": weights})
     with pytest.raises(CheckpointError) as info:
@@ -151,7 +151,7 @@ def test_everything_that_does_not_fit_is_named_in_one_error(tmp_path: Path, weig
         "missing: backbone.bottom_up.res4.3.conv2.norm.running_mean [256]",
         "unexpected: roi_heads.keypoint_head.conv_fcn1.weight [2, 2]",
         "wrong shape: sem_seg_head.p5.0.weight is [32, 31, 3, 3], this network needs [32, 32, 3, 3]",
-        "wrong shape: roi_heads.box_predictor.bbox_pred.weight is [4, 16], this network needs [12, 16]",
+        "wrong shape: roi_heads.box_predictor.bbox_pred.weight is [5, 16], this network needs [12, 16]",
     }
 
 
@@ -264,3 +264,13 @@ def test_one_branch_of_our_own(tmp_path: Path, original: PanopticFPN) -> None:
     assert load(tmp_path / "b.pth").config.tasks == ("semantic",)
     with pytest.raises(CheckpointError, match="Missing key"):
         load(tmp_path / "b.pth", tasks=("instance", "semantic"))
+
+
+def test_class_agnostic_heads(tmp_path: Path, weights: Weights) -> None:
+    for name, rows in (("box_predictor.bbox_pred", 4), ("mask_head.predictor", 1)):
+        for kind in ("weight", "bias"):
+            weights[f"roi_heads.{name}.{kind}"] = weights[f"roi_heads.{name}.{kind}"][:rows]
+    model = load(save_pickle(tmp_path / "a.pkl", {"model": weights}))
+    assert model.config.class_agnostic_boxes
+    assert model.config.class_agnostic_masks
+    assert not load(save_pickle(tmp_path / "b.pkl", {"model": small_weights()})).config.class_agnostic_boxes

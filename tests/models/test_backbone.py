@@ -8,14 +8,20 @@ from torch import nn
 
 from panfpn_fast.models.backbone import Bottleneck, ResNet
 from panfpn_fast.models.fpn import FPN
-from panfpn_fast.models.layers import FrozenBatchNorm2d
+from panfpn_fast.models.layers import FrozenBatchNorm2d, make_norm
 
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    # torchvision's documented counts (25,557,032, 44,549,160, 60,192,808) less the classifier's 2,049,000
-    # and the batch norms' 53,120, 105,344 and 151,424.
-    [("resnet50", 23_454_912), ("resnet101", 42_394_816), ("resnet152", 57_992_384)],
+    # torchvision's documented counts (25,557,032, 44,549,160, 60,192,808; 25,028,904, 88,791,336) less the
+    # classifier's 2,049,000 and the batch norms' 53,120, 105,344, 151,424; 68,224, 202,880.
+    [
+        ("resnet50", 23_454_912),
+        ("resnet101", 42_394_816),
+        ("resnet152", 57_992_384),
+        ("resnext50_32x4d", 22_911_680),
+        ("resnext101_32x8d", 86_539_456),
+    ],
 )
 def test_parameter_counts(name: str, parameters: int) -> None:
     with torch.device("meta"):
@@ -44,6 +50,24 @@ def test_where_the_stride_is(stride_in_1x1: bool) -> None:
         "conv3": 1,
         "shortcut.conv": 2,
     }
+
+
+def test_a_resnexts_groups_see_their_own_channels() -> None:
+    block = Bottleneck(64, 64, 1, False, groups=32, group_width=4)
+    assert block.conv2.weight.shape == (128, 4, 3, 3)
+    x = torch.zeros(1, 128, 3, 3)
+    x[:, 4:8] = 1
+    assert block.conv2(x).abs().amax((0, 2, 3)).nonzero()[:, 0].tolist() == [4, 5, 6, 7]
+    with torch.device("meta"):
+        features = ResNet("resnext50_32x4d", False)(torch.empty(1, 3, 64, 64))
+    assert [f.shape[1] for f in features] == [256, 512, 1024, 2048]
+
+
+@pytest.mark.parametrize("channels", [1, 8, 20, 64, 440, 2048])
+def test_group_norm_suits_any_number_of_channels(channels: int) -> None:
+    norm = make_norm("gn", channels)
+    assert isinstance(norm, nn.GroupNorm)
+    assert norm.num_groups == {1: 1, 8: 1, 20: 2, 64: 8, 440: 22, 2048: 32}[channels]
 
 
 def test_frozen_batch_norm_follows_its_formula() -> None:

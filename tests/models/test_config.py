@@ -18,8 +18,12 @@ from panfpn_fast.models import PanopticFPN, PanopticFPNConfig, get_preset, prese
         ("tasks", ("semantic", "instance")),
         ("tasks", ("panoptic",)),
         ("backbone", "resnet19"),
+        ("backbone", "torchvision:"),
+        ("backbone", "keras:resnet50"),
         ("backbone_norm", "layer"),
         ("stride_in_1x1", "yes"),
+        ("class_agnostic_boxes", None),
+        ("class_agnostic_masks", 2),
         ("num_things", 0),
         ("num_things", 80.0),
         ("num_stuff", True),
@@ -31,6 +35,8 @@ from panfpn_fast.models import PanopticFPN, PanopticFPNConfig, get_preset, prese
         ("pixel_std", (1.0, float("nan"), 1.0)),
         ("channel_order", "bgr"),
         ("size_divisibility", 16),
+        ("fpn_groups", 3),
+        ("fpn_groups", "2"),
         ("anchor_sizes", (32, 64)),
         ("anchor_ratios", ()),
         ("anchor_ratios", (1, -1)),
@@ -85,6 +91,7 @@ def test_from_config_takes_nothing_else() -> None:
 @pytest.mark.parametrize("name", sorted(presets))
 def test_presets(name: str) -> None:
     config = get_preset(name)
-    assert config.backbone == ("resnet101" if "r101" in name else "resnet50")
+    backbones = {"r50": "resnet50", "r101": "resnet101", "mobilenet": "torchvision:mobilenet_v3_large"}
+    assert config.backbone == backbones[name.split("_")[2]]
     counts = (8, 11, "cityscapes") if "cityscapes" in name else (80, 53, "coco_panoptic")
     assert (config.num_things, config.num_stuff, config.dataset) == counts

@@ -32,7 +32,7 @@ def model() -> PanopticFPN:
         stuff_area_threshold=10,
     )
     # So that an untrained network finds something of every kind: nothing normalises its activations.
-    model.backbone.conv1.weight.detach().mul_(1e-4)
+    model.backbone.get_parameter("conv1.weight").detach().mul_(1e-4)
     for head in (model.box_head.class_logits, model.box_head.box_deltas):
         torch.nn.init.normal_(head.weight, std=0.1)
     return model.eval()
@@ -104,7 +104,7 @@ def test_images_are_normalised_in_the_backbones_order() -> None:
         bgr = PanopticFPN(pixel_mean=(1, 2, 3), pixel_std=(1, 2, 4))
         rgb = PanopticFPN(pixel_mean=(1, 2, 3), pixel_std=(1, 2, 4), channel_order="RGB")
     for model, expected in ((bgr, [29.0, 9.0, 1.75]), (rgb, [9.0, 9.0, 6.75])):
-        model.backbone.conv1.weight = torch.nn.Parameter(torch.zeros(64, 3, 7, 7))
+        model.backbone.get_submodule("conv1").weight = torch.nn.Parameter(torch.zeros(64, 3, 7, 7))
         batch = model.prepare([image])
         assert batch.images.shape == (1, 3, 32, 32)
         assert batch.images[0, :, 0, 0].tolist() == expected

@@ -126,3 +126,45 @@ def test_half_precision_features_give_float32_predictions() -> None:
     with torch.no_grad():
         logits, deltas = head(features, [torch.tensor([[0.0, 0.0, 50.0, 50.0]])])
     assert logits.dtype == deltas.dtype == torch.float32
+
+
+def test_class_agnostic_heads_are_class_specific_ones_with_the_same_rows() -> None:
+    torch.manual_seed(0)
+    settings = CONFIG.replace(class_agnostic_boxes=True, class_agnostic_masks=True, score_threshold=0.1)
+    features = _features(2)
+    corners = torch.rand(2, 9, 2) * 60
+    proposals = list(torch.cat((corners, corners + 5 + torch.rand(2, 9, 2) * 40), dim=2))
+    classes = torch.arange(18) % 3
+
+    def thrice(head: torch.nn.Module, layer: str) -> dict[str, Tensor]:
+        state = head.state_dict()
+        return {name: torch.cat([x] * 3) if name.startswith(layer) else x for name, x in state.items()}
+
+    agnostic, specific = BoxHead(settings), BoxHead(CONFIG.replace(score_threshold=0.1))
+    torch.nn.init.normal_(agnostic.box_deltas.weight)
+    assert agnostic.box_deltas.weight.shape == (4, 16)
+    specific.load_state_dict(thrice(agnostic, "box_deltas"))
+    logits, deltas = agnostic(features, proposals)
+    other_logits, other_deltas = specific(features, proposals)
+    assert deltas.shape == (18, 1, 4)
+    torch.testing.assert_close(deltas.expand(-1, 3, -1), other_deltas)
+    sizes = [(100, 110), (90, 120)]
+    for found, expected in zip(
+        agnostic.detect(logits, deltas, proposals, sizes),
+        specific.detect(other_logits, other_deltas, proposals, sizes),
+        strict=True,
+    ):
+        assert len(found.boxes) > 9
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+    masks, specific_masks = MaskHead(settings), MaskHead(CONFIG)
+    torch.nn.init.normal_(masks.logits.weight)
+    assert masks.logits.weight.shape == (1, 8, 1, 1)
+    state = masks.state_dict()
+    specific_masks.load_state_dict(
+        {k: v.repeat(3, *[1] * (v.ndim - 1)) if "logits" in k else v for k, v in state.items()}
+    )
+    found_masks = masks(features, proposals, classes)
+    torch.testing.assert_close(found_masks, specific_masks(features, proposals, classes))
+    assert torch.equal(found_masks, masks(features, proposals, classes.flip(0)))
