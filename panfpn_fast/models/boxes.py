@@ -54,7 +54,10 @@ def encode_boxes(targets: Tensor, boxes: Tensor, weights: Sequence[float]) -> Te
     size, target_size = boxes[..., 2:] - boxes[..., :2], targets[..., 2:] - targets[..., :2]
     centre, target_centre = boxes[..., :2] + 0.5 * size, targets[..., :2] + 0.5 * target_size
     moves = torch.cat(((target_centre - centre) / size, (target_size / size).log()), dim=-1)
-    return moves * moves.new_tensor(weights)
+    # Numbers one by one: a tensor of them would be copied to the GPU, and the host would wait for that.
+    return torch.stack(
+        [move * weight for move, weight in zip(moves.unbind(-1), weights, strict=True)], dim=-1
+    )
 
 
 def clip_boxes(boxes: Tensor, size: tuple[int, int]) -> Tensor:

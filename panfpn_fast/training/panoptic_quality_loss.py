@@ -21,6 +21,7 @@ each process' own batch that counts, because the logarithm of a mean is no mean 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -48,7 +49,7 @@ class ClassQuality(NamedTuple):
 
 def _quality(iou: Tensor) -> Tensor:
     """The IoU of pairs times the degree to which they are matched: 0 at 0, 1 at 1."""
-    most = torch.sigmoid(iou.new_tensor(0.5 / _SOFTNESS))
+    most = 1 / (1 + math.exp(-0.5 / _SOFTNESS))
     return iou * torch.sigmoid((iou - 0.5) / _SOFTNESS) / most
 
 
