@@ -132,6 +132,11 @@ def _add_predict(commands: Any) -> None:
         metavar="NAME_OR_PATH",
         help="checkpoint file, or the name of a published checkpoint (default: see below)",
     )
+    predict.add_argument(
+        "--semantic-weights",
+        metavar="NAME_OR_PATH",
+        help="checkpoint of a second network, which labels the stuff; the first one finds the things",
+    )
     predict.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="default: %(default)s")
     predict.add_argument(
         "--device", help="such as cpu or cuda:0 (default: a CUDA GPU if there is one, else cpu)"
@@ -222,6 +227,7 @@ def _make_predictor(args: argparse.Namespace, device: torch.device) -> Predictor
 
     import panfpn_fast
     from panfpn_fast.inference import Predictor
+    from panfpn_fast.models import TwoNetworks
 
     overrides = {}
     if args.score_threshold is not None:
@@ -231,11 +237,13 @@ def _make_predictor(args: argparse.Namespace, device: torch.device) -> Predictor
             overrides["score_threshold"] = args.score_threshold
     try:
         model = panfpn_fast.load(args.weights, **overrides)
+        second = args.semantic_weights
+        both = model if second is None else TwoNetworks(model, panfpn_fast.load(second))
     except (OSError, ValueError) as error:  # the messages name the file, address or setting
         raise _UserError(_one_line(error)) from error
     try:
         return Predictor(
-            model,
+            both,
             device=device,
             dtype=getattr(torch, args.dtype),
             short_edge=args.short_edge,

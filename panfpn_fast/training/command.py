@@ -89,6 +89,11 @@ def add_training_commands(commands: Any) -> None:
         metavar="FILE",
         help="JSON of COCO's panoptic format; cityscapes: the split, such as val",
     )
+    evaluation.add_argument(
+        "--semantic-weights",
+        metavar="NAME_OR_PATH",
+        help="a second network, which labels the stuff; the first one finds the things",
+    )
     evaluation.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     evaluation.add_argument("--no-ap", action="store_true", help="leave AP out, which needs pycocotools")
     evaluation.add_argument(
@@ -148,14 +153,16 @@ def _eval(args: argparse.Namespace) -> int:
     from panfpn_fast.evaluation import evaluate, format_table, without_nan
     from panfpn_fast.inference import Predictor
     from panfpn_fast.inference.coco_format import atomic_write
+    from panfpn_fast.models import TwoNetworks
 
     short_edge, max_edge = _EVAL_EDGES[args.kind]
     with ExitStack() as stack:
         try:
             process = stack.enter_context(process_group(args.device))
             model = panfpn_fast.load(args.weights)
+            second = args.semantic_weights
             predictor = Predictor(
-                model,
+                model if second is None else TwoNetworks(model, panfpn_fast.load(second)),
                 process.device,
                 short_edge=short_edge if args.short_edge is None else args.short_edge,
                 max_edge=max_edge if args.max_edge is None else args.max_edge,
@@ -251,7 +258,12 @@ def _make_trainer(args: argparse.Namespace, process: Process) -> Trainer:
             resume=args.resume,
             evaluate=_evaluation(config, held_out),
         )
-    except (ValueError, TypeError, OSError) as error:  # the messages name the setting or the file
+    except (
+        ValueError,
+        TypeError,
+        OSError,
+        ImportError,
+    ) as error:  # the messages name the setting or the file
         raise SettingsError(" ".join(str(error).split())) from error
 
 

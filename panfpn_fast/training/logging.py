@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from panfpn_fast.evaluation import without_nan
+
 
 def _summary_writer(folder: Path) -> Any:
     try:
@@ -98,7 +100,7 @@ class TrainingLog:
             self._tensorboard.close()
 
     def _write(self, line: Mapping[str, float]) -> None:
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(json.dumps(without_nan(dict(line)), allow_nan=False) + "\n")
         self._file.flush()
         if self._tensorboard is not None:
             for name, value in line.items():

@@ -47,6 +47,27 @@ def test_trains_resumes_and_predicts(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (tmp_path / "image_overlay.png").exists()
 
 
+def test_two_networks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each trained alone; merged, they are evaluated and predict."""
+    paths = []
+    for task in ("instance", "semantic"):
+        out = tmp_path / task
+        settings = [*TINY, "solver.steps=1", f"model.tasks=[{task}]"]
+        assert main(["train", "--preset", "tiny", "--out", str(out), "--device", "cpu", *settings]) == 0
+        paths.append(str(out / "model.pth"))
+    both = ["--weights", paths[0], "--semantic-weights", paths[1], "--device", "cpu", "--short-edge", "64"]
+    figures = tmp_path / "figures.json"
+    assert main(["eval", "--kind", "synthetic", "--json", str(figures), *both]) == 0
+    summary = json.loads(figures.read_text())["summary"]
+    assert {"PQ", "PQ_things", "mIoU", "mask_AP"} <= summary.keys()
+    image = tmp_path / "image.png"
+    Image.new("RGB", (64, 48), (90, 120, 30)).save(image)
+    assert main(["predict", str(image), "--out", str(tmp_path), *both]) == 0
+    # The other way round neither has what it should do.
+    assert main(["predict", str(image), "--weights", paths[1], "--semantic-weights", paths[0]]) == 2
+    assert "instance: expected a network with that branch" in capsys.readouterr().err
+
+
 def test_begins_with_the_weights_of_another_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--preset", "tiny", "--out", str(tmp_path / "a"), *TINY, "solver.steps=1"]) == 0
     init = f"init={tmp_path / 'a' / 'model.pth'}"
