@@ -39,12 +39,8 @@ python -m benchmarks.report
 
 def significant(value: float) -> str:
     """Three significant digits without an exponent: 0.0763, 4.54, 89.5, 4,543."""
-    if value >= 100:
-        return f"{value:,.0f}"
-    digits = 2
-    while digits < 9 and 0 < abs(value) < 10 ** (2 - digits):
-        digits += 1
-    return f"{value:.{digits if value < 10 else 1}f}"
+    exponent = int(f"{value:.2e}".partition("e")[2])
+    return f"{value:,.{max(2 - exponent, 0)}f}"
 
 
 def ratio_text(ratio: float) -> str:
@@ -166,6 +162,11 @@ def shares(group: Group, two: Row) -> dict[str, float]:
     return {**found, "time": group.ours.median / two.median}
 
 
+def _shares_text(group: Group, two: Row) -> str:
+    parts = [f"{share:.0%} of the {label}" for label, share in shares(group, two).items()]
+    return f"{', '.join(parts)} of two networks"
+
+
 def _network_table(groups: Sequence[Group]) -> list[str]:
     lines = [
         (
@@ -193,8 +194,7 @@ def _shared(run: Run) -> list[str]:
     sentences = []
     for group in run.shared:
         if group.two is not None:
-            parts = [f"{share:.0%} of the {label}" for label, share in shares(group, group.two).items()]
-            sentences.append(f"- {group.op}, {group.case}: {', '.join(parts)} of two networks")
+            sentences.append(f"- {group.op}, {group.case}: {_shares_text(group, group.two)}")
     pictures = (
         _picture("shared", run, "One shared network as a share of two separate ones", "") if sentences else []
     )
@@ -279,13 +279,19 @@ def _highlights(run: Run) -> list[str]:
         )
         for group in run.highlights
     ]
-    comparisons = sum(len(group.peers) for group in run.groups)
+    shared = [
+        f"One network for things and stuff takes {_shares_text(group, group.two)} ({group.op}, {group.case})."
+        for group in run.highlights
+        if group.two is not None
+    ]
     return [
         *_picture("highlights", run, "Ratio of the fastest peer's time to ours", "docs/"),
         *table(("what", "case", "ours, ms", "fastest peer", "its, ms", "ratio"), lines, left=2),
         *_caption(run),
-        f"Ours is slower in {len(run.losses)} of the {comparisons} comparisons, all of which "
-        f"[docs/performance.md](docs/performance.md) shows, from [this file]({run.source}).",
+        *shared,
+        *([""] if shared else []),
+        *_losses(run),
+        f"[docs/performance.md](docs/performance.md) has all of them, from [this file]({run.source}).",
     ]
 
 
