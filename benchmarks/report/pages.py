@@ -50,7 +50,7 @@ def ratio_text(ratio: float) -> str:
 
 
 def _scaled(row: Row, name: str, unit: float) -> str:
-    value = row.info.get(name)
+    value = row.network.get(name, row.info.get(name))
     return "" if value is None else significant(value / unit)
 
 
@@ -149,16 +149,14 @@ def _roofline(run: Run) -> list[str]:
 
 def shares(group: Group, two: Row) -> dict[str, float]:
     """What the shared network takes as a share of two networks, for each quantity that the run has."""
+    names = {"parameters": "parameters", "FLOPs": "counted_flops", "activations": "activation_bytes"}
+    ours, theirs = group.ours.network, two.network
     found = {
-        label: group.ours.info[name] / two.info[name]
-        for label, name in (
-            ("parameters", "parameters"),
-            ("FLOPs", "counted_flops"),
-            ("activations", "activation_bytes"),
-            ("peak memory", "peak_memory_bytes"),
-        )
-        if group.ours.info.get(name) and two.info.get(name)
+        label: ours[name] / theirs[name] for label, name in names.items() if name in ours and theirs.get(name)
     }
+    mine, other = (row.info.get("peak_memory_bytes") for row in (group.ours, two))
+    if mine and other:
+        found["peak memory"] = mine / other
     return {**found, "time": group.ours.median / two.median}
 
 
@@ -179,7 +177,7 @@ def _network_table(groups: Sequence[Group]) -> list[str]:
             _scaled(row, "peak_memory_bytes", 1e6),
             significant(1e3 * row.median),
             _scaled(row, "images_per_second", 1),
-            "" if row is group.ours else ratio_text(group.ratio(row)),
+            "" if row.is_ours else ratio_text(group.ratio(row)),
         )
         for group in groups
         for row in group.rows
@@ -218,15 +216,14 @@ def _networks(run: Run) -> list[str]:
 
 def stage_names(run: Run) -> list[str]:
     """All stages of a run's rows, in the order in which they first appear."""
-    return list(dict.fromkeys(name for _, row in run.staged for name in row.info["stage_milliseconds"]))
+    return list(dict.fromkeys(name for _, row in run.staged for name in row.stages))
 
 
 def _stages(run: Run) -> list[str]:
     names = stage_names(run)
     lines = []
     for group, row in run.staged:
-        stages = row.info["stage_milliseconds"]
-        cells = [significant(stages[name]) if name in stages else "" for name in names]
+        cells = [significant(row.stages[name]) if name in row.stages else "" for name in names]
         lines.append((group.op, group.case, row.contender, *cells))
     return [
         "### Where the time goes",

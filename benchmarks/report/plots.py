@@ -110,7 +110,7 @@ def _roofline(run: Run, theme: _Theme) -> Figure:
     axes.annotate(
         f"copies, {copy:.1f} GB/s",
         (ends[1], copy * ends[1]),
-        (-6, -26),
+        (-6, -64),
         textcoords="offset points",
         ha="right",
         va="top",
@@ -151,7 +151,7 @@ def _stage_bars(run: Run, theme: _Theme) -> Figure:
     for row, (_, contender) in enumerate(run.staged):
         left = 0.0
         for number, name in enumerate(names):
-            width = contender.info["stage_milliseconds"].get(name, 0.0)
+            width = contender.stages.get(name, 0.0)
             # Colours repeat after eight stages, with hatching.
             axes.barh(
                 row,

@@ -27,18 +27,16 @@ _HIGHLIGHTS = (
     ("semantic head, forward, loss and backward", "800 x 1344, float32"),
     ("shared network", "R-50, 480 x 640"),
     ("shared network, training step", "R-50, 480 x 640"),
+    ("prediction", "R-50, 800 x 1333, batch 1, float32"),
     ("panoptic_quality", "20 segments, 1024 x 2048"),
 )
 
 _SHARED = "shared network"
 _TWO = "two networks"
-_NETWORK_FIELDS = (
-    "parameters",
-    "counted_flops",
-    "activation_bytes",
-    "images_per_second",
-    "stage_milliseconds",
-)
+_OURS = "ours"
+
+# What benchmarks of networks note: as a figure, or as a list with one for each of two networks.
+_NETWORK_FIELDS = ("parameters", "counted_flops", "activation_bytes", "images_per_second")
 
 
 class ResultsError(ValueError):
@@ -53,15 +51,39 @@ class Row:
     median: float
     info: dict[str, Any]
 
+    @property
+    def network(self) -> dict[str, float]:
+        """Figures of a whole network, those that were noted; of two networks their sum."""
+        found = {name: self.info[name] for name in _NETWORK_FIELDS if self.info.get(name) is not None}
+        return {name: sum(value) if isinstance(value, list) else value for name, value in found.items()}
+
+    @property
+    def stages(self) -> dict[str, float]:
+        """Milliseconds of each stage of the network, where they were measured."""
+        return self.info.get("stage_milliseconds") or {}
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this is ours, or ours in another layout or compiled."""
+        return self.contender.partition(",")[0] == _OURS
+
 
 @dataclass(frozen=True)
 class Group:
-    """Our row on a case and those of its peers."""
+    """The rows of a case: ours first, then its variants and peers as they were timed."""
 
     op: str
     case: str
-    ours: Row
-    peers: tuple[Row, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def ours(self) -> Row:
+        return self.rows[0]
+
+    @property
+    def peers(self) -> tuple[Row, ...]:
+        """All that is not ours."""
+        return tuple(row for row in self.rows if not row.is_ours)
 
     def ratio(self, peer: Row) -> float:
         """The peer's median over ours: above 1 ours is faster."""
@@ -71,11 +93,6 @@ class Group:
     def fastest(self) -> Row:
         """The fastest of the peers; there must be one."""
         return min(self.peers, key=lambda peer: peer.median)
-
-    @property
-    def rows(self) -> tuple[Row, ...]:
-        """Ours, then the peers."""
-        return (self.ours, *self.peers)
 
     @property
     def two(self) -> Row | None:
@@ -89,7 +106,7 @@ class Group:
     @property
     def is_network(self) -> bool:
         """Whether whole networks or backbones are compared, not an op."""
-        return self.is_shared or any(field in self.ours.info for field in _NETWORK_FIELDS)
+        return self.is_shared or bool(self.ours.network or self.ours.stages)
 
 
 @dataclass(frozen=True)
@@ -143,9 +160,7 @@ class Run:
     @property
     def staged(self) -> list[tuple[Group, Row]]:
         """Rows whose time is split into stages."""
-        return [
-            (group, row) for group in self.groups for row in group.rows if row.info.get("stage_milliseconds")
-        ]
+        return [(group, row) for group in self.groups for row in group.rows if row.stages]
 
     @property
     def losses(self) -> list[tuple[Group, Row]]:
@@ -184,9 +199,9 @@ def _groups(rows: Iterable[dict[str, Any]]) -> tuple[Group, ...]:
         found = Row(info["contender"], row["stats"]["median"], info)
         cases.setdefault((info["op"], info["case"]), []).append(found)
     return tuple(
-        Group(op, case, ours, tuple(row for row in found if row is not ours))
+        Group(op, case, (ours, *(row for row in found if row is not ours)))
         for (op, case), found in cases.items()
-        for ours in [row for row in found if row.contender == "ours"][:1]
+        for ours in [row for row in found if row.contender == _OURS][:1]
     )
 
 
