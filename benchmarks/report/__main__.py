@@ -42,8 +42,10 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     out: Path = arguments.out or ROOT / "docs"
-    # Plots of results that are gone go too.
-    shutil.rmtree(out / IMAGES, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    if arguments.out is None:
+        # Plots of results that are gone go too.
+        shutil.rmtree(out / IMAGES, ignore_errors=True)
     for run in runs:
         draw(run, out / IMAGES / run.name)
     (out / "performance.md").write_text(performance_page(runs))
