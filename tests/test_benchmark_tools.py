@@ -62,14 +62,19 @@ def results(tmp_path: Path) -> Path:
         make_row("paste_masks", "large", "ours", 20.0),
         make_row("paste_masks", "large", "eager", 15.0),
         make_row("conv", "alone", "ours", 1.0),
-        make_row("shared network", "R-50", "ours", 100.0, parameters=48_000_000, activation_bytes=10**9),
         make_row(
-            "shared network", "R-50", "two networks", 200.0, parameters=80_000_000, activation_bytes=2 * 10**9
+            "shared network", "R-50", "ours", 100.0, parameters=48_000_000, saved_for_backward_bytes=[10**9]
         ),
-        make_row("end to end", "R-50", "ours", 70.0, images_per_second=14.3, stage_milliseconds=stages),
         make_row(
-            "end to end", "R-50", "eager", 140.0, images_per_second=7.1, stage_milliseconds={"backbone": 99}
+            "shared network",
+            "R-50",
+            "two networks",
+            200.0,
+            parameters=80_000_000,
+            saved_for_backward_bytes=[10**9, 10**9],
         ),
+        make_row("end to end", "R-50", "ours", 70.0, images_per_s=14.3, stages_ms=stages),
+        make_row("end to end", "R-50", "eager", 140.0, images_per_s=7.1, stages_ms={"backbone": 99}),
         {"group": None, "name": "another", "stats": {"median": 1.0}, "extra_info": {}},
     ]
     path = tmp_path / "device" / "cpu.json"
@@ -104,9 +109,10 @@ def test_page_shows_everything_and_losses_first(root: Path, results: Path) -> No
     assert "| `nms` | 1000 boxes | float32 | 0.500 | torchvision | 24.0 | 48.0 | 2.00 | 2.00 |" in text
     assert "| `paste_masks` | large | float32 | 20.0 | eager | 15.0 | **0.75** | 2.00 | 2.00 |" in text
     assert "| `conv` | alone | float32 | 1.00 | none |  |  | 2.00 |  |" in text
-    assert "60% of the parameters, 50% of the activations, 100% of the peak memory, 50% of the time" in text
-    # No row has counted flops, so there is no such column.
-    assert "| shared network | R-50 | two networks | 80.0 | 2,000 | 2.00 | 200 | 2.00 |" in text
+    assert "60% of the parameters, 100% of the FLOPs, 50% of the tensors kept for backward" in text
+    assert "100% of the peak memory, 50% of the time of two networks" in text
+    # No row has a stride, so there is no such column.
+    assert "| shared network | R-50 | two networks | 80.0 | 0.0100 | 2,000 | 2.00 | 200 | 2.00 |" in text
     assert "| end to end | R-50 | eager | 99.0 |  |" in text
     assert plot_names(run) == ["highlights", "ratios", "roofline", "shared", "stages"]
 

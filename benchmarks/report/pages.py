@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .results import ROOT, Group, Row, Run, read_runs
@@ -50,7 +50,7 @@ def ratio_text(ratio: float) -> str:
 
 
 def _scaled(row: Row, name: str, unit: float) -> str:
-    value = row.network.get(name, row.info.get(name))
+    value = row.figure(name)
     return "" if value is None else significant(value / unit)
 
 
@@ -63,7 +63,7 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]], left: int) -> l
 
 def _op_text(group: Group) -> str:
     op, comma, rest = group.op.partition(",")
-    return f"`{op}`{comma}{rest}" if op.isidentifier() else group.op
+    return f"`{op}`{comma}{rest}" if op.isidentifier() and not group.is_network else group.op
 
 
 def _picture(name: str, run: Run, alt: str, base: str) -> list[str]:
@@ -81,16 +81,19 @@ def _caption(run: Run) -> list[str]:
     return ["", f"*{run.provenance}*", ""]
 
 
-def _losses(run: Run) -> list[str]:
+def _losses(run: Run, most: int | None = None) -> list[str]:
+    """Says where a peer is faster, the worst first, and at most so many."""
     comparisons = sum(len(group.peers) for group in run.groups)
     if not run.losses:
         return [f"Ours is faster in all of the {comparisons} comparisons.", ""]
-    lines = [f"In {len(run.losses)} of the {comparisons} comparisons the peer is faster:", ""]
-    lines += [
+    worst = sorted(run.losses, key=lambda loss: loss[0].ratio(loss[1]))
+    lines = [
         f"- {group.op}, {group.case}: {peer.contender} takes {ratio_text(group.ratio(peer))} of our time"
-        for group, peer in run.losses
+        for group, peer in worst[:most]
     ]
-    return [*lines, ""]
+    if len(lines) < len(worst):
+        lines.append(f"- and {len(worst) - len(lines)} more")
+    return [f"In {len(worst)} of the {comparisons} comparisons the peer is faster:", "", *lines, ""]
 
 
 def _ratios(run: Run) -> list[str]:
@@ -149,20 +152,29 @@ def _roofline(run: Run) -> list[str]:
 
 def shares(group: Group, two: Row) -> dict[str, float]:
     """What the shared network takes as a share of two networks, for each quantity that the run has."""
-    names = {"parameters": "parameters", "FLOPs": "counted_flops", "activations": "activation_bytes"}
-    ours, theirs = group.ours.network, two.network
-    found = {
-        label: ours[name] / theirs[name] for label, name in names.items() if name in ours and theirs.get(name)
+    names = {
+        "parameters": "parameters",
+        "FLOPs": "flops",
+        "tensors kept for backward": "saved_for_backward_bytes",
+        "peak memory": "peak_memory_bytes",
     }
-    mine, other = (row.info.get("peak_memory_bytes") for row in (group.ours, two))
-    if mine and other:
-        found["peak memory"] = mine / other
+    found = {}
+    for label, name in names.items():
+        ours, theirs = group.ours.figure(name), two.figure(name)
+        if ours and theirs:
+            found[label] = ours / theirs
     return {**found, "time": group.ours.median / two.median}
 
 
 def _shares_text(group: Group, two: Row) -> str:
     parts = [f"{share:.0%} of the {label}" for label, share in shares(group, two).items()]
-    return f"{', '.join(parts)} of two networks"
+    text = f"{', '.join(parts)} of two networks"
+    once = group.ours.info.get("shared_share_of_flops")
+    return (
+        text
+        if once is None
+        else f"{text}; backbone and FPN, which those run twice, are {once:.0%} of its FLOPs"
+    )
 
 
 def _network_table(groups: Sequence[Group]) -> list[str]:
@@ -171,21 +183,31 @@ def _network_table(groups: Sequence[Group]) -> list[str]:
             group.op,
             group.case,
             row.contender,
+            f"{row.info['stride']}" if "stride" in row.info else "",
             _scaled(row, "parameters", 1e6),
-            _scaled(row, "counted_flops", 1e9),
-            _scaled(row, "activation_bytes", 1e6),
+            _scaled(row, "flops", 1e9),
+            _scaled(row, "activations", 1e6),
+            _scaled(row, "saved_for_backward_bytes", 1e6),
             _scaled(row, "peak_memory_bytes", 1e6),
             significant(1e3 * row.median),
-            _scaled(row, "images_per_second", 1),
+            _scaled(row, "images_per_s", 1),
             "" if row.is_ours else ratio_text(group.ratio(row)),
         )
         for group in groups
         for row in group.rows
     ]
     header = (
-        "what", "case", "network", "parameters, M", "GFLOP", "activations, MB", "peak, MB", "ms", "images/s", "ratio"
-    )  # fmt: skip
-    return table(header, lines, left=3)
+        "what",
+        "case",
+        "network",
+        "stride",
+        "parameters, M",
+        "GFLOP",
+        "activations, M",
+        "kept, MB",
+        "peak, MB",
+    )
+    return table((*header, "ms", "images/s", "ratio"), lines, left=3)
 
 
 def _shared(run: Run) -> list[str]:
@@ -193,6 +215,12 @@ def _shared(run: Run) -> list[str]:
     for group in run.shared:
         if group.two is not None:
             sentences.append(f"- {group.op}, {group.case}: {_shares_text(group, group.two)}")
+    operations = [
+        (group, row, {stage: flops / 1e9 for stage, flops in row.info["flops_by_formula"].items()})
+        for group in run.shared
+        for row in group.rows
+        if "flops_by_formula" in row.info
+    ]
     pictures = (
         _picture("shared", run, "One shared network as a share of two separate ones", "") if sentences else []
     )
@@ -200,36 +228,56 @@ def _shared(run: Run) -> list[str]:
         "### One shared network against two",
         "",
         "`ours` is one network for things and stuff; its peers are two, one for each, with the same backbone unless "
-        "the name says another. The shared network takes:",
+        "the name says another. Kept are the tensors that a backward pass needs, summed over both networks; training "
+        "them one after the other takes only the larger. The shared network takes:",
         "",
         *sentences,
         "",
         *pictures,
         *_network_table(run.shared),
+        "",
+        *(_stage_table(operations, "GFLOP") if operations else []),
         *_caption(run),
     ]
 
 
 def _networks(run: Run) -> list[str]:
-    return ["### Networks and backbones", "", *_network_table(run.networks), *_caption(run)]
+    return [
+        "### Networks and backbones",
+        "",
+        "Activations are the numbers that convolutions put out, as the paper counts them; kept are the tensors that a "
+        "backward pass needs.",
+        "",
+        *_network_table(run.networks),
+        *_caption(run),
+    ]
 
 
-def stage_names(run: Run) -> list[str]:
-    """All stages of a run's rows, in the order in which they first appear."""
-    return list(dict.fromkeys(name for _, row in run.staged for name in row.stages))
+def stage_names(stages: Iterable[dict[str, float]]) -> list[str]:
+    """All stages of some rows, in the order in which they first appear."""
+    return list(dict.fromkeys(name for row in stages for name in row))
+
+
+def _stage_table(rows: Sequence[tuple[Group, Row, dict[str, float]]], unit: str) -> list[str]:
+    names = stage_names(stages for _, _, stages in rows)
+    lines = [
+        (
+            group.op,
+            group.case,
+            row.contender,
+            *(significant(stages[name]) if name in stages else "" for name in names),
+        )
+        for group, row, stages in rows
+    ]
+    return table(("what", "case", "network", *(f"{name}, {unit}" for name in names)), lines, left=3)
 
 
 def _stages(run: Run) -> list[str]:
-    names = stage_names(run)
-    lines = []
-    for group, row in run.staged:
-        cells = [significant(row.stages[name]) if name in row.stages else "" for name in names]
-        lines.append((group.op, group.case, row.contender, *cells))
     return [
         "### Where the time goes",
         "",
         *_picture("stages", run, "Milliseconds of each stage of the network", ""),
-        *table(("what", "case", "network", *(f"{name}, ms" for name in names)), lines, left=3),
+        *_stage_table([(group, row, row.stages) for group, row in run.staged], "ms"),
         *_caption(run),
     ]
 
@@ -280,14 +328,14 @@ def _highlights(run: Run) -> list[str]:
         f"One network for things and stuff takes {_shares_text(group, group.two)} ({group.op}, {group.case})."
         for group in run.highlights
         if group.two is not None
-    ]
+    ][:1]
     return [
         *_picture("highlights", run, "Ratio of the fastest peer's time to ours", "docs/"),
         *table(("what", "case", "ours, ms", "fastest peer", "its, ms", "ratio"), lines, left=2),
         *_caption(run),
         *shared,
         *([""] if shared else []),
-        *_losses(run),
+        *_losses(run, most=5),
         f"[docs/performance.md](docs/performance.md) has all of them, from [this file]({run.source}).",
     ]
 

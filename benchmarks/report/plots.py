@@ -146,7 +146,7 @@ def _shared_bars(run: Run, theme: _Theme) -> Figure:
 
 
 def _stage_bars(run: Run, theme: _Theme) -> Figure:
-    names = stage_names(run)
+    names = stage_names(row.stages for _, row in run.staged)
     figure, axes = _axes(8.6, 1.3 + _BAR * len(run.staged))
     for row, (_, contender) in enumerate(run.staged):
         left = 0.0

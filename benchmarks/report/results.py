@@ -35,9 +35,6 @@ _SHARED = "shared network"
 _TWO = "two networks"
 _OURS = "ours"
 
-# What benchmarks of networks note: as a figure, or as a list with one for each of two networks.
-_NETWORK_FIELDS = ("parameters", "counted_flops", "activation_bytes", "images_per_second")
-
 
 class ResultsError(ValueError):
     """A file is not the JSON of a benchmark run."""
@@ -51,16 +48,15 @@ class Row:
     median: float
     info: dict[str, Any]
 
-    @property
-    def network(self) -> dict[str, float]:
-        """Figures of a whole network, those that were noted; of two networks their sum."""
-        found = {name: self.info[name] for name in _NETWORK_FIELDS if self.info.get(name) is not None}
-        return {name: sum(value) if isinstance(value, list) else value for name, value in found.items()}
+    def figure(self, name: str) -> float | None:
+        """A number of `extra_info`, of two networks the sum; None where it was not noted."""
+        value = self.info.get(name)
+        return sum(value) if isinstance(value, list) else value
 
     @property
     def stages(self) -> dict[str, float]:
         """Milliseconds of each stage of the network, where they were measured."""
-        return self.info.get("stage_milliseconds") or {}
+        return self.info.get("stages_ms") or {}
 
     @property
     def is_ours(self) -> bool:
@@ -106,7 +102,7 @@ class Group:
     @property
     def is_network(self) -> bool:
         """Whether whole networks or backbones are compared, not an op."""
-        return self.is_shared or bool(self.ours.network or self.ours.stages)
+        return self.is_shared or "parameters" in self.ours.info or bool(self.ours.stages)
 
 
 @dataclass(frozen=True)
@@ -182,7 +178,7 @@ def _details(data: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     versions = {"torch": build.get("torch"), **data.get("versions", {})}
     threads = rows[0]["extra_info"].get("threads")
     commit = data["commit_info"]
-    words = [f"{threads} threads"] if threads is not None else []
+    words = [f"{threads} thread{'' if threads == 1 else 's'}"] if threads is not None else []
     words += [f"{name} {versions[name]}" for name in ("torch", "torchvision") if versions.get(name)]
     if commit.get("id"):
         words.append(f"commit {commit['id'][:10]}{' with changes' if commit.get('dirty') else ''}")
