@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import shlex
+import subprocess
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -95,6 +96,15 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["panfpn_fast"] = build
     # Results are published: the name of the host is nobody's business.
     machine_info.pop("node", None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
+    """Results that are being written anew are no change to what is measured."""
+    command = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        changes = subprocess.run(command, cwd=config.rootpath, check=True, capture_output=True)
+        commit_info["dirty"] = bool(changes.stdout)
 
 
 @pytest.hookimpl(optionalhook=True)
