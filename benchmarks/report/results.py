@@ -180,7 +180,7 @@ def _details(data: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     commit = data["commit_info"]
     words = [f"{threads} thread{'' if threads == 1 else 's'}"] if threads is not None else []
     words += [f"{name} {versions[name]}" for name in ("torch", "torchvision") if versions.get(name)]
-    if commit.get("id"):
+    if commit.get("id") not in (None, "unknown", "unversioned"):
         words.append(f"commit {commit['id'][:10]}{' with changes' if commit.get('dirty') else ''}")
     words.append(data["datetime"][:10])
     if data.get("command"):
