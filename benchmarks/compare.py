@@ -1,7 +1,8 @@
 """Measures another commit and this working tree: `python -m benchmarks.compare REV [pytest options]`.
 
-The other commit is built in a throw-away worktree and installed into a throw-away folder; both are measured by the
-benchmarks of this working tree, in turn, on the same machine. Options go to pytest: `-k nms`, `--full`, `-m cuda`.
+The other commit is built in a throw-away worktree and installed into a throw-away folder, and so is this working tree;
+both are measured by the benchmarks of this working tree, one after the other. Options go to pytest: `-k nms`, `--full`,
+`-m cuda`. The build needs what `pip install --no-build-isolation .` does.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -19,26 +21,32 @@ ROOT = Path(__file__).resolve().parents[1]
 Medians = dict[tuple[str, str], float]
 
 
-def _run(command: list[str], **variables: str) -> None:
-    subprocess.run(command, cwd=ROOT, env=os.environ | variables, check=True)
+def _run(*command: str | Path) -> None:
+    subprocess.run(command, cwd=ROOT, check=True)
 
 
 def _install(source: Path, target: Path) -> None:
     """Builds a source tree and installs it into a folder."""
-    options = ["--quiet", "--no-build-isolation", "--no-deps", "--target", str(target)]
-    _run([sys.executable, "-m", "pip", "install", *options, str(source)])
+    options = ("--quiet", "--no-build-isolation", "--no-deps")
+    _run(sys.executable, "-m", "pip", "install", *options, "--target", target, source)
 
 
-def _measure(installed: Path, options: list[str], result: Path) -> Medians:
+def _measure(installed: Path, options: list[str]) -> Medians:
     """Runs the benchmarks with the package in a folder; those that it cannot run are missing from the result."""
-    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-q", *options]
-    # Some rows may fail: an older commit lacks ops that are timed today.
+    result = installed.with_suffix(".json")
+    # What pytest tells of failures and progress goes beside the table, to stderr.
     subprocess.run(
-        [*command, f"--benchmark-json={result}"],
-        cwd=ROOT,
-        # Before the working tree, whose package has no libraries, or others.
-        env=os.environ | {"PYTHONPATH": str(installed), "PYTHONSAFEPATH": "1"},
-        stdout=subprocess.DEVNULL,
+        [
+            *(sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT),
+            *(ROOT / "benchmarks", "--benchmark-only", "-q", f"--benchmark-json={result}"),
+            # An older commit lacks modules and ops that are timed today.
+            "--continue-on-collection-errors",
+            *options,
+        ],
+        # Python looks for modules there first; in the working tree lies the package without its libraries.
+        cwd=installed.parent,
+        env=os.environ | {"PYTHONPATH": str(installed)},
+        stdout=sys.stderr,
         check=False,
     )
     if not result.exists() or not result.read_text():
@@ -48,15 +56,25 @@ def _measure(installed: Path, options: list[str], result: Path) -> Medians:
 
 
 def table(before: Medians, after: Medians) -> list[str]:
-    """Lines for every benchmark that both could run: milliseconds, and how many times as fast it is now."""
-    common = [key for key in after if key in before]
-    width = max((len(f"{group}  {name}") for group, name in common), default=0)
-    lines = [f"{'':{width}}  {'before ms':>10}  {'now ms':>10}  {'speed-up':>8}"]
-    for key in common:
-        ratio = before[key] / after[key]
-        label = "  ".join(key)
-        lines.append(f"{label:{width}}  {1e3 * before[key]:10.3f}  {1e3 * after[key]:10.3f}  {ratio:8.2f}")
-    return lines
+    """Aligned lines: milliseconds, and how many times as fast it is now; `-` where one of the two did not run.
+
+    Args:
+        before: Median in seconds of each benchmark, by its group and name.
+        after: The same of the working tree.
+
+    Returns:
+        A header, then the benchmarks in the order of `after`, then those that `before` alone has.
+    """
+    lines = [("", "before ms", "now ms", "speed-up")]
+    for key in dict.fromkeys([*after, *before]):
+        times = [f"{1e3 * medians[key]:.3f}" if key in medians else "-" for medians in (before, after)]
+        ratio = f"{before[key] / after[key]:.2f}" if key in before and key in after else "-"
+        lines.append(("  ".join(key), times[0], times[1], ratio))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
+        for line in lines
+    ]
 
 
 def main() -> None:
@@ -67,17 +85,18 @@ def main() -> None:
     revision, options = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tree = folder / "tree"
-        _run(["git", "worktree", "add", "--quiet", "--detach", str(tree), revision.revision])
+        tree, before, after = (folder / part for part in ("tree", "before", "after"))
         try:
-            _install(tree, folder / "before")
-        finally:
-            _run(["git", "worktree", "remove", "--force", str(tree)])
-        _install(ROOT, folder / "after")
-        before, after = (
-            _measure(folder / which, options, folder / f"{which}.json") for which in ("before", "after")
-        )
-    print("\n".join(table(before, after)))
+            _run("git", "worktree", "add", "--quiet", "--detach", tree, revision.revision)
+            try:
+                _install(tree, before)
+            finally:
+                _run("git", "worktree", "remove", "--force", tree)
+            _install(ROOT, after)
+        except subprocess.CalledProcessError as error:
+            sys.exit(f"{shlex.join(map(str, error.cmd))} failed, see above")
+        lines = table(_measure(before, options), _measure(after, options))
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

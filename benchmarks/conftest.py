@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import shlex
+import subprocess
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import pytest
@@ -11,7 +15,7 @@ import torch
 
 from . import measuring
 from .harness import Prepared, Row, prepare
-from .report import Report, measure, ratio_table
+from .timing import Report, measure, ratio_table
 
 _REPORT = pytest.StashKey[Report]()
 
@@ -90,6 +94,38 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
     build = {name: text for name, text in _load.build_report().items() if name != "installed in"}
     machine_info["panfpn_fast"] = build
+    # Results are published: the name of the host is nobody's business.
+    machine_info.pop("node", None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
+    """Results that are being written anew are no change to what is measured."""
+    command = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        changes = subprocess.run(command, cwd=config.rootpath, check=True, capture_output=True)
+        commit_info["dirty"] = bool(changes.stdout)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_json(
+    config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]
+) -> None:
+    """Notes what the report says of a run, command and versions, and leaves out the time of each single round."""
+    arguments = list(map(str, config.invocation_params.args))
+    # Where its results went is no part of the command.
+    for number, text in enumerate(arguments):
+        if text.startswith("--benchmark-json"):
+            del arguments[number : number + (1 if "=" in text else 2)]
+            break
+    output_json["command"] = shlex.join(["pytest", *arguments])
+    output_json["versions"] = {}
+    for name in ("torch", "torchvision", "pycocotools", "triton"):
+        with contextlib.suppress(PackageNotFoundError):
+            output_json["versions"][name] = version(name)
+    if not config.getoption("benchmark_save_data"):
+        for row in output_json["benchmarks"]:
+            row["stats"].pop("data", None)
 
 
 @pytest.hookimpl(trylast=True)

@@ -58,6 +58,7 @@ COMPARISON = Comparison(
         Peer("reference", reference.roi_align, sample=_few_boxes),
     ],
     cases=[
+        Case("100 x 7 x 7, NCHW", partial(_arguments, 100, 7, torch.float32, NCHW)),
         Case("1000 x 7 x 7, NCHW", partial(_arguments, 1000, 7, torch.float32, NCHW)),
         Case("1000 x 7 x 7, channels-last", partial(_arguments, 1000, 7, torch.float32, NHWC)),
         Case(

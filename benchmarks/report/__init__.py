@@ -1,0 +1,1 @@
+"""Tables and plots from the JSON of a benchmark run: `python -m benchmarks.report`."""
