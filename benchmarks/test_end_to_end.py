@@ -17,6 +17,7 @@ from panfpn_fast.models import PanopticFPN, PanopticFPNConfig
 from panfpn_fast.models.panoptic_fpn import PanopticOutput
 
 from . import inputs, peers
+from .agreement import PanopticMap, same_maps
 from .eager_network import EagerPanopticFPN
 from .flops import Boxes, network_flops
 from .harness import OURS, Arguments, Case, Comparison, Cost, Peer, Row, nbytes, to_device
@@ -27,8 +28,7 @@ from .test_semantic_head import no_fast_half
 _CITYSCAPES = (512, 1024)
 
 Image = npt.NDArray[np.uint8]  # [3, H, W]
-Result = list[tuple[Tensor, Tensor, Tensor]]
-"""For each image the map [H, W], and whether each of its segments is a thing, and its label."""
+Result = list[PanopticMap]
 
 Network = Callable[[str, Tensor], PanopticFPN]
 """Finds a network by its backbone's name and a tensor of the right dtype, on the right device."""
@@ -71,7 +71,7 @@ _NETWORKS: dict[str, Network] = {
 
 def copy_to_host(outputs: Sequence[PanopticOutput]) -> Result:
     return [
-        (output.panoptic.cpu(), output.segments.isthing.cpu(), output.segments.label.cpu())
+        PanopticMap(output.panoptic.cpu(), output.segments.isthing.cpu(), output.segments.label.cpu())
         for output in outputs
     ]
 
@@ -88,37 +88,6 @@ def _arguments(backbone: str, size: tuple[int, int], batch: int, dtype: torch.dt
     # Arrays stay in host memory, where an application has its images; the empty tensor moves to the device.
     images = [inputs.image(size, seed=seed).numpy() for seed in range(batch)]
     return backbone, torch.empty(0, dtype=dtype), *images
-
-
-def same_share(ours: Tensor, theirs: Tensor) -> float:
-    """Share of the pixels on which two maps [H, W] of segment ids agree, whatever the ids.
-
-    A segment is taken for the one that has most of its pixels. Of the shares in both directions the lower counts, so
-    that joining segments does not pay.
-    """
-    rows, columns = int(ours.max()) + 1, int(theirs.max()) + 1
-    pairs = torch.bincount((ours.long() * columns + theirs).flatten(), minlength=rows * columns)
-    counts = pairs.reshape(rows, columns)
-    return float(min(counts.amax(0).sum(), counts.amax(1).sum())) / ours.numel()
-
-
-def _categories(map: Tensor, isthing: Tensor, label: Tensor) -> Tensor:
-    """The class of each pixel, 0 where there is none."""
-    of_segment = torch.cat((label.new_zeros(1), label * 2 + isthing + 1))
-    return of_segment[map.long()]
-
-
-def _agree(least: float) -> Callable[[Result, Result], None]:
-    def check(ours: Result, theirs: Result) -> None:
-        for mine, other in zip(ours, theirs, strict=True):
-            assert len(mine[1]) > 0, "no segments"
-            segments = same_share(mine[0], other[0])
-            classes = float((_categories(*mine) == _categories(*other)).float().mean())
-            assert min(segments, classes) >= least, (
-                f"segments agree on {segments:.2%}, classes on {classes:.2%} of the pixels, not on {least:.2%}"
-            )
-
-    return check
 
 
 def _cost(arguments: Arguments, output: Result) -> Cost:
@@ -166,7 +135,7 @@ COMPARISON = Comparison(
         _case("R-50", "resnet50", inputs.IMAGE, 4, torch.float32, full=True),
         _case("R-101", "resnet101", inputs.IMAGE, 1, torch.float32, full=True),
     ],
-    agree=_agree(0.999),
+    agree=same_maps(0.999),
     cost=_cost,
 )
 
@@ -180,7 +149,7 @@ HALF = Comparison(
         _case("R-50", "resnet50", inputs.IMAGE, 1, torch.bfloat16, full=True),
         _case("R-50", "resnet50", _CITYSCAPES, 4, torch.bfloat16, full=True),
     ],
-    agree=_agree(0.9),
+    agree=same_maps(0.9),
     cost=_cost,
     devices=("cuda",) if no_fast_half(torch.device("cpu")) else ("cpu", "cuda"),
 )

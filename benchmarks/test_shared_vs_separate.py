@@ -169,9 +169,9 @@ def _note(row: Row, benchmark: Any, *, training: bool) -> None:
         networks=len(networks),
         flops=counted,
         flops_by_formula=formula,
-        shared_share_of_flops=(formula["backbone"] + formula["fpn"]) / counted,
+        backbone_and_fpn_share_of_flops=(formula["backbone"] + formula["fpn"]) / counted,
         parameters=[_parameters(network) for network in networks],
-        shared_parameters=[_parameters(network.backbone, network.fpn) for network in networks],
+        backbone_and_fpn_parameters=[_parameters(network.backbone, network.fpn) for network in networks],
     )
     if training:
         # Of two networks the larger one counts where they are trained one after the other, else the sum.

@@ -1,4 +1,4 @@
-"""The benchmarks' formulas agree with torch's own counter, on every kind of network."""
+"""What the benchmarks count: formulas agree with torch's own counter, and small cases with counting by hand."""
 
 from __future__ import annotations
 
@@ -15,21 +15,25 @@ from panfpn_fast.data.sample import Target
 from panfpn_fast.models import PanopticFPN
 from panfpn_fast.training.network import TrainingNetwork, total
 
-_FILE = Path(__file__).resolve().parents[1] / "benchmarks" / "flops.py"
+_FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def flops() -> ModuleType:
-    """benchmarks/flops.py, which the package does not install."""
-    if not _FILE.is_file():
+def _load(name: str) -> ModuleType:
+    """A file of benchmarks/, which the package does not install, by itself: the folder needs pytest-benchmark."""
+    if not _FOLDER.is_dir():
         pytest.skip("benchmarks/ is not beside tests/")
-    spec = importlib.util.spec_from_file_location("benchmarks_flops", _FILE)
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", _FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look their annotations up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def flops() -> ModuleType:
+    return _load("flops")
 
 
 _NETWORKS: dict[str, dict[str, Any]] = {
@@ -105,3 +109,39 @@ def test_the_paper_predicts_after_the_upsampling(flops: ModuleType) -> None:
     plain = flops.network_flops(config, (64, 96), boxes, commuted=False)["semantic"]
     predictor = 2 * (64 // 4) * (96 // 4) * config.semantic_channels * (config.num_stuff + 1)
     assert ours - plain == 0.75 * predictor
+
+
+def test_saved_bytes() -> None:
+    activations = _load("activations")
+    conv = torch.nn.Conv2d(2, 3, 3, padding=1)
+    x = torch.randn(1, 2, 4, 4)
+    # The convolution keeps x, and the ReLU, twice, one result of 3 x 4 x 4.
+    assert activations.saved_bytes([conv], lambda: conv(x).relu().relu_()) == 4 * (32 + 48)
+    with torch.no_grad():
+        assert activations.saved_bytes([conv], lambda: conv(x).relu()) == 0
+
+
+def test_convolution_outputs() -> None:
+    activations = _load("activations")
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(2, 3, 1), torch.nn.ReLU(), torch.nn.ConvTranspose2d(3, 1, 2, 2)
+    )
+    x = torch.randn(1, 2, 4, 4)
+    assert activations.convolution_outputs(network, lambda: network(x)) == 3 * 16 + 64
+    assert activations.convolution_outputs(network, lambda: None) == 0  # no hook is left that counts
+
+
+def test_maps_agree_whatever_the_ids() -> None:
+    agreement = _load("agreement")
+    ids = torch.tensor([[0, 1, 1, 2], [0, 1, 1, 2]])
+    swapped = torch.tensor([[0, 2, 2, 1], [0, 2, 2, 1]])
+    assert agreement.same_share(ids, swapped) == 1
+    assert agreement.same_share(ids, torch.zeros_like(ids)) == 0.5  # 4 pixels of the largest of those joined
+    ours = agreement.PanopticMap(ids, torch.tensor([True, False]), torch.tensor([7, 3]))
+    theirs = agreement.PanopticMap(swapped, torch.tensor([False, True]), torch.tensor([3, 7]))
+    agreement.same_maps(1.0)([ours], [theirs])
+    with pytest.raises(AssertionError, match="classes on 25"):
+        agreement.same_maps(0.9)([ours], [theirs._replace(label=torch.tensor([7, 3]))])
+    theirs.ids[0, 3] = 2
+    with pytest.raises(AssertionError, match="segments agree on 87"):
+        agreement.same_maps(0.9)([ours], [theirs])
