@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,3 +85,44 @@ def same_labels(ours: Tensor, theirs: Tensor) -> None:
     assert ours.shape == theirs.shape, f"shape {list(ours.shape)} and {list(theirs.shape)}"
     differ = int((ours.to(torch.int64) != theirs).sum())
     assert differ <= PIXEL_SHARE * ours.numel(), f"{differ} of {ours.numel()} pixels"
+
+
+class PanopticMap(NamedTuple):
+    """A prediction of one image."""
+
+    ids: Tensor  # int32 [H, W], 0 = void, s + 1 = segment s
+    isthing: Tensor  # bool [S]
+    label: Tensor  # int64 [S]
+
+
+def same_share(ours: Tensor, theirs: Tensor) -> float:
+    """Share of the pixels on which two maps [H, W] have the same segments, whatever their ids.
+
+    A segment is taken for the one that has most of its pixels. Of the shares in both directions the lower counts, so
+    that joining segments does not pay.
+    """
+    rows, columns = int(ours.max()) + 1, int(theirs.max()) + 1
+    pairs = torch.bincount((ours.long() * columns + theirs).flatten(), minlength=rows * columns)
+    counts = pairs.reshape(rows, columns)
+    return float(min(counts.amax(0).sum(), counts.amax(1).sum())) / ours.numel()
+
+
+def _classes(map: PanopticMap) -> Tensor:
+    """A number for the class of each pixel, 0 where there is none."""
+    of_segment = torch.cat((map.label.new_zeros(1), 2 * map.label + map.isthing + 1))
+    return of_segment[map.ids.long()]
+
+
+def same_maps(least: float) -> Callable[[Sequence[PanopticMap], Sequence[PanopticMap]], None]:
+    """Demands that of each image's pixels a share, at least, has the same segment and the same class."""
+
+    def check(ours: Sequence[PanopticMap], theirs: Sequence[PanopticMap]) -> None:
+        for mine, other in zip(ours, theirs, strict=True):
+            assert len(mine.label) > 0, "no segments, so nothing is compared"
+            segments = same_share(mine.ids, other.ids)
+            classes = float((_classes(mine) == _classes(other)).float().mean())
+            assert min(segments, classes) >= least, (
+                f"segments agree on {segments:.2%}, classes on {classes:.2%} of the pixels, not on {least:.2%}"
+            )
+
+    return check

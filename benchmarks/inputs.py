@@ -112,6 +112,15 @@ def detections(count: int, size: tuple[int, int] = IMAGE, *, seed: int = 0) -> D
     )
 
 
+def image(size: tuple[int, int] = IMAGE, *, seed: int = 0) -> Tensor:
+    """Patches of a sixth of the height, each of one colour, under noise: uint8 [3, height, width], RGB."""
+    random = _generator(seed + 9)
+    labels = semantic_labels(size, seed=seed)
+    colours = torch.randint(40, 216, (STUFF + 1, 3), generator=random, dtype=torch.int16)
+    noise = torch.randint(-32, 33, (*size, 3), generator=random, dtype=torch.int16)
+    return (colours[labels] + noise).to(torch.uint8).permute(2, 0, 1).contiguous()
+
+
 def semantic_labels(size: tuple[int, int] = IMAGE, *, seed: int = 0) -> Tensor:
     """A label map as arg max over the semantic logits yields it: patches of a sixth of the height, int64 [H, W]."""
     height, width = size

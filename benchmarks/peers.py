@@ -191,13 +191,16 @@ def detectron2_merge(
     classes: Tensor,
     semantic: Tensor,
     image_size: tuple[int, int],
+    score_threshold: float = 0.5,
+    overlap_threshold: float = 0.5,
+    stuff_area_threshold: int = 4096,
 ) -> tuple[Tensor, list[tuple[bool, int]]]:
     """Pastes, then combine_semantic_and_instance_outputs: (isthing, label) of each segment beside the map."""
     pasted = detectron2_paste(masks, boxes, image_size)
     panoptic = torch.zeros_like(semantic, dtype=torch.int32)
     segments: list[tuple[bool, int]] = []
     for instance in torch.argsort(-scores):
-        if scores[instance].item() < 0.5:
+        if scores[instance].item() < score_threshold:
             break
         mask = pasted[instance]
         area = mask.sum().item()
@@ -205,7 +208,7 @@ def detectron2_merge(
             continue
         taken = mask & (panoptic > 0)
         taken_area = taken.sum().item()
-        if taken_area / area > 0.5:
+        if taken_area / area > overlap_threshold:
             continue
         if taken_area > 0:
             mask = mask & (panoptic == 0)
@@ -215,7 +218,7 @@ def detectron2_merge(
         if label == 0:
             continue
         free = (semantic == label) & (panoptic == 0)
-        if free.sum().item() < 4096:
+        if free.sum().item() < stuff_area_threshold:
             continue
         segments.append((False, label))
         panoptic[free] = len(segments)

@@ -107,7 +107,7 @@ def _training_cost(arguments: Arguments, output: Sequence[Tensor]) -> Cost:
     return Cost(bytes=2 * nbytes(arguments) + nbytes(output), flops=3 * _flops(arguments[:-1]))
 
 
-def _no_fast_half(device: torch.device) -> str | None:
+def no_fast_half(device: torch.device) -> str | None:
     if device.type == "cuda":
         return None
     try:
@@ -129,7 +129,7 @@ def _peers(eager: Callable[..., object], nchw: Callable[..., object] | None) -> 
 
 def _cases(arguments: Callable[[torch.dtype], Arguments]) -> list[Case]:
     cases = [Case("800 x 1344, float32", partial(arguments, torch.float32))]
-    if _no_fast_half(torch.device("cpu")) is None:
+    if no_fast_half(torch.device("cpu")) is None:
         cases.append(Case("800 x 1344, bfloat16", partial(arguments, torch.bfloat16)))
     return cases
 

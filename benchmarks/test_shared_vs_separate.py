@@ -6,76 +6,85 @@ pair of about equal cost, whose predictions have nothing in common.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
 from panfpn_fast.data.sample import Target
 from panfpn_fast.models import PanopticFPN, TwoNetworks
+from panfpn_fast.models.config import TASKS
 from panfpn_fast.training.network import TrainingNetwork, total
 
 from . import inputs
-from .harness import Arguments, Case, Comparison, Cost, Peer, Row, nbytes
+from .activations import saved_bytes
+from .flops import both_ways
+from .harness import OURS, Arguments, Case, Comparison, Cost, Peer, Row, nbytes, to_device
+from .standing_in import standing_in
 
 _SMALL, _USUAL = (480, 640), inputs.IMAGE
 _OBJECTS = 12
 
-
-def _standing_in(network: PanopticFPN) -> None:
-    """Makes random weights behave: each residual block adds a little, so that activations keep their size."""
-    for name, buffer in network.backbone.named_buffers():
-        if name.endswith("norm3.weight"):
-            buffer.fill_(0.2)
+Networks = Callable[[str, torch.device], Sequence[PanopticFPN]]
 
 
-@cache
-def _shared(backbone: str, device: torch.device) -> PanopticFPN:
-    torch.manual_seed(0)
-    # All of the 100 best candidates are detections, however badly they score.
-    network = PanopticFPN(backbone=backbone, score_threshold=0.0, instance_score_threshold=0.0)
-    _standing_in(network)
-    return network.eval().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+def _shared(backbone: str, device: torch.device) -> list[PanopticFPN]:
+    return [standing_in(backbone, device)]
 
 
 @cache
 def _two(backbone: str, device: torch.device) -> TwoNetworks:
-    shared = _shared(backbone, device)
+    shared = standing_in(backbone, device)
     parts = []
-    for task in ("instance", "semantic"):
-        part = PanopticFPN(**vars(shared.config.replace(tasks=(task,)))).eval().to(device)
+    for task in TASKS:
+        part = PanopticFPN.from_config(shared.config.replace(tasks=(task,))).eval().to(device)
         missing, _ = part.load_state_dict(shared.state_dict(), strict=False)
         assert not missing
         parts.append(part.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
     return TwoNetworks(*parts)
 
 
-def _predict(
-    networks: Callable[[str, torch.device], nn.Module],
-) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    def call(backbone: str, *images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        [output] = networks(backbone, images[0].device)(images)
+def _parts(backbone: str, device: torch.device) -> list[PanopticFPN]:
+    two = _two(backbone, device)
+    return [two.instance, two.semantic]
+
+
+def _parts_r50(backbone: str, device: torch.device) -> list[PanopticFPN]:
+    return _parts("resnet50", device)
+
+
+_NETWORKS: dict[str, Networks] = {OURS: _shared, "two networks": _parts, "two R-50": _parts_r50}
+
+
+def _predict(contender: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    def call(backbone: str, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if contender == OURS:
+            [output] = standing_in(backbone, image.device)([image])
+        else:
+            [output] = _two("resnet50" if contender == "two R-50" else backbone, image.device)([image])
         return output.panoptic, output.boxes, output.scores
 
     return call
 
 
+def _step(contender: str) -> Callable[..., tuple[Tensor, ...]]:
+    """Losses, and the gradients of all weights, which are dropped."""
+
+    def call(backbone: str, image: Tensor, target: Target) -> tuple[Tensor, ...]:
+        losses: dict[str, Tensor] = {}
+        for network in _NETWORKS[contender](backbone, image.device):
+            found = TrainingNetwork(network)([image], [target], [0])
+            torch.autograd.grad(total(found), list(network.parameters()))
+            losses |= {name: loss.detach() for name, loss in found.items()}
+        return tuple(losses[name] for name in sorted(losses))
+
+    return call
+
+
 def _images(backbone: str, size: tuple[int, int]) -> Arguments:
-    random = torch.Generator().manual_seed(0)
-    return backbone, torch.randint(0, 256, (3, *size), generator=random, dtype=torch.uint8)
-
-
-def _same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
-    for mine, other in zip(ours, theirs, strict=True):
-        assert torch.equal(mine, other)
-
-
-def _incomparable(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
-    assert ours[0].shape == theirs[0].shape
+    return backbone, inputs.image(size)
 
 
 def _target(size: tuple[int, int]) -> Target:
@@ -93,67 +102,27 @@ def _training_arguments(backbone: str, size: tuple[int, int]) -> Arguments:
     return *_images(backbone, size), _target(size)
 
 
-def _alone(backbone: str, device: torch.device) -> list[PanopticFPN]:
-    return [_shared(backbone, device)]
-
-
-def _parts(backbone: str, device: torch.device) -> list[PanopticFPN]:
-    two = _two(backbone, device)
-    return [two.instance, two.semantic]
-
-
-def _step(parts: Callable[[str, torch.device], Sequence[PanopticFPN]]) -> Callable[..., tuple[Tensor, ...]]:
-    """Losses, and the gradients of all weights, which are dropped."""
-
-    def call(backbone: str, image: Tensor, target: Target) -> tuple[Tensor, ...]:
-        losses: dict[str, Tensor] = {}
-        for network in parts(backbone, image.device):
-            found = TrainingNetwork(network)([image], [target], [0])
-            torch.autograd.grad(total(found), [p for p in network.parameters() if p.requires_grad])
-            losses |= {name: loss.detach() for name, loss in found.items()}
-        return tuple(losses[name] for name in sorted(losses))
-
-    return call
+def _same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine, other)
 
 
 def _close(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def conv_flops(x: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
-    """Of a 3x3 or 1x1 convolution on maps of its output's size."""
-    return 2 * math.prod(out_shape) * math.prod(weight[1:])
+def _incomparable(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+    assert ours[0].shape == theirs[0].shape
 
 
-_OUR_CONVOLUTIONS = {
-    torch.ops.panfpn_fast.conv3x3: conv_flops,
-    torch.ops.panfpn_fast.group_norm_relu_project: lambda x, mean, rstd, gn_weight, gn_bias, weight, *_, **__: (
-        2 * math.prod(weight) * x[0] * math.prod(x[2:])
-    ),
-}
-
-
-def count_flops(call: Callable[[], Any]) -> int:
-    """Floating-point operations of convolutions and matrix products, by torch's counter."""
-    with FlopCounterMode(display=False, custom_mapping=_OUR_CONVOLUTIONS) as counter:
-        call()
-    return counter.get_total_flops()
-
-
-def _cost(networks: Callable[..., Any]) -> Callable[[Arguments, Any], Cost]:
-    def cost(arguments: Arguments, output: Any) -> Cost:
-        return Cost(bytes=nbytes(arguments) + nbytes(output), flops=count_flops(lambda: networks(*arguments)))
-
-    return cost
+def _cost(arguments: Arguments, output: Any) -> Cost:
+    """For the operations, which depend on what is found, see `_note`."""
+    return Cost(bytes=nbytes(arguments) + nbytes(output), flops=0)
 
 
 def _cases(arguments: Callable[[str, tuple[int, int]], Arguments]) -> list[Case]:
     return [
-        Case(
-            f"{label}, {size[0]} x {size[1]}",
-            partial(arguments, backbone, size),
-            full=full,
-        )
+        Case(f"{label}, {size[0]} x {size[1]}", partial(arguments, backbone, size), full=full)
         for label, backbone, size, full in (
             ("R-50", "resnet50", _SMALL, False),
             ("R-50", "resnet50", _USUAL, True),
@@ -163,39 +132,75 @@ def _cases(arguments: Callable[[str, tuple[int, int]], Arguments]) -> list[Case]
     ]
 
 
-def _two_r50(backbone: str, device: torch.device) -> TwoNetworks:
-    return _two("resnet50", device)
-
-
 INFERENCE = Comparison(
     op="shared network",
-    ours=_predict(_shared),
+    ours=_predict(OURS),
     peers=[
-        Peer("two networks", _predict(_two)),
-        Peer("two R-50", _predict(_two_r50), agree=_incomparable, full=True),
+        Peer("two networks", _predict("two networks")),
+        Peer("two R-50", _predict("two R-50"), agree=_incomparable, full=True),
     ],
     cases=_cases(_images),
     agree=_same,
-    cost=_cost(_predict(_shared)),
+    cost=_cost,
 )
 
 TRAINING = Comparison(
     op="shared network, training step",
-    ours=_step(_alone),
+    ours=_step(OURS),
     peers=[
-        Peer("two networks", _step(_parts)),
+        Peer("two networks", _step("two networks")),
+        Peer("two R-50", _step("two R-50"), agree=_incomparable, full=True),
     ],
     cases=_cases(_training_arguments),
     agree=_close,
-    cost=_cost(_step(_alone)),
+    cost=_cost,
 )
 
 
+def _note(row: Row, benchmark: Any, *, training: bool) -> None:
+    """Notes what the row's networks cost, and that torch's count of operations is that of the formulas."""
+    arguments = to_device(row.case.arguments(), row.device)
+    image = arguments[1]
+    networks = _NETWORKS[row.contender](arguments[0], row.device)
+    counted, formula = both_ways(networks, lambda: row.call(*arguments), [image], training=training)
+    assert counted == sum(formula.values()), f"torch counts {counted}, the formulas say {formula}"
+    info = benchmark.extra_info
+    info.update(
+        networks=len(networks),
+        flops=counted,
+        flops_by_formula=formula,
+        backbone_and_fpn_share_of_flops=(formula["backbone"] + formula["fpn"]) / counted,
+        parameters=[_parameters(network) for network in networks],
+        backbone_and_fpn_parameters=[_parameters(network.backbone, network.fpn) for network in networks],
+    )
+    if training:
+        # Of two networks the larger one counts where they are trained one after the other, else the sum.
+        info["saved_for_backward_bytes"] = [
+            saved_bytes([network], lambda network=network: _losses(network, arguments))  # type: ignore[misc]
+            for network in networks
+        ]
+    if benchmark.enabled:
+        median = float(benchmark.stats.stats.median)
+        info.update(gflop_per_s=counted / median / 1e9, images_per_s=1 / median)
+
+
+def _parameters(*modules: torch.nn.Module) -> int:
+    """How many numbers are learnt; frozen batch norms have none."""
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def _losses(network: PanopticFPN, arguments: Arguments) -> Tensor:
+    _, image, target = arguments
+    return total(TrainingNetwork(network)([image], [target], [0]))
+
+
 @INFERENCE.rows()
-def test_shared_vs_separate(row: Row, time_row: Callable[[Row], None]) -> None:
+def test_shared_vs_separate(row: Row, time_row: Callable[[Row], None], benchmark: Any) -> None:
     time_row(row)
+    _note(row, benchmark, training=False)
 
 
 @TRAINING.rows()
-def test_shared_vs_separate_training(row: Row, time_row: Callable[[Row], None]) -> None:
+def test_shared_vs_separate_training(row: Row, time_row: Callable[[Row], None], benchmark: Any) -> None:
     time_row(row)
+    _note(row, benchmark, training=True)

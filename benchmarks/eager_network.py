@@ -1,0 +1,158 @@
+"""The same network in eager PyTorch: torchvision's ops, and detectron2's algorithms in plain PyTorch.
+
+Written after the behaviour of detectron2's proposal_utils.py, fast_rcnn.py, mask_head.py and panoptic_fpn.py: all
+anchors are decoded before the best are chosen, NMS is torchvision's batched_nms, regions are pooled level by level, the
+mask head predicts every class' masks, and logits are upsampled to the image before the arg max.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from panfpn_fast.models import PanopticFPN, PanopticFPNConfig
+from panfpn_fast.models.boxes import clip_boxes, decode_boxes, nonempty
+from panfpn_fast.models.panoptic_fpn import Instances, PanopticOutput
+from panfpn_fast.models.roi_heads import BoxHead, Detections, MaskHead
+from panfpn_fast.models.rpn import RPN
+from panfpn_fast.models.semantic_head import SemanticHead
+from panfpn_fast.ops import PanopticSegments
+
+from .inputs import PYRAMID_SCALES
+from .peers import detectron2_merge, detectron2_pooler, in_float32, torchvision_ops
+from .semantic_eager import eager_head
+
+
+def _pool(features: Sequence[Tensor], boxes: Sequence[Tensor], size: int) -> Tensor:
+    pooler = detectron2_pooler if features[0].dtype == torch.float32 else in_float32(detectron2_pooler)
+    return pooler(features[:4], boxes, size, PYRAMID_SCALES)
+
+
+class EagerRPN(RPN):
+    def propose(
+        self,
+        anchors: Sequence[Tensor],
+        logits: Sequence[Tensor],
+        deltas: Sequence[Tensor],
+        sizes: Sequence[tuple[int, int]],
+    ) -> list[Tensor]:
+        boxes, scores, levels = [], [], []
+        for level, (anchor, logit, delta) in enumerate(zip(anchors, logits, deltas, strict=True)):
+            decoded = decode_boxes(delta, anchor.expand_as(delta), self.box_weights)
+            score, index = logit.topk(min(self.pre_nms_topk, logit.shape[1]), dim=1)
+            boxes.append(decoded[torch.arange(len(logit), device=logit.device)[:, None], index])
+            scores.append(score)
+            levels.append(torch.full_like(score[0], level, dtype=torch.int64))
+        return [
+            self._select(image_boxes, image_scores, torch.cat(levels), size)
+            for image_boxes, image_scores, size in zip(
+                torch.cat(boxes, dim=1), torch.cat(scores, dim=1), sizes, strict=True
+            )
+        ]
+
+    def _select(self, boxes: Tensor, scores: Tensor, levels: Tensor, size: tuple[int, int]) -> Tensor:
+        finite = boxes.isfinite().all(dim=1) & scores.isfinite()
+        if not finite.all():
+            boxes, scores, levels = boxes[finite], scores[finite], levels[finite]
+        boxes = clip_boxes(boxes, size)
+        keep = nonempty(boxes)
+        if keep.sum().item() != len(boxes):
+            boxes, scores, levels = boxes[keep], scores[keep], levels[keep]
+        keep = torchvision_ops().batched_nms(boxes, scores, levels, self.nms_threshold)
+        return boxes[keep[: self.post_nms_topk]]
+
+
+class EagerBoxHead(BoxHead):
+    def forward(self, features: Sequence[Tensor], proposals: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        x = _pool(features, proposals, self.pool_size).flatten(1)
+        x = F.relu(self.fc2(F.relu(self.fc1(x))))
+        logits, deltas = self.class_logits(x).float(), self.box_deltas(x).float()
+        return logits, deltas.reshape(len(deltas), -1, 4)
+
+    def _select(self, boxes: Tensor, scores: Tensor, size: tuple[int, int]) -> Detections:
+        finite = boxes.flatten(1).isfinite().all(dim=1) & scores.isfinite().all(dim=1)
+        if not finite.all():
+            boxes, scores = boxes[finite], scores[finite]
+        scores = scores[:, :-1]
+        boxes = clip_boxes(boxes, size)  # of all classes, before most of them are dropped
+        mask = scores > self.score_threshold
+        classes = mask.nonzero()[:, 1]
+        boxes, scores = boxes[mask], scores[mask]
+        keep = torchvision_ops().batched_nms(boxes, scores, classes, self.nms_threshold)
+        keep = keep[: self.detections_per_image]
+        return Detections(boxes[keep], scores[keep], classes[keep])
+
+
+class EagerMaskHead(MaskHead):
+    def forward(self, features: Sequence[Tensor], boxes: Sequence[Tensor], classes: Tensor) -> Tensor:
+        x = _pool(features, boxes, self.pool_size)
+        for conv in self.convs:
+            x = F.relu(conv(x))
+        masks = self.logits(F.relu(self.deconv(x)))
+        return masks[torch.arange(len(masks), device=masks.device), classes].float()
+
+
+class EagerSemanticHead(SemanticHead):
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        return eager_head(self, list(features[:4]))
+
+    def label(
+        self, logits: Tensor, sizes: Sequence[tuple[int, int]], output_sizes: Sequence[tuple[int, int]]
+    ) -> list[Tensor]:
+        upsampled = F.interpolate(logits.float(), scale_factor=4.0, mode="bilinear", align_corners=False)
+        labels = []
+        for of_image, (height, width), size in zip(upsampled, sizes, output_sizes, strict=True):
+            of_image = of_image[None, :, :height, :width]
+            of_image = F.interpolate(of_image, size=size, mode="bilinear", align_corners=False)
+            labels.append(of_image[0].argmax(dim=0))
+        return labels
+
+
+class EagerPanopticFPN(PanopticFPN):
+    """Takes the weights of a PanopticFPN, and predicts the same."""
+
+    def __init__(self, **settings: object) -> None:
+        super().__init__(**settings)
+        config: PanopticFPNConfig = self.config
+        self.rpn = EagerRPN(config)
+        self.box_head = EagerBoxHead(config)
+        self.mask_head = EagerMaskHead(config)
+        self.semantic_head = EagerSemanticHead(config)
+
+    @torch.no_grad()
+    def forward(
+        self, images: Sequence[Tensor], output_sizes: Sequence[tuple[int, int]] | None = None
+    ) -> list[PanopticOutput]:
+        batch, sizes = self.prepare_outputs(images, output_sizes)
+        features = self.features(batch.images)
+        found = self.instances(features, batch.sizes, sizes)
+        labels = self.labels(features, batch.sizes, sizes)
+        return [self.merge(*each) for each in zip(found, labels, strict=True)]
+
+    def merge(self, instances: Instances, semantic: Tensor) -> PanopticOutput:
+        config = self.config
+        panoptic, segments = detectron2_merge(
+            instances.mask_probs,
+            instances.boxes,
+            instances.scores,
+            instances.classes,
+            semantic,
+            (semantic.shape[0], semantic.shape[1]),
+            config.instance_score_threshold,
+            config.overlap_threshold,
+            config.stuff_area_threshold,
+        )
+        return PanopticOutput(panoptic, _table(segments), *instances, semantic)
+
+
+def _table(segments: list[tuple[bool, int]]) -> PanopticSegments:
+    """What detectron2 has as a list of dictionaries on the host; scores, areas and instances are not told."""
+    isthing = torch.tensor([thing for thing, _ in segments], dtype=torch.bool)
+    label = torch.tensor([label for _, label in segments], dtype=torch.int64)
+    id = torch.arange(1, len(segments) + 1, dtype=torch.int32)
+    return PanopticSegments(
+        id, isthing, label, torch.zeros(len(id)), torch.zeros_like(label), torch.zeros_like(label)
+    )
