@@ -34,7 +34,9 @@ class OneDogModel(nn.Module):
 
     def __init__(self, failure: Callable[[Sequence[Tensor]], None] = lambda images: None) -> None:
         super().__init__()
-        self.config = SimpleNamespace(dataset="coco_panoptic", num_things=80, num_stuff=53)
+        self.config = SimpleNamespace(
+            dataset="coco_panoptic", num_things=80, num_stuff=53, score_threshold=0.05
+        )
         self.failure = failure
 
     def forward(self, images: Sequence[Tensor], output_sizes: Sequence[tuple[int, int]]) -> list[Any]:
