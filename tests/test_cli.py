@@ -265,6 +265,9 @@ def test_settings_reach_the_model_and_predictor(
     assert settings == {"device": device, "dtype": torch.bfloat16, "short_edge": 64, "max_edge": 96}
     assert main([*arguments, "--score-threshold", "0.01"]) == 0
     assert loaded["overrides"] == {"instance_score_threshold": 0.01, "score_threshold": 0.01}
+    loaded["model"].config.score_threshold = 0.6  # as mmdetection's networks have it
+    assert main([*arguments, "--score-threshold", "0.3"]) == 0
+    assert loaded["overrides"] == {"instance_score_threshold": 0.3, "score_threshold": 0.3}
 
 
 @pytest.mark.parametrize(
@@ -336,6 +339,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, expected in (
         (["--help"], ("predict", "info")),
         (["predict", "--help"], ("--weights", DEFAULT_WEIGHTS, "predictions.json", "exit status")),
+        (["convert", "--help"], ("mmdetection", "IN", "OUT")),
         (["info", "--help"], ("built",)),
     ):
         with pytest.raises(SystemExit) as caught:

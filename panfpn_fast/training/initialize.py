@@ -103,13 +103,17 @@ def _backbone(model: PanopticFPN, weights: Mapping[str, Any]) -> tuple[dict[str,
     if model.config.backbone_norm == "gn":
         found = {name: value for name, value in found.items() if ".norm" not in name}
         messages.append("GroupNorm cannot use the batch norms' values and begins anew")
-    for field, value in wanted.items():
-        mine = getattr(model.config, field)
-        if mine != value:
-            messages.append(
-                f"warning: these weights were trained with {field}={value!r}, here it is {mine!r}"
-            )
-    return found, messages
+    return found, messages + _differences(model, wanted)
+
+
+def _differences(model: PanopticFPN, wanted: Mapping[str, Any]) -> list[str]:
+    """Says where a network's settings are not those that weights were trained with."""
+    mine = vars(model.config)
+    return [
+        f"warning: these weights were trained with {field}={value!r}, here it is {mine[field]!r}"
+        for field, value in wanted.items()
+        if mine[field] != value
+    ]
 
 
 def initialize(model: PanopticFPN, path_or_name: str) -> list[str]:
@@ -142,8 +146,8 @@ def initialize(model: PanopticFPN, path_or_name: str) -> list[str]:
     if detectron2.is_detectron2(weights):
         return _copy(model, _renamed(model, weights, detectron2.LAYOUT), str(path))
     if mmdetection.is_mmdetection(weights):
-        weights = mmdetection.things_first(weights)
-        return _copy(model, _renamed(model, weights, mmdetection.LAYOUT), str(path))
+        found = _renamed(model, mmdetection.things_first(weights), mmdetection.LAYOUT)
+        return _copy(model, found, str(path)) + _differences(model, {**_IMAGENET, "resize": "mmdetection"})
     backbone, messages = _backbone(model, weights)
     return _copy(model, backbone, str(path)) + messages
 

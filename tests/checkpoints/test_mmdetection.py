@@ -153,5 +153,7 @@ def test_a_log_beside_the_weights_is_left_out(
 def test_training_begins_with_it(tmp_path: Path, weights: Weights) -> None:
     torch.manual_seed(1)
     model = PanopticFPN(**SMALL)
-    initialize(model, str(save_mmdetection(tmp_path / "a.pth", weights)))
+    messages = initialize(model, str(save_mmdetection(tmp_path / "a.pth", weights)))
     _assert_equal(model, small_network())
+    assert "warning: these weights were trained with stride_in_1x1=False, here it is True" in messages
+    assert len(messages) == 1 + 5
