@@ -217,3 +217,16 @@ def test_convert_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert message in err
         assert err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["a.pkl"]
+
+
+def test_a_backbone_of_another_library(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision", reason="torchvision is not installed")
+    model = PanopticFPN(**{**SMALL, "backbone": "torchvision:mobilenet_v3_small"}).eval()
+    model.save(tmp_path / "a.pth")
+    got = load(tmp_path / "a.pth")
+    _assert_equal(got, model)
+    assert not any(tensor.is_meta for tensor in (*got.parameters(), *got.buffers()))
+    with pytest.raises(ValueError, match="this network is none of detectron2's"):
+        model.save(tmp_path / "a.pkl")
+    with pytest.raises(ValueError, match="this network is none of detectron2's"):
+        save(model, tmp_path / "b.pth", "detectron2")
