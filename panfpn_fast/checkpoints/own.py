@@ -7,6 +7,7 @@ from typing import Any
 
 from panfpn_fast.checkpoints.reader import KEY, CheckpointError
 from panfpn_fast.data.categories import Categories, Category, register_categories
+from panfpn_fast.models.config import PanopticFPNConfig
 
 _ATTACHED = "panfpn_fast_settings"
 
@@ -65,7 +66,7 @@ def settings(content: Mapping[str, Any]) -> dict[str, Any]:
     if content[KEY] != 1:
         raise CheckpointError(f"layout {content[KEY]!r} of a newer panfpn_fast; this one reads layout 1")
     try:
-        config = dict(content["config"])
+        config = dict(vars(PanopticFPNConfig().replace(**content["config"])))
         if content["categories"] is None:
             return config
         found = [

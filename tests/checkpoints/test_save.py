@@ -165,6 +165,26 @@ def test_classes_without_names(tmp_path: Path) -> None:
     assert own.is_own(content)
 
 
+def test_damaged_settings(tmp_path: Path, model: PanopticFPN) -> None:
+    """Also those of a newer version, which has settings that this one does not know."""
+    model.save(tmp_path / "a.pth")
+    content = torch.load(tmp_path / "a.pth", weights_only=True)
+    for change, message in (
+        ({"panfpn_fast": 2}, "layout 2 of a newer panfpn_fast"),
+        ({"config": {**content["config"], "new": 1}}, "damaged settings or categories: unknown setting new"),
+        (
+            {"config": {**content["config"], "resize": "?"}},
+            "damaged settings or categories: resize: expected",
+        ),
+        ({"categories": [[1]]}, "damaged settings or categories"),
+        ({"model": {}}, "its tensors do not fit: .*Missing key"),
+        ({"model": {"rpn.conv.bias": 3}}, "its tensors do not fit"),
+    ):
+        torch.save({**content, **change}, tmp_path / "b.pth")
+        with pytest.raises(CheckpointError, match=f"(?s)b.pth: {message}"):
+            load(tmp_path / "b.pth")
+
+
 def test_what_cannot_be_written(tmp_path: Path, model: PanopticFPN) -> None:
     with pytest.raises(ValueError, match=r"a\.onnx: our own checkpoints end in \.safetensors or \.pth"):
         model.save(tmp_path / "a.onnx")
