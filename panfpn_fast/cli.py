@@ -1,4 +1,4 @@
-"""The command line: `panfpn-fast predict`, `train`, `eval`, `demo` and `info`.
+"""The command line: `panfpn-fast predict`, `train`, `eval`, `demo`, `convert` and `info`.
 
 torch is imported only by the subcommand that needs it, so that `--help` and usage errors are immediate.
 """
@@ -52,6 +52,12 @@ exit status:
   130  interrupted; what was computed is kept
 """
 
+_CONVERT_DESCRIPTION = """\
+Reads a checkpoint of detectron2's, mmdetection's or our own and writes it in one of these layouts. Settings, class
+names and colours go along, but the other two take theirs from their own configurations: what of this network is
+otherwise than in the published COCO models of detectron2 is printed.
+"""
+
 
 class _UserError(Exception):
     """Something the user can mend: shown in one line, without a traceback."""
@@ -102,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_predict(commands)
     add_training_commands(commands)
+    _add_convert(commands)
     info = commands.add_parser(
         "info",
         help="show versions, how the package was built, and what loaded",
@@ -173,6 +180,44 @@ def _add_predict(commands: Any) -> None:
     predict.set_defaults(run=_predict)
 
 
+def _add_convert(commands: Any) -> None:
+    convert = commands.add_parser(
+        "convert", help="write a checkpoint in another layout", description=_CONVERT_DESCRIPTION
+    )
+    convert.add_argument(
+        "source", metavar="IN", help="checkpoint file, or the name of a published checkpoint"
+    )
+    convert.add_argument(
+        "target",
+        metavar="OUT",
+        type=Path,
+        help="own: .safetensors or .pth; detectron2: .pkl or .pth; mmdetection: .pth",
+    )
+    convert.add_argument(
+        "--to",
+        choices=("own", "detectron2", "mmdetection"),
+        help="layout of OUT (default: detectron2 for .pkl, else own)",
+    )
+    convert.set_defaults(run=_convert)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from panfpn_fast.checkpoints import load, save
+    from panfpn_fast.models import PanopticFPNConfig
+
+    try:
+        model = load(args.source)
+        save(model, args.target, args.to)
+    except (OSError, ValueError, ImportError) as error:  # the messages name the file or what is missing
+        raise _UserError(_one_line(error)) from error
+    default = PanopticFPNConfig()
+    for field, value in vars(model.config).items():
+        if value != getattr(default, field):
+            print(f"{field}: {value}")
+    print(f"{args.source} -> {args.target}")
+    return _EXIT_OK
+
+
 def _predict(args: argparse.Namespace) -> int:
     paths, missing = _collect(args.images)
     if os.environ.get("RANK", "0") == "0":  # torchrun's; one process complains for all
@@ -229,17 +274,16 @@ def _make_predictor(args: argparse.Namespace, device: torch.device) -> Predictor
     from panfpn_fast.inference import Predictor
     from panfpn_fast.models import TwoNetworks
 
-    overrides = {}
-    if args.score_threshold is not None:
-        overrides["instance_score_threshold"] = args.score_threshold
-        # Candidates are cut at `score_threshold` (usually 0.05) before, and would be missing here.
-        if args.score_threshold < 0.05:
-            overrides["score_threshold"] = args.score_threshold
+    wanted = args.score_threshold
+    overrides = {} if wanted is None else {"instance_score_threshold": wanted}
     try:
         model = panfpn_fast.load(args.weights, **overrides)
+        # Candidates are cut at `score_threshold` (0.05, mmdetection's 0.6) before, and would be missing here.
+        if wanted is not None and wanted < model.config.score_threshold:
+            model = panfpn_fast.load(args.weights, **overrides, score_threshold=wanted)
         second = args.semantic_weights
         both = model if second is None else TwoNetworks(model, panfpn_fast.load(second))
-    except (OSError, ValueError) as error:  # the messages name the file, address or setting
+    except (OSError, ValueError, ImportError) as error:  # the messages name the file, address or setting
         raise _UserError(_one_line(error)) from error
     try:
         return Predictor(

@@ -1,4 +1,4 @@
-"""Checkpoints for tests: a small network's in detectron2's layout, and ways to write them."""
+"""Checkpoints for tests: a small network's in detectron2's and mmdetection's layouts, and ways to write them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from panfpn_fast.checkpoints import detectron2
+from panfpn_fast.checkpoints import detectron2, mmdetection
 from panfpn_fast.models import PanopticFPN
 
 Weights = dict[str, npt.NDArray[np.float32]]
@@ -47,6 +47,11 @@ def small_weights() -> Weights:
     return {detectron2.key(name): value.numpy() for name, value in small_network().state_dict().items()}
 
 
+def small_mmdetection_weights() -> Weights:
+    """The same by mmdetection's names, with its counters."""
+    return {name: value.numpy() for name, value in mmdetection.tensors(small_network()).items()}
+
+
 def save_pickle(path: Path, content: Any, protocol: int = 4) -> Path:
     """Writes what detectron2's checkpointer writes to a .pkl file."""
     path.write_bytes(pickle.dumps(content, protocol))
@@ -58,6 +63,13 @@ def save_torch(path: Path, weights: Weights, legacy: bool = False, **extra: Any)
     tensors = {name: torch.from_numpy(value) for name, value in weights.items()}
     content = {"model": OrderedDict(tensors), **extra}
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    return path
+
+
+def save_mmdetection(path: Path, weights: Weights, **meta: Any) -> Path:
+    """Writes what mmdetection's training writes."""
+    tensors = {name: torch.from_numpy(np.asarray(value)) for name, value in weights.items()}
+    torch.save({"meta": meta, "state_dict": OrderedDict(tensors)}, path)
     return path
 
 

@@ -21,9 +21,10 @@ def _resident(field: str) -> int:
 def peak_rise(call: Callable[[], object]) -> int:
     """Runs a call and returns by how many bytes resident memory rose meanwhile, counted in pages by the system.
 
-    It runs twice, and the second time counts: the first one also brings back code and data that the system had put away
-    since they were last used, and makes what stays, such as gradients. What malloc kept from earlier calls is given back first, so that using it again counts. Skips the test where the
-    system does not count: outside of Linux.
+    It runs twice, and the second time counts: the first one also brings back code and data that the system had put
+    away since they were last used, and makes what stays, such as gradients. What malloc kept from earlier calls is
+    given back first, so that using it again counts. Skips the test where the system does not count: outside of
+    Linux.
     """
     if sys.platform != "linux":
         pytest.skip("only Linux counts the peak of resident memory")

@@ -34,7 +34,9 @@ class OneDogModel(nn.Module):
 
     def __init__(self, failure: Callable[[Sequence[Tensor]], None] = lambda images: None) -> None:
         super().__init__()
-        self.config = SimpleNamespace(dataset="coco_panoptic", num_things=80, num_stuff=53)
+        self.config = SimpleNamespace(
+            dataset="coco_panoptic", num_things=80, num_stuff=53, score_threshold=0.05
+        )
         self.failure = failure
 
     def forward(self, images: Sequence[Tensor], output_sizes: Sequence[tuple[int, int]]) -> list[Any]:
@@ -263,6 +265,9 @@ def test_settings_reach_the_model_and_predictor(
     assert settings == {"device": device, "dtype": torch.bfloat16, "short_edge": 64, "max_edge": 96}
     assert main([*arguments, "--score-threshold", "0.01"]) == 0
     assert loaded["overrides"] == {"instance_score_threshold": 0.01, "score_threshold": 0.01}
+    loaded["model"].config.score_threshold = 0.6  # as mmdetection's networks have it
+    assert main([*arguments, "--score-threshold", "0.3"]) == 0
+    assert loaded["overrides"] == {"instance_score_threshold": 0.3, "score_threshold": 0.3}
 
 
 @pytest.mark.parametrize(
@@ -334,6 +339,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, expected in (
         (["--help"], ("predict", "info")),
         (["predict", "--help"], ("--weights", DEFAULT_WEIGHTS, "predictions.json", "exit status")),
+        (["convert", "--help"], ("mmdetection", "IN", "OUT")),
         (["info", "--help"], ("built",)),
     ):
         with pytest.raises(SystemExit) as caught:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -197,7 +198,12 @@ def draw(run: Run, folder: Path) -> None:
         colours = dict.fromkeys(
             ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), theme.text
         )
-        settings = {**colours, "grid.color": theme.grid, "font.family": "DejaVu Sans", "font.size": 8}
+        settings: dict[Any, Any] = {
+            **colours,
+            "grid.color": theme.grid,
+            "font.family": "DejaVu Sans",
+            "font.size": 8,
+        }
         with mpl.rc_context({**mpl.rcParamsDefault, **settings}):
             for name in plot_names(run):
                 _PLOTS[name](run, theme).savefig(

@@ -16,7 +16,18 @@ from tqdm import tqdm
 
 from panfpn_fast._cache import cache_dir
 
-BASE_URL = "https://dl.fbaipublicfiles.com/detectron2"
+BASE_URLS = {
+    "detectron2": "https://dl.fbaipublicfiles.com/detectron2",
+    "mmdetection": "https://download.openmmlab.com/mmdetection",
+}
+"""Where each framework's files are, by what its checkpoints' names begin with."""
+
+_MMDETECTION = {
+    "panoptic_fpn_r50_fpn_1x_coco": "20210821_101153-9668fd13",
+    "panoptic_fpn_r50_fpn_mstrain_3x_coco": "20210824_171155-5650f98b",
+    "panoptic_fpn_r101_fpn_1x_coco": "20210820_193950-ab9157a2",
+    "panoptic_fpn_r101_fpn_mstrain_3x_coco": "20210823_114712-9c99acc4",
+}
 
 PUBLISHED: dict[str, str] = {
     f"detectron2://COCO-PanopticSegmentation/{path.split('/')[0]}": f"COCO-PanopticSegmentation/{path}"
@@ -25,8 +36,11 @@ PUBLISHED: dict[str, str] = {
         "panoptic_fpn_R_50_3x/139514569/model_final_c10459.pkl",
         "panoptic_fpn_R_101_3x/139514519/model_final_cafdb1.pkl",
     )
+} | {
+    f"mmdetection://{name}": f"v2.0/panoptic_fpn/{name}/{name}_{version}.pth"
+    for name, version in _MMDETECTION.items()
 }
-"""Names, and their files' paths below :data:`BASE_URL`. A file's name ends in the beginning of its sha256."""
+"""Names, and their files' paths below :data:`BASE_URLS`. A file's name ends in the beginning of its sha256."""
 
 BACKBONES: dict[str, str] = {
     f"detectron2://{path}": path
@@ -52,7 +66,8 @@ def fetch(name: str, cache: str | os.PathLike[str] | None = None, base_url: str 
         name: a key of :data:`PUBLISHED` or :data:`BACKBONES`, for example
             ``"detectron2://COCO-PanopticSegmentation/panoptic_fpn_R_50_3x"``.
         cache: the folder to keep it in; None: :func:`panfpn_fast._cache.cache_dir`.
-        base_url: where the files are; None: ``$PANFPN_DETECTRON2_URL`` (a mirror), else :data:`BASE_URL`.
+        base_url: where the framework's files are; None: ``$PANFPN_DETECTRON2_URL`` or ``$PANFPN_MMDETECTION_URL``
+            (a mirror), else :data:`BASE_URLS`.
 
     Returns:
         The file's path.
@@ -66,9 +81,10 @@ def fetch(name: str, cache: str | os.PathLike[str] | None = None, base_url: str 
     if name not in known:
         raise ValueError(f"unknown checkpoint {name!r}; known checkpoints: {', '.join(known)}")
     path = known[name]
-    base_url = base_url or os.environ.get("PANFPN_DETECTRON2_URL") or BASE_URL
+    framework = name.partition("://")[0]
+    base_url = base_url or os.environ.get(f"PANFPN_{framework.upper()}_URL") or BASE_URLS[framework]
     url = f"{base_url.rstrip('/')}/{path}"
-    target = (Path(cache) if cache is not None else cache_dir()) / "detectron2" / path
+    target = (Path(cache) if cache is not None else cache_dir()) / framework / path
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -40,12 +40,19 @@ class Resize:
         short_edges: One length, several to choose from, or, with `continuous`, the least and the greatest.
         max_edge: Upper limit for the longer edge.
         continuous: Any whole number between the two is chosen.
+        resize: Whose way of resizing, as the network's configuration says.
 
     Note:
-        Images as `resize_shortest_edge` (Pillow's bilinear filter), segments by the nearest pixel, as detectron2.
+        Images as `resize_shortest_edge`, segments by the nearest pixel, as detectron2.
     """
 
-    def __init__(self, short_edges: Sequence[int], max_edge: int, continuous: bool = False) -> None:
+    def __init__(
+        self,
+        short_edges: Sequence[int],
+        max_edge: int,
+        continuous: bool = False,
+        resize: str = "detectron2",
+    ) -> None:
         if not short_edges or min(short_edges) < 1 or (continuous and len(short_edges) != 2):
             raise ValueError(
                 f"short_edges: expected positive numbers, two of them if continuous, got {short_edges}"
@@ -53,6 +60,7 @@ class Resize:
         self.short_edges = tuple(short_edges)
         self.max_edge = max_edge
         self.continuous = continuous
+        self.resize = resize
 
     def __call__(self, sample: Sample, random: np.random.Generator) -> Sample:
         """Resizes both maps."""
@@ -60,12 +68,11 @@ class Resize:
             short_edge = int(random.integers(self.short_edges[0], self.short_edges[1] + 1))
         else:
             short_edge = int(random.choice(self.short_edges))
-        height, width = resized_shape(*sample.size, short_edge, self.max_edge)
+        height, width = resized_shape(*sample.size, short_edge, self.max_edge, self.resize)
         if (height, width) == sample.size:
             return sample
-        image = resize_shortest_edge(
-            np.ascontiguousarray(sample.image.permute(1, 2, 0).numpy()), short_edge, self.max_edge
-        )
+        pixels = np.ascontiguousarray(sample.image.permute(1, 2, 0).numpy())
+        image = resize_shortest_edge(pixels, short_edge, self.max_edge, self.resize)
         rows, columns = (_nearest(old, new) for old, new in zip(sample.size, (height, width), strict=True))
         return replace(
             sample,

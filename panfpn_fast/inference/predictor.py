@@ -46,7 +46,8 @@ class Predictor:
             the model's class counts are not those of its data set.
 
     Note:
-        `short_edge=800, max_edge=1333` and Pillow's bilinear filter are detectron2's test settings.
+        `short_edge=800, max_edge=1333` are detectron2's and mmdetection's test settings; the filter is the one that the
+        model's configuration says, `resize`.
 
     Example:
         >>> from panfpn_fast import PanopticFPN
@@ -72,6 +73,7 @@ class Predictor:
         resized_shape(1, 1, short_edge, max_edge)  # refuses bad edges now rather than at the first image
         self.short_edge = short_edge
         self.max_edge = max_edge
+        self._resize = getattr(model.config, "resize", "detectron2")
         self.model = model.to(device=self.device, dtype=dtype).eval()
 
     @property
@@ -119,7 +121,7 @@ class Predictor:
         if not images:
             return []
         inputs = [
-            torch.from_numpy(resize_shortest_edge(image, self.short_edge, self.max_edge))
+            torch.from_numpy(resize_shortest_edge(image, self.short_edge, self.max_edge, self._resize))
             .permute(2, 0, 1)
             .contiguous()
             .to(self.device)

@@ -1,4 +1,4 @@
-"""Images in: reading any picture file as RGB, and the shortest-edge resize the published models were trained
+"""Images in: reading any picture file as RGB, and the shortest-edge resizes the published models were trained
 with.
 
 Nothing here needs torch, so data tools can import it cheaply.
@@ -22,8 +22,12 @@ IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".jp2"}
 )
 
+RESIZES = ("detectron2", "mmdetection")
+"""Whose size rule and whose pixels a resize has."""
+
 __all__ = [
     "IMAGE_SUFFIXES",
+    "RESIZES",
     "ImageArray",
     "ImageReadError",
     "ImageSource",
@@ -39,7 +43,9 @@ class ImageReadError(OSError, ValueError):
     """A file that exists but does not hold a picture Pillow can decode; the message names the file."""
 
 
-def resized_shape(height: int, width: int, short_edge: int, max_edge: int) -> tuple[int, int]:
+def resized_shape(
+    height: int, width: int, short_edge: int, max_edge: int, resize: str = "detectron2"
+) -> tuple[int, int]:
     """Returns the (height, width) that `resize_shortest_edge` gives an image of this size.
 
     Args:
@@ -47,13 +53,14 @@ def resized_shape(height: int, width: int, short_edge: int, max_edge: int) -> tu
         width: Columns of the image, at least 1.
         short_edge: Wanted length of the shorter edge, in pixels.
         max_edge: Upper limit for the longer edge, in pixels; where it binds, the shorter edge gets less.
+        resize: Whose order of roundings decides where a size lies halfway between two: one of `RESIZES`.
 
     Returns:
         The new height and width, each at least 1.
 
     Raises:
         TypeError: If `short_edge` or `max_edge` is not a whole number.
-        ValueError: If `short_edge` or `max_edge` is not positive.
+        ValueError: If `short_edge` or `max_edge` is not positive, or `resize` is none of `RESIZES`.
 
     Example:
         >>> resized_shape(427, 640, short_edge=480, max_edge=800)
@@ -64,6 +71,11 @@ def resized_shape(height: int, width: int, short_edge: int, max_edge: int) -> tu
             raise TypeError(f"{name}: expected a whole number of pixels, got {type(value).__name__}")
         if value < 1:
             raise ValueError(f"{name}: expected a positive number of pixels, got {value}")
+    if resize not in RESIZES:
+        raise ValueError(f"resize: expected one of {', '.join(RESIZES)}, got {resize!r}")
+    if resize == "mmdetection":
+        scale = min(max_edge / max(height, width), short_edge / min(height, width))
+        return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
     scale = short_edge / min(height, width)
     # The shorter edge is the requested number itself, not scale * edge, so that rounding cannot move it.
     if height < width:
@@ -78,24 +90,30 @@ def resized_shape(height: int, width: int, short_edge: int, max_edge: int) -> tu
     return max(1, int(new_height + 0.5)), max(1, int(new_width + 0.5))
 
 
-def resize_shortest_edge(image: ImageArray, short_edge: int = 800, max_edge: int = 1333) -> ImageArray:
+def resize_shortest_edge(
+    image: ImageArray, short_edge: int = 800, max_edge: int = 1333, resize: str = "detectron2"
+) -> ImageArray:
     """Resizes an image so that its shorter edge has a given length, keeping the aspect ratio.
 
     Args:
         image: uint8 [H, W, 3].
         short_edge: Wanted length of the shorter edge, in pixels.
         max_edge: Upper limit for the longer edge, in pixels.
+        resize: "detectron2" or "mmdetection"; see Note.
 
     Returns:
         uint8 [H', W', 3], a new array; `resized_shape` tells its size beforehand.
 
     Raises:
         TypeError: If `image` is not a uint8 array, or an edge is not a whole number.
-        ValueError: If `image` is not [H, W, 3] with H and W at least 1, or an edge is not positive.
+        ValueError: If `image` is not [H, W, 3] with H and W at least 1, an edge is not positive, or `resize` is none
+            of `RESIZES`.
 
     Note:
-        Equals detectron2's `ResizeShortestEdge` (sizes rounded half up) followed by its `ResizeTransform`:
-        Pillow's bilinear filter, whose support widens when shrinking (antialiasing).
+        "detectron2" equals its `ResizeShortestEdge` (sizes rounded half up) followed by its `ResizeTransform`:
+        Pillow's bilinear filter, whose support widens when shrinking (antialiasing). "mmdetection" equals its
+        `Resize(scale, keep_ratio=True)`: OpenCV's `INTER_LINEAR` on uint8, which takes two samples per axis whatever
+        the scale, bit for bit, without OpenCV.
 
     Example:
         >>> resize_shortest_edge(np.zeros((427, 640, 3), np.uint8), 480, 800).shape
@@ -103,11 +121,44 @@ def resize_shortest_edge(image: ImageArray, short_edge: int = 800, max_edge: int
     """
     _check_array(image, "image")
     height, width = image.shape[:2]
-    new_height, new_width = resized_shape(height, width, short_edge, max_edge)
+    new_height, new_width = resized_shape(height, width, short_edge, max_edge, resize)
     if (new_height, new_width) == (height, width):
         return np.array(image)
+    if resize == "mmdetection":
+        return _resize_as_opencv(image, new_height, new_width)
     resized = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BILINEAR)
     return np.array(resized, dtype=np.uint8)
+
+
+def _resize_as_opencv(image: ImageArray, height: int, width: int) -> ImageArray:
+    """OpenCV's bilinear resize of uint8, in its fixed-point arithmetic (modules/imgproc/src/resize.cpp)."""
+    if image.shape[:2] == (2 * height, 2 * width):  # exact halving is its area filter: means of 2 x 2 pixels
+        blocks = image.reshape(height, 2, width, 2, 3).astype(np.uint16)
+        return ((blocks.sum(axis=(1, 3), dtype=np.uint16) + 2) >> 2).astype(np.uint8)
+    left, right, left_weight, right_weight = _opencv_samples(image.shape[1], width)
+    # Beyond the middle of the outermost column it stands alone. Rows are repeated instead, and keep their weights,
+    # which are rounded one by one: that differs by a grey level.
+    outside = (left < 0) | (left >= image.shape[1] - 1)
+    left_weight[outside], right_weight[outside] = 2048, 0
+    left, right = left.clip(0, image.shape[1] - 1), right.clip(0, image.shape[1] - 1)
+    pixels = image.astype(np.int32)
+    rows = pixels[:, left] * left_weight[:, None]
+    rows += pixels[:, right] * right_weight[:, None]
+    rows >>= 4
+    top, bottom, top_weight, bottom_weight = _opencv_samples(image.shape[0], height)
+    top, bottom = top.clip(0, image.shape[0] - 1), bottom.clip(0, image.shape[0] - 1)
+    result = (rows[top] * top_weight[:, None, None]) >> 16
+    result += (rows[bottom] * bottom_weight[:, None, None]) >> 16
+    return np.clip((result + 2) >> 2, 0, 255).astype(np.uint8)
+
+
+def _opencv_samples(old: int, new: int) -> tuple[npt.NDArray[np.int32], ...]:
+    """For each new pixel along an axis: its two old neighbours and their weights of 2048 together, about."""
+    place = ((np.arange(new) + 0.5) * (1.0 / (new / old)) - 0.5).astype(np.float32)
+    first = np.floor(place)
+    fraction = place - first
+    weights = [np.rint(share * np.float32(2048)) for share in (np.float32(1) - fraction, fraction)]
+    return tuple(array.astype(np.int32) for array in (first, first + 1, *weights))
 
 
 def read_image(path: str | os.PathLike[str]) -> ImageArray:

@@ -12,7 +12,9 @@ MAX_LOG_SIZE = math.log(1000.0 / 16)
 """Greatest dw and dh: beyond it exp() would make boxes absurdly large (Detectron's constant)."""
 
 
-def decode_boxes(deltas: Tensor, boxes: Tensor, weights: Sequence[float]) -> Tensor:
+def decode_boxes(
+    deltas: Tensor, boxes: Tensor, weights: Sequence[float], clamp_shrinking: bool = False
+) -> Tensor:
     """Moves and scales boxes by what a head predicted (R-CNN's parametrisation).
 
     A delta of (0.1, 0, 0, log 2) with weights of 1 moves a 10 x 10 box right by 1 and doubles its width.
@@ -21,20 +23,23 @@ def decode_boxes(deltas: Tensor, boxes: Tensor, weights: Sequence[float]) -> Ten
         deltas: [..., 4] (dx, dy, dw, dh), float32 or float64.
         boxes: [..., 4], broadcast against ``deltas``.
         weights: what each of the four is divided by.
+        clamp_shrinking: whether dw and dh are clamped on their lower side, too.
 
     Returns:
         Boxes of ``deltas``'s shape and dtype.
 
     Note:
-        dw and dh are clamped on their upper side only, as detectron2's Box2BoxTransform does.
+        detectron2's Box2BoxTransform clamps dw and dh on their upper side only, mmdetection's DeltaXYWHBBoxCoder on
+        both.
     """
     x1, y1, x2, y2 = boxes.to(deltas.dtype).unbind(dim=-1)
     dx, dy, dw, dh = (delta / weight for delta, weight in zip(deltas.unbind(dim=-1), weights, strict=True))
     width, height = x2 - x1, y2 - y1
+    least = -MAX_LOG_SIZE if clamp_shrinking else None
     centre_x = dx * width + (x1 + 0.5 * width)
     centre_y = dy * height + (y1 + 0.5 * height)
-    half_width = 0.5 * (dw.clamp(max=MAX_LOG_SIZE).exp() * width)
-    half_height = 0.5 * (dh.clamp(max=MAX_LOG_SIZE).exp() * height)
+    half_width = 0.5 * (dw.clamp(least, MAX_LOG_SIZE).exp() * width)
+    half_height = 0.5 * (dh.clamp(least, MAX_LOG_SIZE).exp() * height)
     return torch.stack(
         (centre_x - half_width, centre_y - half_height, centre_x + half_width, centre_y + half_height), dim=-1
     )

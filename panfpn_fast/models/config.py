@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
+
+from panfpn_fast.inference.preprocess import RESIZES
 
 
 class ResNetLayout(NamedTuple):
@@ -43,6 +45,11 @@ LIBRARIES = ("torchvision", "timm")
 NORMS = ("frozen_bn", "bn", "sync_bn", "gn")
 """Normalisations of the backbone."""
 
+FusionRule = Literal["detectron2", "mmdetection", "panopticapi"]
+
+RPN_RANKINGS = ("logit", "probability")
+"""What orders proposals."""
+
 TASKS = ("instance", "semantic")
 """What a network may do: find instances of things, and label pixels with stuff."""
 
@@ -73,12 +80,16 @@ class PanopticFPNConfig:
         pixel_mean: subtracted from 0..255 values, in ``channel_order``.
         pixel_std: then divided by, in ``channel_order``.
         channel_order: the order in which the backbone wants colours: ``"BGR"`` or ``"RGB"``.
+        resize: whose way of resizing photographs the network was trained with, ``"detectron2"`` (Pillow) or
+            ``"mmdetection"`` (OpenCV); a `Predictor` goes by it.
         size_divisibility: images are zero-padded right and bottom to a multiple of this; a multiple of 32.
         fpn_channels: channels of P2..P6.
         fpn_groups: 1: both branches see all of these; 2: the instance branch has one half and the semantic branch the
             other, which nothing connects above the backbone (the paper's ablation).
         anchor_sizes: side of the square anchor, in pixels of the input, at each of P2..P6.
         anchor_ratios: anchors' height / width.
+        rpn_ranking: what anchors are ordered by: ``"logit"``, or ``"probability"`` as mmdetection does, with which
+            large logits are closer together, or equal, in float32.
         rpn_pre_nms_topk: best anchors per level that enter NMS.
         rpn_post_nms_topk: proposals per image that leave it, over all levels.
         rpn_nms_threshold: IoU above which, within a level, the lower scored proposal is dropped.
@@ -86,8 +97,11 @@ class PanopticFPNConfig:
         box_head_channels: width of the box head's two linear layers.
         box_weights: scale of the box head's (dx, dy, dw, dh).
         class_agnostic_boxes: proposals are refined in the same way whatever their class.
+        clamp_shrinking: dw and dh are cut off at -log(1000 / 16), too, for proposals and boxes, as mmdetection does;
+            at log(1000 / 16) they always are.
         score_threshold: a class of a proposal is a candidate if its probability is above this.
         nms_threshold: IoU above which, within a class, the lower scored box is dropped.
+        class_agnostic_nms: the same among boxes of all classes, as in mmdetection's panoptic networks.
         detections_per_image: best detections per image that are kept.
         mask_pool_size: ROIAlign's output side for the mask head; masks have twice this side.
         mask_head_channels: channels of the mask head's convolutions.
@@ -98,6 +112,8 @@ class PanopticFPNConfig:
         semantic_fusion: how it combines the levels: ``"sum"``, or ``"concat"``, then with one predictor over four
             times the channels.
         mask_threshold: a pixel belongs to an instance if its mask probability is at least this.
+        fusion_rule: whose rules decide the corners of merging, see :func:`panfpn_fast.ops.panoptic_merge`:
+            ``"detectron2"``, ``"mmdetection"`` or ``"panopticapi"``.
         instance_score_threshold: instances scored below this do not enter the panoptic map.
         overlap_threshold: an instance of whose mask more than this share is already taken is dropped.
         stuff_area_threshold: stuff segments with fewer pixels than this are dropped.
@@ -116,11 +132,13 @@ class PanopticFPNConfig:
     pixel_mean: tuple[float, float, float] = (103.53, 116.28, 123.675)
     pixel_std: tuple[float, float, float] = (1.0, 1.0, 1.0)
     channel_order: str = "BGR"
+    resize: str = "detectron2"
     size_divisibility: int = 32
     fpn_channels: int = 256
     fpn_groups: int = 1
     anchor_sizes: tuple[float, ...] = (32.0, 64.0, 128.0, 256.0, 512.0)
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    rpn_ranking: str = "logit"
     rpn_pre_nms_topk: int = 1000
     rpn_post_nms_topk: int = 1000
     rpn_nms_threshold: float = 0.7
@@ -128,8 +146,10 @@ class PanopticFPNConfig:
     box_head_channels: int = 1024
     box_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
     class_agnostic_boxes: bool = False
+    clamp_shrinking: bool = False
     score_threshold: float = 0.05
     nms_threshold: float = 0.5
+    class_agnostic_nms: bool = False
     detections_per_image: int = 100
     mask_pool_size: int = 14
     mask_head_channels: int = 256
@@ -139,6 +159,7 @@ class PanopticFPNConfig:
     semantic_groups: int = 32
     semantic_fusion: str = "sum"
     mask_threshold: float = 0.5
+    fusion_rule: FusionRule = "detectron2"
     instance_score_threshold: float = 0.5
     overlap_threshold: float = 0.5
     stuff_area_threshold: int = 4096
@@ -192,9 +213,22 @@ class PanopticFPNConfig:
             raise ValueError(
                 f"fpn_groups: expected 1, or 2 with an even fpn_channels, got {self.fpn_groups!r}"
             )
-        if self.backbone_norm not in NORMS:
-            raise ValueError(f"backbone_norm: expected one of {', '.join(NORMS)}, got {self.backbone_norm!r}")
-        for name in ("stride_in_1x1", "class_agnostic_boxes", "class_agnostic_masks"):
+        choices: dict[str, tuple[str, ...]] = {
+            "backbone_norm": NORMS,
+            "resize": RESIZES,
+            "rpn_ranking": RPN_RANKINGS,
+            "fusion_rule": get_args(FusionRule),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name in (
+            "stride_in_1x1",
+            "class_agnostic_boxes",
+            "clamp_shrinking",
+            "class_agnostic_nms",
+            "class_agnostic_masks",
+        ):
             if getattr(self, name) not in (True, False):
                 raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if self.channel_order not in ("BGR", "RGB"):

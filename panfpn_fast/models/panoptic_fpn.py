@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -130,6 +131,22 @@ class PanopticFPN(ExactConstants):
             )
         return cls(**vars(config))
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a checkpoint with settings, class names and colours; ``panfpn_fast.load(path)`` needs nothing else.
+
+        Args:
+            path: ``.safetensors``, which needs the package safetensors, or ``.pth``; or ``.pkl``, which is written as
+                detectron2 does. A file that is there is replaced when the new one is complete.
+
+        Raises:
+            ValueError: the path ends in something else, or detectron2 has no such network.
+            ImportError: safetensors is not installed.
+            OSError: the file cannot be written.
+        """
+        from panfpn_fast.checkpoints import save  # which makes networks
+
+        save(self, path)
+
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
@@ -204,8 +221,9 @@ class PanopticFPN(ExactConstants):
             ValueError: an image has another shape; ``output_sizes`` has another length or a size below 1.
 
         Note:
-            Inference semantics are detectron2's (``PanopticFPN.inference``), with one difference: NMS compares
-            classes by id, where torchvision's batched_nms, if boxes are few, shifts each class's boxes apart.
+            Inference semantics are those that the configuration says: by default detectron2's
+            (``PanopticFPN.inference``), of mmdetection's checkpoints mmdetection's. With one difference to both: NMS
+            compares classes by id, where theirs, if boxes are few, shifts each class's boxes apart.
         """
         if len(images) == 0:
             return []
@@ -311,6 +329,7 @@ def merge(config: PanopticFPNConfig, instances: Instances, semantic: Tensor) -> 
         overlap_threshold=config.overlap_threshold,
         stuff_area_threshold=config.stuff_area_threshold,
         mask_threshold=config.mask_threshold,
+        rule=config.fusion_rule,
     )
     return PanopticOutput(panoptic, segments, *instances, semantic)
 

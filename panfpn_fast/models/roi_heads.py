@@ -47,6 +47,8 @@ class BoxHead(nn.Module):
         self.weights = config.box_weights
         self.score_threshold = config.score_threshold
         self.nms_threshold = config.nms_threshold
+        self.class_agnostic_nms = config.class_agnostic_nms
+        self.clamp_shrinking = config.clamp_shrinking
         self.detections_per_image = config.detections_per_image
         hidden = config.box_head_channels
         self.fc1 = nn.Linear(config.branch_channels * config.box_pool_size**2, hidden)
@@ -92,7 +94,7 @@ class BoxHead(nn.Module):
             Per image, at most ``detections_per_image`` detections.
         """
         scores = logits.softmax(dim=1)
-        boxes = decode_boxes(deltas, torch.cat(list(proposals))[:, None], self.weights)
+        boxes = decode_boxes(deltas, torch.cat(list(proposals))[:, None], self.weights, self.clamp_shrinking)
         counts = [len(p) for p in proposals]
         return [
             self._select(image_boxes, image_scores, size)
@@ -102,14 +104,15 @@ class BoxHead(nn.Module):
         ]
 
     def _select(self, boxes: Tensor, scores: Tensor, size: tuple[int, int]) -> Detections:
-        """Each class of a proposal that scores high enough is a candidate; NMS follows within classes."""
+        """Each class of a proposal that scores high enough is a candidate; NMS follows, within classes or over all."""
         finite = boxes.isfinite().flatten(1).all(dim=1) & scores.isfinite().all(dim=1)
         scores = scores[:, :-1]
         boxes = boxes.expand(-1, scores.shape[1], -1)
         rows, classes = ((scores > self.score_threshold) & finite[:, None]).nonzero(as_tuple=True)
         candidates = clip_boxes(boxes[rows, classes], size)
         candidate_scores = scores[rows, classes]
-        keep = ops.batched_nms(candidates, candidate_scores, classes, self.nms_threshold)
+        groups = torch.zeros_like(classes) if self.class_agnostic_nms else classes
+        keep = ops.batched_nms(candidates, candidate_scores, groups, self.nms_threshold)
         keep = keep[: self.detections_per_image]
         return Detections(candidates[keep], candidate_scores[keep], classes[keep])
 

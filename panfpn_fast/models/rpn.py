@@ -66,6 +66,8 @@ class RPN(ExactConstants):
         self.pre_nms_topk = config.rpn_pre_nms_topk
         self.post_nms_topk = config.rpn_post_nms_topk
         self.nms_threshold = config.rpn_nms_threshold
+        self.by_probability = config.rpn_ranking == "probability"
+        self.clamp_shrinking = config.clamp_shrinking
         anchors = len(config.anchor_ratios)
         self.conv = nn.Conv2d(config.branch_channels, config.branch_channels, 3, padding=1)
         self.objectness = nn.Conv2d(config.branch_channels, anchors, 1)
@@ -122,9 +124,11 @@ class RPN(ExactConstants):
         """
         boxes, scores, levels = [], [], []
         for level, (anchor, logit, delta) in enumerate(zip(anchors, logits, deltas, strict=True)):
+            if self.by_probability:
+                logit = logit.sigmoid()
             score, index = logit.topk(min(self.pre_nms_topk, logit.shape[1]), dim=1)  # [N, k]
             chosen = delta.gather(1, index[..., None].expand(-1, -1, 4))
-            boxes.append(decode_boxes(chosen, anchor[index], self.box_weights))
+            boxes.append(decode_boxes(chosen, anchor[index], self.box_weights, self.clamp_shrinking))
             scores.append(score)
             levels.append(torch.full_like(score[0], level, dtype=torch.int64))
         return [

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from panfpn_fast.models.config import TASKS, PanopticFPNConfig
 from panfpn_fast.models.panoptic_fpn import Instances, PanopticFPN, PanopticOutput, merge
 
-_SAME = ("num_things", "num_stuff", "dataset")
+_SAME = ("num_things", "num_stuff", "dataset", "resize")
 
 
 class TwoNetworks(nn.Module):
@@ -24,7 +24,7 @@ class TwoNetworks(nn.Module):
 
     Raises:
         TypeError: an argument is no :class:`PanopticFPN`.
-        ValueError: a network lacks its branch, or the two have different classes.
+        ValueError: a network lacks its branch, or the two have different classes or resizes.
 
     Example:
         >>> instance = PanopticFPN(backbone="resnet18", num_things=2, num_stuff=3, tasks=("instance",))

@@ -167,7 +167,7 @@ def _eval(args: argparse.Namespace) -> int:
                 short_edge=short_edge if args.short_edge is None else args.short_edge,
                 max_edge=max_edge if args.max_edge is None else args.max_edge,
             )
-        except (OSError, ValueError) as error:  # the messages name the file, address or setting
+        except (OSError, ValueError, ImportError) as error:  # the messages name the file, address or setting
             raise SettingsError(" ".join(str(error).split())) from error
         if args.kind == "synthetic":
             dataset: PanopticDataset = SyntheticDataset(50, HELD_OUT_SEED)

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from panfpn_fast.checkpoints import detectron2, hub, own, reader
+from panfpn_fast.checkpoints import detectron2, hub, mmdetection, own, reader
+from panfpn_fast.checkpoints.layout import Layout
 from panfpn_fast.checkpoints.reader import CheckpointError
 from panfpn_fast.models.feature_extractor import FeatureExtractor
 from panfpn_fast.models.panoptic_fpn import PanopticFPN
@@ -72,13 +73,15 @@ def _from_caffe2(weights: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _from_detectron2(model: PanopticFPN, weights: Mapping[str, Any], omitted: str = "") -> dict[str, Any]:
-    """Renames detectron2's tensors; `omitted` is what the file's names lack at their front."""
+def _renamed(
+    model: PanopticFPN, weights: Mapping[str, Any], layout: Layout, omitted: str = ""
+) -> dict[str, Any]:
+    """Renames another framework's tensors; `omitted` is what the file's names lack at their front."""
     found = {}
     for name in model.state_dict():
         try:
-            theirs = detectron2.key(name).removeprefix(omitted)
-        except KeyError:  # a part that detectron2's network does not have
+            theirs = layout.key(name).removeprefix(omitted)
+        except KeyError:  # a part that the framework's network does not have
             continue
         if theirs in weights:
             found[name] = weights[theirs]
@@ -93,20 +96,24 @@ def _backbone(model: PanopticFPN, weights: Mapping[str, Any]) -> tuple[dict[str,
         found, wanted = _from_caffe2(weights), _MSRA
     elif "stem.conv1.weight" in weights:
         # detectron2 has torchvision's converted so; which of the two inputs it wants is not in the file.
-        found, wanted = _from_detectron2(model, weights, "backbone.bottom_up."), {}
+        found, wanted = _renamed(model, weights, detectron2.LAYOUT, "backbone.bottom_up."), {}
     else:
         found, wanted = _from_torchvision(weights), _IMAGENET
     messages = []
     if model.config.backbone_norm == "gn":
         found = {name: value for name, value in found.items() if ".norm" not in name}
         messages.append("GroupNorm cannot use the batch norms' values and begins anew")
-    for field, value in wanted.items():
-        mine = getattr(model.config, field)
-        if mine != value:
-            messages.append(
-                f"warning: these weights were trained with {field}={value!r}, here it is {mine!r}"
-            )
-    return found, messages
+    return found, messages + _differences(model, wanted)
+
+
+def _differences(model: PanopticFPN, wanted: Mapping[str, Any]) -> list[str]:
+    """Says where a network's settings are not those that weights were trained with."""
+    mine = vars(model.config)
+    return [
+        f"warning: these weights were trained with {field}={value!r}, here it is {mine[field]!r}"
+        for field, value in wanted.items()
+        if mine[field] != value
+    ]
 
 
 def initialize(model: PanopticFPN, path_or_name: str) -> list[str]:
@@ -137,7 +144,10 @@ def initialize(model: PanopticFPN, path_or_name: str) -> list[str]:
     if not isinstance(weights, Mapping) or not weights or not all(isinstance(name, str) for name in weights):
         raise CheckpointError(f"{path}: no dictionary of tensors by name")
     if detectron2.is_detectron2(weights):
-        return _copy(model, _from_detectron2(model, weights), str(path))
+        return _copy(model, _renamed(model, weights, detectron2.LAYOUT), str(path))
+    if mmdetection.is_mmdetection(weights):
+        found = _renamed(model, mmdetection.things_first(weights), mmdetection.LAYOUT)
+        return _copy(model, found, str(path)) + _differences(model, {**_IMAGENET, "resize": "mmdetection"})
     backbone, messages = _backbone(model, weights)
     return _copy(model, backbone, str(path)) + messages
 

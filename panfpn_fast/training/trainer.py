@@ -34,9 +34,9 @@ class Stopped(Exception):
     """The run was asked to stop (SIGTERM, SIGINT) and has saved its state."""
 
 
-def make_transform(data: DataConfig) -> Transform:
-    """The random changes of training images that a configuration asks for."""
-    steps: list[Transform] = [Resize(data.short_edges, data.max_edge, data.continuous_edges)]
+def make_transform(data: DataConfig, resize: str) -> Transform:
+    """The random changes of training images that a configuration asks for; `resize` is the network's."""
+    steps: list[Transform] = [Resize(data.short_edges, data.max_edge, data.continuous_edges, resize)]
     if data.crop:
         steps.append(Crop((data.crop[0], data.crop[1]), data.crop_most_of_one_class))
     steps.append(Flip(data.flip))
@@ -195,7 +195,7 @@ class Trainer:
         config, process = self.config, self.process
         loader = TrainLoader(
             self.dataset,
-            make_transform(config.data),
+            make_transform(config.data, self.model.config.resize),
             config.solver.batch_size // process.world_size,
             seed=config.seed,
             workers=config.workers,

@@ -11,12 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_samples import save_pickle, small_network, small_weights
+from checkpoint_samples import (
+    save_mmdetection,
+    save_pickle,
+    small_mmdetection_weights,
+    small_network,
+    small_weights,
+)
 
 from panfpn_fast._cache import cache_dir
 from panfpn_fast.checkpoints import DownloadError, hub, load
 
 NAME = "detectron2://COCO-PanopticSegmentation/panoptic_fpn_R_50_3x"
+MMDETECTION_NAME = "mmdetection://panoptic_fpn_r50_fpn_1x_coco"
 
 
 class Publisher:
@@ -79,6 +86,7 @@ def publisher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Publi
     thread.start()
     state.url = f"http://127.0.0.1:{server.server_port}/base"
     monkeypatch.setenv("PANFPN_DETECTRON2_URL", state.url)
+    monkeypatch.setenv("PANFPN_MMDETECTION_URL", f"{state.url}/mm")
     monkeypatch.setenv("PANFPN_CACHE", str(tmp_path / "cache"))
     # A proxy of the machine's must not stand between the test and its server.
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -98,6 +106,21 @@ def test_load_by_name(publisher: Publisher, monkeypatch: pytest.MonkeyPatch, tmp
         state = load(NAME).state_dict()
         assert all(torch.equal(value, state[name]) for name, value in small_network().state_dict().items())
     assert len(publisher.requests) == 1  # the second time it is in the cache
+
+
+def test_load_mmdetections_by_name(
+    publisher: Publisher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    content = save_mmdetection(tmp_path / "a.pth", small_mmdetection_weights()).read_bytes()
+    digest = hashlib.sha256(content).hexdigest()[:8]
+    path = f"v2.0/panoptic_fpn/panoptic_fpn_r50_fpn_1x_coco/panoptic_fpn_r50_fpn_1x_coco_2021-{digest}.pth"
+    monkeypatch.setitem(hub.PUBLISHED, MMDETECTION_NAME, path)
+    publisher.files[f"/base/mm/{path}"] = content
+    for _ in range(2):
+        state = load(MMDETECTION_NAME).state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in small_network().state_dict().items())
+    assert publisher.requests == [(f"/base/mm/{path}", None)]
+    assert (tmp_path / "cache" / "mmdetection" / path).is_file()
 
 
 def test_download(
@@ -247,15 +270,25 @@ def test_where_downloads_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 def test_published_names_and_their_check_sums() -> None:
     found = {name.rsplit("/", 1)[1]: path for name, path in hub.PUBLISHED.items()}
-    assert {name: path[-10:-4] for name, path in found.items()} == {
+    sums = {name: re.split("[-_]", path)[-1].split(".")[0] for name, path in found.items()}
+    assert sums == {
         "panoptic_fpn_R_50_1x": "dbfeb4",
         "panoptic_fpn_R_50_3x": "c10459",
         "panoptic_fpn_R_101_3x": "cafdb1",
+        "panoptic_fpn_r50_fpn_1x_coco": "9668fd13",
+        "panoptic_fpn_r50_fpn_mstrain_3x_coco": "5650f98b",
+        "panoptic_fpn_r101_fpn_1x_coco": "ab9157a2",
+        "panoptic_fpn_r101_fpn_mstrain_3x_coco": "9c99acc4",
     }
-    url = f"{hub.BASE_URL}/{hub.PUBLISHED[NAME]}"
+    url = f"{hub.BASE_URLS['detectron2']}/{hub.PUBLISHED[NAME]}"
     assert url == (
         "https://dl.fbaipublicfiles.com/detectron2/COCO-PanopticSegmentation/panoptic_fpn_R_50_3x/139514569/"
         "model_final_c10459.pkl"
+    )
+    url = f"{hub.BASE_URLS['mmdetection']}/{hub.PUBLISHED[MMDETECTION_NAME]}"
+    assert url == (
+        "https://download.openmmlab.com/mmdetection/v2.0/panoptic_fpn/panoptic_fpn_r50_fpn_1x_coco/"
+        "panoptic_fpn_r50_fpn_1x_coco_20210821_101153-9668fd13.pth"
     )
     with pytest.raises(ValueError, match="unknown checkpoint 'detectron2://x'"):
         hub.fetch("detectron2://x")

@@ -70,6 +70,9 @@ def test_flip_moves_both_maps() -> None:
 def test_resize_keeps_the_maps_together() -> None:
     sample = SyntheticDataset(1).load(0)
     resized = Resize((64,), 1000)(sample, np.random.default_rng(0))
+    there = Resize((64,), 1000, resize="mmdetection")(sample, np.random.default_rng(0))
+    assert there.image.shape == resized.image.shape
+    assert not torch.equal(there.image, resized.image)
     assert resized.size == (64, 96)
     assert resized.segments.shape == (64, 96)
     assert set(resized.segments.unique().tolist()) <= set(sample.segments.unique().tolist())

@@ -41,6 +41,12 @@ def test_network_sees_the_resized_rgb_image(halves_model: MakeModel) -> None:
     np.testing.assert_array_equal(seen.permute(1, 2, 0).numpy(), resize_shortest_edge(PHOTO, 60, 90))
     assert model.grad_enabled is False
     assert not model.training
+    model = halves_model(resize="mmdetection")
+    Predictor(model, device="cpu", short_edge=60, max_edge=90)(PHOTO)
+    [seen] = model.seen
+    np.testing.assert_array_equal(
+        seen.permute(1, 2, 0).numpy(), resize_shortest_edge(PHOTO, 60, 90, "mmdetection")
+    )
 
 
 def test_every_kind_of_image_gives_the_same(halves_model: MakeModel, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import math
 
 import numpy as np
@@ -55,6 +56,39 @@ def test_pixels_are_pillows_bilinear() -> None:
         # Channels are independent, so the channel order in which one resizes does not matter.
         swapped = resize_shortest_edge(image[:, :, ::-1], short_edge, 1000)
         np.testing.assert_array_equal(swapped[:, :, ::-1], resized)
+
+
+@pytest.mark.parametrize(
+    ("shape", "edges", "expected", "digest"),
+    [
+        ((37, 53), (60, 90), (60, 86), "2d262ac94ee14d94"),
+        ((37, 53), (20, 1000), (20, 29), "07bec0c4f1f622d0"),
+        ((40, 60), (20, 1000), (20, 30), "daa156a8194125db"),  # exact halving is another filter
+        ((1, 1), (4, 4), (4, 4), None),
+        ((64, 48), (16, 21), (21, 16), "d04280916586f577"),
+    ],
+)
+def test_pixels_are_opencvs_for_mmdetection(
+    shape: tuple[int, int], edges: tuple[int, int], expected: tuple[int, int], digest: str | None
+) -> None:
+    """The digests are of what cv2.resize of OpenCV 5.0.0 gave, INTER_LINEAR."""
+    seed = shape[0] * shape[1]
+    image = np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    resized = resize_shortest_edge(image, *edges, "mmdetection")
+    assert resized.shape == (*expected, 3)
+    if digest is None:  # one pixel, everywhere
+        assert (resized == image[0, 0]).all()
+    else:
+        assert hashlib.sha256(resized.tobytes()).hexdigest()[:16] == digest
+
+
+def test_mmdetection_rounds_sizes_in_its_own_order() -> None:
+    assert resized_shape(64, 29, 480, 800) == (800, 362)
+    assert resized_shape(64, 29, 480, 800, "mmdetection") == (800, 363)  # 362.5
+    assert resized_shape(427, 640, 800, 1333, "mmdetection") == (800, 1199)
+    assert resized_shape(1, 5000, 800, 1333, "mmdetection") == (1, 1333)
+    with pytest.raises(ValueError, match="resize: expected one of detectron2, mmdetection, got 'opencv'"):
+        resized_shape(4, 4, 8, 8, "opencv")
 
 
 def test_known_pixels_when_halving() -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from panfpn_fast import ops
-from panfpn_fast.models import PanopticFPN, PanopticOutput
+from panfpn_fast.models import PanopticFPN, PanopticFPNConfig, PanopticOutput
+from panfpn_fast.models.panoptic_fpn import Instances, merge
 
 
 @pytest.fixture(scope="module")
@@ -211,3 +212,20 @@ def test_state_dict_holds_weights_only(model: PanopticFPN) -> None:
     names = set(model.state_dict())
     assert "backbone.layer1.0.shortcut.norm.running_var" in names
     assert not any("pixel" in name or "cells" in name for name in names)
+
+
+def test_the_fusion_rule_is_the_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    original = ops.panoptic_merge
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs["rule"])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(ops, "panoptic_merge", spy)
+    nothing = Instances(
+        torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 28, 28)
+    )
+    for rule in ("detectron2", "mmdetection"):
+        merge(PanopticFPNConfig().replace(fusion_rule=rule), nothing, torch.zeros(4, 5, dtype=torch.uint8))
+    assert seen == ["detectron2", "mmdetection"]

@@ -33,6 +33,9 @@ def test_decode_known_answers() -> None:
     torch.testing.assert_close(
         moved, torch.tensor([[15 - 312.5, 30 - height / 2, 15 + 312.5, 30 + height / 2]])
     )
+    # mmdetection clamps it, too.
+    moved = decode_boxes(torch.tensor([[0.0, 0.0, 99.0, -9.0]]), box, (1, 1, 1, 1), clamp_shrinking=True)
+    torch.testing.assert_close(moved, torch.tensor([[15 - 312.5, 30 - 0.16, 15 + 312.5, 30 + 0.16]]))
 
 
 def test_box_arithmetic() -> None:
@@ -82,6 +85,15 @@ def test_detections_equal_the_oracle(seed: int) -> None:
         )
         assert detection.classes.tolist() == [c for _, _, c in expected]
         assert detection.classes.dtype == torch.int64
+
+
+def test_nms_over_all_classes() -> None:
+    boxes = torch.tensor([[0.0, 0.0, 8.0, 8.0], [0.0, 0.0, 8.0, 7.0], [10.0, 0.0, 18.0, 8.0]])
+    logits = torch.tensor([[5.0, 0.0, 0.0, 0.0], [0.0, 4.0, 0.0, 0.0], [0.0, 0.0, 3.0, 0.0]])
+    for agnostic, expected in ((False, [0, 1, 2]), (True, [0, 2])):
+        head = BoxHead(CONFIG.replace(score_threshold=0.6, class_agnostic_nms=agnostic))
+        [detection] = head.detect(logits, torch.zeros(3, 3, 4), [boxes], [(20, 20)])
+        assert detection.classes.tolist() == expected
 
 
 def test_a_score_equal_to_the_threshold_is_no_candidate() -> None:

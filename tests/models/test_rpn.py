@@ -99,3 +99,18 @@ def test_no_valid_box_gives_no_proposal() -> None:
     nothing = [torch.full_like(d, float("nan")) for d in deltas]
     rpn = RPN(PanopticFPNConfig(fpn_channels=4))
     assert [list(p.shape) for p in rpn.propose(anchors, logits, nothing, [(32, 32)] * 2)] == [[0, 4]] * 2
+
+
+def test_ranking_by_probability() -> None:
+    """An infinite logit is no number to rank by, but a probability of 1 is; the order is otherwise the same."""
+    anchors, logits, deltas = _inputs(1)
+    by_logit, by_probability = (
+        RPN(PanopticFPNConfig(fpn_channels=4, rpn_ranking=ranking)) for ranking in ("logit", "probability")
+    )
+    sizes = [(32, 32)] * 2
+    expected = by_logit.propose(anchors, logits, deltas, sizes)
+    for got, wanted in zip(by_probability.propose(anchors, logits, deltas, sizes), expected, strict=True):
+        assert torch.equal(got, wanted)
+    infinite = [torch.full_like(logit, float("inf")) for logit in logits]
+    assert len(by_logit.propose(anchors, infinite, deltas, sizes)[0]) == 0
+    assert len(by_probability.propose(anchors, infinite, deltas, sizes)[0]) > 10

@@ -114,6 +114,9 @@ def test_bad_pairs_are_refused(joint: PanopticFPN) -> None:
     other = small_model(num_stuff=7, tasks=("semantic",))
     with pytest.raises(ValueError, match="semantic: expected the instance network's num_stuff, 4, got 7"):
         TwoNetworks(instance, other)
+    other = small_model(resize="mmdetection", tasks=("semantic",))
+    with pytest.raises(ValueError, match="semantic: expected the instance network's resize, 'detectron2'"):
+        TwoNetworks(instance, other)
     outputs: list[Any] = instance(IMAGES)
     with pytest.raises(ValueError, match="semantic: expected 2 predictions, as of instance, got 1"):
         merge_outputs(joint.config, outputs, outputs[:1])
