@@ -215,10 +215,10 @@ def _tiny() -> TrainConfig:
             val_max_edge=1000,
         ),
         solver=SolverConfig(
-            steps=900,
+            steps=800,
             batch_size=4,
             learning_rate=0.02,
-            milestones=[650, 820],
+            milestones=[580, 730],
             warmup_steps=50,
             clip_gradients=5.0,
         ),
