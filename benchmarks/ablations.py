@@ -102,8 +102,8 @@ def run(job: tuple[str, int, int]) -> dict[str, Any]:
 def table(runs: list[dict[str, Any]]) -> str:
     """The means over the seeds as a Markdown table; the spread is half of the range."""
     lines = [
-        f"| variant | parameters | {' | '.join(FIGURES)} | seconds |",
-        "|---" * (len(FIGURES) + 3) + "|",
+        f"| variant | parameters | {' | '.join(FIGURES)} |",
+        "|---" * (len(FIGURES) + 2) + "|",
     ]
     for name in VARIANTS:
         mine = [run for run in runs if run["variant"] == name]
@@ -112,8 +112,8 @@ def table(runs: list[dict[str, Any]]) -> str:
         cells = [name, f"{mine[0]['parameters'] / 1e6:.2f} M"]
         for figure in FIGURES:
             values = [run[figure] for run in mine]
-            cells.append(f"{statistics.mean(values):.1f} ± {(max(values) - min(values)) / 2:.1f}")
-        cells.append(f"{statistics.mean(run['training_seconds'] for run in mine):.0f}")
+            spread = f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
