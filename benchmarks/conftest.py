@@ -11,11 +11,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import pytest
-import torch
 
 from . import measuring
 from .harness import Prepared, Row, prepare
-from .timing import Report, measure, ratio_table
+from .timing import Limits, Report, measure, ratio_table
 
 _REPORT = pytest.StashKey[Report]()
 
@@ -47,9 +46,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def copy_bandwidth() -> Callable[[torch.device], float]:
-    """The device's own copy speed in bytes per second, measured once in the run."""
-    return functools.cache(measuring.copy_bandwidth)
+def limits() -> Limits:
+    """The devices' own rates, each measured once in the run."""
+    return Limits(functools.cache(measuring.copy_bandwidth), functools.cache(measuring.matmul_rate))
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +63,7 @@ def prepared(pytestconfig: pytest.Config) -> Callable[[Row], Prepared]:
 def time_row(
     benchmark: Any,
     prepared: Callable[[Row], Prepared],
-    copy_bandwidth: Callable[[torch.device], float],
+    limits: Limits,
     pytestconfig: pytest.Config,
 ) -> Callable[[Row], None]:
     """Checks a row against its peers, then times it: `time_row(row)`."""
@@ -81,7 +80,7 @@ def time_row(
         differences = [verdict for verdict in verdicts if verdict is not None]
         if differences:
             pytest.fail("\n".join(differences), pytrace=False)
-        result = measure(benchmark, row, inputs, copy_bandwidth, pytestconfig)
+        result = measure(benchmark, row, inputs, limits, pytestconfig)
         if result is not None:
             pytestconfig.stash[_REPORT].add(row, result)
 

@@ -1,4 +1,4 @@
-"""Clocks, memory and bandwidth of the device under test."""
+"""Clocks, memory and limits of the device under test."""
 
 from __future__ import annotations
 
@@ -46,18 +46,31 @@ def device_name(device: torch.device) -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def _median_seconds(call: Callable[[], Any], device: torch.device) -> float:
+    read: Callable[[], Any] = cuda_timer if device.type == "cuda" else time.perf_counter
+    seconds = []
+    for _ in range(12):
+        start = read()
+        call()
+        seconds.append(read() - start)
+    return statistics.median(seconds[2:])
+
+
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes per second, read plus written, of torch's copy between two tensors that fit into no cache."""
     size = 2**30 if device.type == "cuda" else 2**28
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    read: Callable[[], Any] = cuda_timer if device.type == "cuda" else time.perf_counter
-    seconds = []
-    for _ in range(12):
-        start = read()
-        target.copy_(source)
-        seconds.append(read() - start)
-    return 2 * size / statistics.median(seconds[2:])
+    return 2 * size / _median_seconds(lambda: target.copy_(source), device)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second, two for each multiply-add, of torch's product of two large square matrices."""
+    side = 8192 if device.type == "cuda" else 2048
+    random = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(side, side, generator=random).to(device, dtype) for _ in range(2))
+    target = torch.empty_like(left)
+    return 2 * side**3 / _median_seconds(lambda: torch.mm(left, right, out=target), device)
 
 
 def _resident(field: str) -> int:

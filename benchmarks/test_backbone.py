@@ -17,6 +17,7 @@ from .activations import convolution_outputs, saved_bytes
 from .backbones import DilatedBackbone, FPNBackbone, SymmetricBackbone
 from .flops import count_flops
 from .harness import OURS, Arguments, Case, Comparison, Cost, Peer, Row, nbytes, to_device
+from .timing import note_flops
 
 _SMALL, _PAPER = (480, 640), (1024, 2048)
 
@@ -94,13 +95,10 @@ def test_backbone(row: Row, time_row: Callable[[Row], None], benchmark: Any) -> 
     time_row(row)
     name, images = to_device(row.case.arguments(), row.device)
     backbone = _backbone(row.contender, name, row.device)
-    flops = count_flops(lambda: row.call(name, images))
+    note_flops(benchmark, count_flops(lambda: row.call(name, images)))
     benchmark.extra_info.update(
-        flops=flops,
         stride=_KINDS[row.contender][1],
         parameters=sum(parameter.numel() for parameter in backbone.parameters()),
         activations=convolution_outputs(backbone, lambda: row.call(name, images)),
         saved_for_backward_bytes=saved_bytes([backbone], lambda: backbone(images)),
     )
-    if benchmark.enabled:
-        benchmark.extra_info["gflop_per_s"] = flops / float(benchmark.stats.stats.median) / 1e9

@@ -23,6 +23,7 @@ from .activations import saved_bytes
 from .flops import both_ways
 from .harness import OURS, Arguments, Case, Comparison, Cost, Peer, Row, nbytes, to_device
 from .standing_in import standing_in
+from .timing import note_flops
 
 _SMALL, _USUAL = (480, 640), inputs.IMAGE
 _OBJECTS = 12
@@ -164,10 +165,10 @@ def _note(row: Row, benchmark: Any, *, training: bool) -> None:
     networks = _NETWORKS[row.contender](arguments[0], row.device)
     counted, formula = both_ways(networks, lambda: row.call(*arguments), [image], training=training)
     assert counted == sum(formula.values()), f"torch counts {counted}, the formulas say {formula}"
+    note_flops(benchmark, counted)
     info = benchmark.extra_info
     info.update(
         networks=len(networks),
-        flops=counted,
         flops_by_formula=formula,
         backbone_and_fpn_share_of_flops=(formula["backbone"] + formula["fpn"]) / counted,
         parameters=[_parameters(network) for network in networks],
@@ -180,8 +181,7 @@ def _note(row: Row, benchmark: Any, *, training: bool) -> None:
             for network in networks
         ]
     if benchmark.enabled:
-        median = float(benchmark.stats.stats.median)
-        info.update(gflop_per_s=counted / median / 1e9, images_per_s=1 / median)
+        info["images_per_s"] = 1 / float(benchmark.stats.stats.median)
 
 
 def _parameters(*modules: torch.nn.Module) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,11 +20,24 @@ _MOST_ROUNDS = 500
 
 # Three rounds give a median. A call that takes longer than this gets no more, and needs no warming up but the calls
 # that checked it and counted its memory.
-_SLOW_SECONDS = 1.0
+_SLOW_SECONDS = 0.5
 _SLOW_ROUNDS = 3
 
 # A round of calls on the GPU lasts this long, so that the events around it weigh little.
 _ROUND_SECONDS = 2e-3
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a device reaches in PyTorch's own operations, in the same run.
+
+    Attributes:
+        copy: Bytes per second, read plus written, of a device.
+        matmul: Operations per second of a device in a dtype.
+    """
+
+    copy: Callable[[torch.device], float]
+    matmul: Callable[[torch.device, torch.dtype], float]
 
 
 @dataclass(frozen=True)
@@ -65,16 +79,25 @@ def _clone(arguments: Arguments) -> Arguments:
     return copy
 
 
-def _dtype(arguments: Arguments) -> str:
+def _dtype(arguments: Arguments) -> torch.dtype | None:
     floating = [tensor.dtype for tensor in tensors(arguments) if tensor.is_floating_point()]
-    return str(floating[0]).removeprefix("torch.") if floating else "none"
+    return floating[0] if floating else None
+
+
+def note_flops(benchmark: Any, flops: int) -> None:
+    """Notes operations and their rate beside a median; in place of the formula's if they were counted since."""
+    info = benchmark.extra_info
+    info["flops"] = flops
+    if benchmark.enabled:
+        info["gflop_per_s"] = flops / float(benchmark.stats.stats.median) / 1e9
+        info["share_of_matmul"] = info["gflop_per_s"] / info["matmul_gflop_per_s"]
 
 
 def measure(
     benchmark: Any,
     row: Row,
     prepared: Prepared,
-    copy_bandwidth: Callable[[torch.device], float],
+    limits: Limits,
     config: pytest.Config,
 ) -> Result | None:
     """Times a row with pytest-benchmark and fills its `extra_info`.
@@ -83,7 +106,7 @@ def measure(
         benchmark: pytest-benchmark's fixture.
         row: What to time.
         prepared: Its inputs, already checked.
-        copy_bandwidth: Of a device, in bytes per second.
+        limits: Of the device.
         config: For --benchmark-max-time and --benchmark-min-rounds.
 
     Returns:
@@ -110,7 +133,9 @@ def measure(
     benchmark.pedantic(call, rounds=rounds, iterations=iterations, warmup_rounds=0 if slow else 1)
 
     median = float(benchmark.stats.stats.median)
-    copy = copy_bandwidth(row.device)
+    fifths = statistics.quantiles(benchmark.stats.stats.data, n=5, method="inclusive")
+    copy = limits.copy(row.device)
+    dtype = _dtype(prepared.arguments)
     rate = prepared.cost.bytes / median
     benchmark.extra_info.update(
         op=row.comparison.op,
@@ -118,15 +143,16 @@ def measure(
         contender=row.contender,
         device=device_name(row.device),
         threads=torch.get_num_threads() if row.device.type == "cpu" else None,
-        dtype=_dtype(prepared.arguments),
+        dtype=str(dtype).removeprefix("torch.") if dtype else "none",
+        from_20_to_80_percent_ms=[1e3 * fifths[0], 1e3 * fifths[-1]],
         bytes=prepared.cost.bytes,
-        flops=prepared.cost.flops,
         gb_per_s=rate / 1e9,
-        gflop_per_s=prepared.cost.flops / median / 1e9,
         copy_gb_per_s=copy / 1e9,
         share_of_copy=rate / copy,
+        matmul_gflop_per_s=limits.matmul(row.device, dtype or torch.float32) / 1e9,
         peak_memory_bytes=memory,
     )
+    note_flops(benchmark, prepared.cost.flops)
     if row.peer is None:
         benchmark.extra_info["ratio_to"] = {}
     return Result(median, benchmark.extra_info)
@@ -157,6 +183,7 @@ def ratio_table(report: Report) -> list[str]:
         tail = (
             f"{ours.extra_info['gb_per_s']:.3g}",
             f"{ours.extra_info['share_of_copy']:.1%}",
+            f"{ours.extra_info['share_of_matmul']:.1%}",
             _megabytes(ours),
         )
         for name, result in beside:
@@ -169,7 +196,7 @@ def ratio_table(report: Report) -> list[str]:
     if not cells:
         return []
     header = (
-        "op", "case", "device", "ours ms", "peer", "peer ms", "ratio", "GB/s", "of copy", "MB", "peer MB"
+        "op", "case", "device", "ours ms", "peer", "peer ms", "ratio", "GB/s", "of copy", "of matmul", "MB", "peer MB"
     )  # fmt: skip
     widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
     left = {0, 1, 2, 4}
@@ -180,11 +207,17 @@ def ratio_table(report: Report) -> list[str]:
         ).rstrip()
         for line in (header, *cells)
     ]
-    copies = sorted(
-        {(result.extra_info["device"], result.extra_info["copy_gb_per_s"]) for _, result in report.results}
-    )
+    found = [result.extra_info for _, result in report.results]
+    copies = sorted({(info["device"], info["copy_gb_per_s"]) for info in found})
     lines += [f"{name}: copies {speed:.1f} GB/s, read and written" for name, speed in copies]
+    products = sorted({(info["device"], info["dtype"], info["matmul_gflop_per_s"]) for info in found})
+    lines += [
+        f"{name}: multiplies matrices of {dtype} at {speed:,.0f} GFLOP/s"
+        for name, dtype, speed in products
+        if dtype != "none"
+    ]
     lines.append(
-        "ratio: peer's median / ours. GB/s, of copy: ours, of the bytes it must move. MB: memory at its peak"
+        "ratio: peer's median / ours. GB/s, of copy: ours, of the bytes it must move; of matmul: of the plain "
+        "algorithm's operations. MB: memory at its peak"
     )
     return lines

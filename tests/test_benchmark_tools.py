@@ -27,12 +27,15 @@ def make_row(op: str, case: str, contender: str, milliseconds: float, **extra: A
         "device": "A Processor",
         "threads": 2,
         "dtype": "float32",
+        "from_20_to_80_percent_ms": [0.9 * milliseconds, 1.1 * milliseconds],
         "bytes": 10**6,
         "flops": 10**7,
         "gb_per_s": 1e-3 / milliseconds * 1e3,
         "gflop_per_s": 10 / milliseconds,
         "copy_gb_per_s": 10.0,
         "share_of_copy": 0.1 / milliseconds,
+        "matmul_gflop_per_s": 200.0,
+        "share_of_matmul": 0.05 / milliseconds,
         "peak_memory_bytes": 2_000_000,
     }
     return {
@@ -106,14 +109,24 @@ def test_page_shows_everything_and_losses_first(root: Path, results: Path) -> No
     text = performance_page([run])
     assert text == performance_page(read_runs(results))
     assert "In 1 of the 5 comparisons the peer is faster:" in text
-    assert "| `nms` | 1000 boxes | float32 | 0.500 | torchvision | 24.0 | 48.0 | 2.00 | 2.00 |" in text
-    assert "| `paste_masks` | large | float32 | 20.0 | eager | 15.0 | **0.75** | 2.00 | 2.00 |" in text
-    assert "| `conv` | alone | float32 | 1.00 | none |  |  | 2.00 |  |" in text
+    assert (
+        "| `nms` | 1000 boxes | float32 | 0.500 | 0.450 to 0.550 | torchvision | 24.0 | 48.0 | 2.00 | 2.00 |"
+        in text
+    )
+    assert (
+        "| `paste_masks` | large | float32 | 20.0 | 18.0 to 22.0 | eager | 15.0 | **0.75** | 2.00 | 2.00 |"
+        in text
+    )
+    assert "| `conv` | alone | float32 | 1.00 | 0.900 to 1.10 | none |  |  | 2.00 |  |" in text
     assert "60% of the parameters, 100% of the FLOPs, 50% of the tensors kept for backward" in text
     assert "100% of the peak memory, 50% of the time of two networks" in text
     # No row has a stride, so there is no such column.
-    assert "| shared network | R-50 | two networks | 80.0 | 0.0100 | 2,000 | 2.00 | 200 | 2.00 |" in text
+    assert (
+        "| shared network | R-50 | two networks | 80.0 | 0.0100 | 2,000 | 2.00 | 200 | 0.0% | 2.00 |" in text
+    )
     assert "| end to end | R-50 | eager | 99.0 |  |" in text
+    assert "multiplies large matrices at 200 GFLOP/s in float32, measured" in text
+    assert "| `nms` | 1000 boxes | 1.00 | 10.0 | 2.00 | 20.0% | 20.0 | 10.0% |" in text
     assert plot_names(run) == ["highlights", "ratios", "roofline", "shared", "stages"]
 
 

@@ -32,7 +32,10 @@ python -m benchmarks.report
   agree. Above 1 ours is faster; **bold** is below 1, where the peer is faster.
 - The peers named detectron2 are its algorithms written in plain PyTorch; eager is the same computation in PyTorch's own
   operations.
+- Times are medians; **20 to 80 %** is where the middle three fifths of our rounds lie.
 - **MB**: memory at its highest point over what was in use before the call, the result included.
+- **of copy**, **of matmul**: bytes and operations per second as a share of what PyTorch's own copy and matrix product
+  reach on the device, the latter in the same dtype.
 - Plots show the fastest of the peers.
 """
 
@@ -52,6 +55,11 @@ def ratio_text(ratio: float) -> str:
 def _scaled(row: Row, name: str, unit: float) -> str:
     value = row.figure(name)
     return "" if value is None else significant(value / unit)
+
+
+def _spread(row: Row) -> str:
+    ends = row.info.get("from_20_to_80_percent_ms")
+    return " to ".join(map(significant, ends)) if ends else ""
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]], left: int) -> list[str]:
@@ -103,6 +111,7 @@ def _ratios(run: Run) -> list[str]:
             group.case,
             group.ours.info.get("dtype", ""),
             significant(1e3 * group.ours.median),
+            _spread(group.ours),
             peer.contender if peer else "none",
             significant(1e3 * peer.median) if peer else "",
             ratio_text(group.ratio(peer)) if peer else "",
@@ -112,7 +121,18 @@ def _ratios(run: Run) -> list[str]:
         for group in run.ops
         for peer in group.peers or (None,)
     ]
-    header = ("op", "case", "dtype", "ours, ms", "peer", "peer, ms", "ratio", "ours, MB", "peer, MB")
+    header = (
+        "op",
+        "case",
+        "dtype",
+        "ours, ms",
+        "20 to 80 %",
+        "peer",
+        "peer, ms",
+        "ratio",
+        "ours, MB",
+        "peer, MB",
+    )
     return [
         "### Ops against their peers",
         "",
@@ -122,8 +142,14 @@ def _ratios(run: Run) -> list[str]:
     ]
 
 
+def _share(row: Row, name: str) -> str:
+    value = row.figure(name)
+    return "" if value is None else f"{value:.1%}"
+
+
 def _roofline(run: Run) -> list[str]:
     copy = run.metered[0].ours.info["copy_gb_per_s"]
+    products = [f"{rate:,.0f} GFLOP/s in {dtype}" for dtype, rate in run.matmul.items()]
     lines = [
         (
             _op_text(group),
@@ -131,8 +157,9 @@ def _roofline(run: Run) -> list[str]:
             _scaled(group.ours, "bytes", 1e6),
             _scaled(group.ours, "flops", 1e6),
             _scaled(group.ours, "gb_per_s", 1),
-            f"{group.ours.info['share_of_copy']:.1%}",
+            _share(group.ours, "share_of_copy"),
             _scaled(group.ours, "gflop_per_s", 1),
+            _share(group.ours, "share_of_matmul"),
         )
         for group in run.metered
     ]
@@ -140,12 +167,12 @@ def _roofline(run: Run) -> list[str]:
         "### How near to the device's limits",
         "",
         "Bytes are those that any implementation must read and write once, flops those of the plain algorithm. "
-        f"The device copies {copy:.1f} GB/s, read and written, measured in the same run; the line in the plot is that "
-        "rate. Points above it found their inputs in a cache, or left out work that the plain algorithm does (NMS "
-        "counts all pairs).",
+        f"The device copies {copy:.1f} GB/s, read and written, and multiplies large matrices at "
+        f"{' and '.join(products)}, measured in the same run; the lines in the plot are those rates. Points above the "
+        "slope found their inputs in a cache, or left out work that the plain algorithm does (NMS counts all pairs).",
         "",
-        *_picture("roofline", run, "Roofline: GFLOP/s over flops per byte, with the device's copy rate", ""),
-        *table(("op", "case", "MB", "MFLOP", "GB/s", "of copy", "GFLOP/s"), lines, left=2),
+        *_picture("roofline", run, "Roofline: GFLOP/s over flops per byte, with the device's own rates", ""),
+        *table(("op", "case", "MB", "MFLOP", "GB/s", "of copy", "GFLOP/s", "of matmul"), lines, left=2),
         *_caption(run),
     ]
 
@@ -191,6 +218,7 @@ def _network_table(groups: Sequence[Group]) -> list[str]:
             _scaled(row, "peak_memory_bytes", 1e6),
             significant(1e3 * row.median),
             _scaled(row, "images_per_s", 1),
+            _share(row, "share_of_matmul"),
             "" if row.is_ours else ratio_text(group.ratio(row)),
         )
         for group in groups
@@ -207,7 +235,7 @@ def _network_table(groups: Sequence[Group]) -> list[str]:
         "kept, MB",
         "peak, MB",
     )
-    return table((*header, "ms", "images/s", "ratio"), lines, left=3)
+    return table((*header, "ms", "images/s", "of matmul", "ratio"), lines, left=3)
 
 
 def _shared(run: Run) -> list[str]:

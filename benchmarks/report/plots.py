@@ -107,16 +107,15 @@ def _roofline(run: Run, theme: _Theme) -> Figure:
             axes.plot(x, y, marker, color=colour, markersize=5, zorder=3, label=None if first else op)
     copy = run.metered[0].ours.info["copy_gb_per_s"]
     ends = [10 ** math.floor(math.log10(axes.get_xlim()[0])), 10 ** math.ceil(math.log10(axes.get_xlim()[1]))]
-    axes.plot(ends, [copy * end for end in ends], color=theme.text, linewidth=1.2)
-    axes.annotate(
-        f"copies, {copy:.1f} GB/s",
-        (ends[1], copy * ends[1]),
-        (-6, -64),
-        textcoords="offset points",
-        ha="right",
-        va="top",
-        fontsize=8,
-    )
+    # The slope ends where it meets the highest of the roofs.
+    top = min(max(run.matmul.values(), default=math.inf) / copy, ends[1])
+    axes.plot([ends[0], top], [copy * ends[0], copy * top], color=theme.text, linewidth=1.2)
+    near: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8}
+    axes.annotate(f"copies, {copy:.1f} GB/s", (ends[0], copy * ends[0]), (26, 10), **near)
+    for dtype, rate in run.matmul.items():
+        axes.plot([rate / copy, ends[1]], [rate, rate], color=theme.text, linewidth=1.2)
+        text = f"matrix product, {dtype}, {rate:,.0f} GFLOP/s"
+        axes.annotate(text, (ends[1], rate), (-4, 3), ha="right", va="bottom", **near)
     axes.set_xlim(*ends)
     axes.grid()
     axes.set_xlabel("flops of the plain algorithm per byte that must move")

@@ -144,6 +144,14 @@ class Run:
         return [group for group in self.ops if "share_of_copy" in group.ours.info]
 
     @property
+    def matmul(self) -> dict[str, float]:
+        """GFLOP/s of the device's matrix product in each dtype that the groups of `metered` have."""
+        rates = {
+            group.ours.info["dtype"]: group.ours.info.get("matmul_gflop_per_s") for group in self.metered
+        }
+        return {dtype: rate for dtype, rate in rates.items() if rate is not None and dtype != "none"}
+
+    @property
     def networks(self) -> list[Group]:
         """Groups of whole networks and backbones but for those of `shared`."""
         return [group for group in self.groups if group.is_network and not group.is_shared]
