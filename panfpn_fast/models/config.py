@@ -57,6 +57,20 @@ FPN_STRIDES = (4, 8, 16, 32, 64)
 """Strides of P2..P6."""
 
 
+def _full_name(backbone: object) -> str:
+    """A backbone's name, with the library that it is of unless it is ours."""
+    if isinstance(backbone, str):
+        library, colon, network = backbone.partition(":")
+        if backbone in BACKBONES or (library in LIBRARIES and colon and network):
+            return backbone
+        if backbone.isidentifier():
+            return f"torchvision:{backbone}"
+    raise ValueError(
+        f"backbone: expected one of {', '.join(BACKBONES)}, a network's name of torchvision, 'torchvision:NAME' or "
+        f"'timm:NAME', got {backbone!r}"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class PanopticFPNConfig:
     """Everything that decides what a :class:`PanopticFPN` is and how it predicts.
@@ -67,7 +81,8 @@ class PanopticFPNConfig:
         tasks: the branches that exist: both, or ``("instance",)`` (Mask R-CNN) or ``("semantic",)`` alone, the two
             separate networks that the paper compares with.
         backbone: a key of :data:`BACKBONES`, such as ``"resnet50"``; or a network of torchvision or timm, if that is
-            installed: ``"torchvision:mobilenet_v3_large"``, ``"timm:convnext_tiny"``.
+            installed: ``"torchvision:mobilenet_v3_large"``, ``"timm:convnext_tiny"``. Any other plain name is one of
+            torchvision's, and becomes ``"torchvision:NAME"``.
         backbone_norm: its normalisation: ``"frozen_bn"`` (a checkpoint's statistics and scale, never trained),
             ``"bn"``, ``"sync_bn"`` (over all processes) or ``"gn"`` (at most 32 groups of at least 8 channels). Of
             torchvision's and timm's networks, the batch norms are replaced so; other normalisations stay.
@@ -203,12 +218,7 @@ class PanopticFPNConfig:
         if not isinstance(self.tasks, list | tuple) or tuple(self.tasks) not in (TASKS, TASKS[:1], TASKS[1:]):
             raise ValueError(f"tasks: expected {TASKS}, {TASKS[:1]} or {TASKS[1:]}, got {self.tasks!r}")
         object.__setattr__(self, "tasks", tuple(self.tasks))
-        library, colon, network = str(self.backbone).partition(":")
-        if self.backbone not in BACKBONES and not (library in LIBRARIES and colon and network):
-            raise ValueError(
-                f"backbone: expected one of {', '.join(BACKBONES)}, 'torchvision:NAME' or 'timm:NAME', "
-                f"got {self.backbone!r}"
-            )
+        object.__setattr__(self, "backbone", _full_name(self.backbone))
         if self.fpn_groups not in (1, 2) or self.fpn_channels % self.fpn_groups:
             raise ValueError(
                 f"fpn_groups: expected 1, or 2 with an even fpn_channels, got {self.fpn_groups!r}"

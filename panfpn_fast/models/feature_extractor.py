@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from panfpn_fast.models.config import FPN_STRIDES
+from panfpn_fast.models.config import BACKBONES, FPN_STRIDES
 from panfpn_fast.models.layers import FrozenBatchNorm2d, make_norm
 
 _STRIDES = FPN_STRIDES[:4]
@@ -70,7 +70,8 @@ def _import(module: str, name: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f'backbone: {name!r} cannot be made: {error}. pip install "panfpn_fast[backbones]"'
+            f'backbone: {name!r} cannot be made: {error}. pip install "panfpn_fast[backbones]", or take one of '
+            f"{', '.join(BACKBONES)}, which need nothing else"
         ) from error
 
 

@@ -17,9 +17,12 @@ from panfpn_fast.models import PanopticFPN, PanopticFPNConfig, get_preset, prese
         ("tasks", "instance"),
         ("tasks", ("semantic", "instance")),
         ("tasks", ("panoptic",)),
-        ("backbone", "resnet19"),
+        ("backbone", "resnet 19"),
+        ("backbone", ""),
+        ("backbone", None),
         ("backbone", "torchvision:"),
         ("backbone", "keras:resnet50"),
+        ("backbone", "timm:"),
         ("backbone_norm", "layer"),
         ("stride_in_1x1", "yes"),
         ("class_agnostic_boxes", None),
@@ -100,3 +103,9 @@ def test_presets(name: str) -> None:
     assert config.backbone == backbones[name.split("_")[2]]
     counts = (8, 11, "cityscapes") if "cityscapes" in name else (80, 53, "coco_panoptic")
     assert (config.num_things, config.num_stuff, config.dataset) == counts
+
+
+def test_a_plain_name_is_torchvisions() -> None:
+    assert PanopticFPNConfig(backbone="mobilenet_v3_large").backbone == "torchvision:mobilenet_v3_large"
+    assert PanopticFPNConfig(backbone="resnet50").backbone == "resnet50"
+    assert PanopticFPNConfig(backbone="timm:convnext_tiny.in12k").backbone == "timm:convnext_tiny.in12k"

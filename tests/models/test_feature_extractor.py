@@ -119,7 +119,7 @@ def test_torchvisions_weights_are_taken_over(torchvision: ModuleType, tmp_path: 
 
 def test_networks_that_do_not_suit_are_refused(torchvision: ModuleType) -> None:
     with pytest.raises(ValueError, match=r"backbone: torchvision has no network 'resnet19'"):
-        FeatureExtractor("torchvision:resnet19", "bn")
+        PanopticFPN(backbone="resnet19")
     with pytest.raises(ValueError, match=r"'torchvision:vit_b_16' does not take images of any size: .*224"):
         FeatureExtractor("torchvision:vit_b_16", "bn")
     with pytest.raises(
