@@ -14,12 +14,24 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+
+
+def environment() -> dict[str, str]:
+    """This process's, with its Python's own tools first on PATH where cmake is installed beside it.
+
+    So that nobody needs to have activated the environment; an isolated build brings its tools first on PATH itself.
+    """
+    spec = importlib.util.find_spec("cmake")
+    if spec is None or spec.origin is None or not Path(spec.origin).is_relative_to(sys.prefix):
+        return dict(os.environ)
+    return os.environ | {"PATH": f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ.get('PATH', '')}"}
 
 
 def package_dir(name: str) -> Path:
@@ -101,7 +113,7 @@ class CMakeBuild(build_ext):
             ("compiling", ["cmake", "--build", str(build), "-j", jobs]),
         ):
             try:
-                subprocess.run(command, check=True)
+                subprocess.run(command, env=environment(), check=True)
             except FileNotFoundError:
                 sys.exit(
                     "panfpn_fast: cmake was not found. Leave out --no-build-isolation, or: pip install cmake ninja"
