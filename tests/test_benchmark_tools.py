@@ -230,3 +230,34 @@ def test_too_small_and_missing_ratios_are_told(root: Path) -> None:
     assert line == "merge: was not measured beside detectron2"
     minimal = json.loads(module.MINIMAL.read_text())
     assert all(least >= 1 for peers in minimal.values() for least in peers.values())
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "folder"),
+    [
+        ("Intel(R) Xeon(R) Processor @ 2.50GHz", 2, "intel-xeon-2.5ghz-2-cores"),
+        ("NVIDIA H200", None, "nvidia-h200"),
+        ("AMD EPYC 7763 64-Core Processor", 16, "amd-epyc-7763-64-core-16-cores"),
+    ],
+)
+def test_folders_are_named_after_devices(root: Path, device: str, cores: int | None, folder: str) -> None:
+    from benchmarks.record import folder_name
+
+    assert folder_name(device, cores) == folder
+
+
+def test_failed_benchmarks_leave_the_results_of_before(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks import record
+
+    target = tmp_path / "device" / "cpu.json"
+    target.parent.mkdir()
+    target.write_text("before")
+    monkeypatch.setattr(record, "_target", lambda options: target)
+    monkeypatch.setattr(record, "ROOT", tmp_path)  # where there are no benchmarks
+    monkeypatch.setattr(sys, "argv", ["record", "-q"])
+    assert record.main() != 0
+    assert target.read_text() == "before"
+    assert list(target.parent.iterdir()) == [target]
+    assert "was left as it is" in capsys.readouterr().out

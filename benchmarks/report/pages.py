@@ -20,12 +20,10 @@ _INTRODUCTION = """\
 
 `python -m benchmarks.report` writes this page, its plots and the table in the [README](../README.md) from the JSON
 files in [benchmarks/results](../benchmarks/results). [benchmarks/README.md](../benchmarks/README.md) says how each
-figure is measured. To add a device, run this on it while it is otherwise idle (`cuda.json` where there is a GPU):
+figure is measured. To add a device, its GPU if it has one, run this on it while it is otherwise idle:
 
 ```bash
-pip install ".[bench]"
-pytest benchmarks/ --benchmark-only --benchmark-json=benchmarks/results/<device>/cpu.json
-python -m benchmarks.report
+pip install ".[bench]" && python -m benchmarks.record
 ```
 
 - **ratio**: the peer's median time over ours in the same run, on the same inputs, after the results were found to
