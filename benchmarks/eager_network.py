@@ -15,6 +15,7 @@ from torch import Tensor
 
 from panfpn_fast.models import PanopticFPN, PanopticFPNConfig
 from panfpn_fast.models.boxes import clip_boxes, decode_boxes, nonempty
+from panfpn_fast.models.fpn import FPN
 from panfpn_fast.models.panoptic_fpn import Instances, PanopticOutput
 from panfpn_fast.models.roi_heads import BoxHead, Detections, MaskHead
 from panfpn_fast.models.rpn import RPN
@@ -31,7 +32,25 @@ def _pool(features: Sequence[Tensor], boxes: Sequence[Tensor], size: int) -> Ten
     return pooler(features[:4], boxes, size, PYRAMID_SCALES)
 
 
+class EagerFPN(FPN):
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        merged = [self.lateral[name](c) for name, c in zip(self.lateral, features, strict=True)]
+        for level in range(len(merged) - 2, -1, -1):
+            merged[level] = merged[level] + F.interpolate(merged[level + 1], scale_factor=2.0, mode="nearest")
+        outputs = [self.output[name](x) for name, x in zip(self.output, merged, strict=True)]
+        return [*outputs, F.max_pool2d(outputs[-1], 1, stride=2)]
+
+
 class EagerRPN(RPN):
+    def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        logits, deltas = [], []
+        for feature in features:
+            hidden = F.relu(self.conv(feature))
+            logits.append(self.objectness(hidden).permute(0, 2, 3, 1).flatten(1).float())
+            moves = self.deltas(hidden).permute(0, 2, 3, 1)
+            deltas.append(moves.reshape(len(moves), -1, 4).float())
+        return logits, deltas
+
     def propose(
         self,
         anchors: Sequence[Tensor],
@@ -117,6 +136,7 @@ class EagerPanopticFPN(PanopticFPN):
     def __init__(self, **settings: object) -> None:
         super().__init__(**settings)
         config: PanopticFPNConfig = self.config
+        self.fpn = EagerFPN(self.backbone.out_channels, config.fpn_channels)
         self.rpn = EagerRPN(config)
         self.box_head = EagerBoxHead(config)
         self.mask_head = EagerMaskHead(config)

@@ -24,7 +24,7 @@ STAGES = ("backbone", "fpn", "rpn", "box", "mask", "semantic")
 
 
 def _conv_flops(x: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Any, **__: Any) -> int:
-    """Of a convolution [N, K, H, W] whose weights are [K, C, 3, 3]."""
+    """Of a convolution to [N, K, H, W] whose weights are [K, C / groups, h, w]."""
     return 2 * math.prod(out_shape) * math.prod(weight[1:])
 
 
@@ -49,6 +49,13 @@ def _project_flops(
     return 2 * math.prod(weight) * x[0] * math.prod(x[2:])
 
 
+def _added_conv_flops(
+    added: Sequence[int], x: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Any, **__: Any
+) -> int:
+    """Of a convolution whose result is added to what is there; additions of pixels count as nothing."""
+    return _conv_flops(x, weight, out_shape=out_shape)
+
+
 _FORMULAS: dict[str, Callable[..., int]] = {
     "conv3x3": _conv_flops,
     "conv3x3_statistics": _conv_statistics_flops,
@@ -56,19 +63,28 @@ _FORMULAS: dict[str, Callable[..., int]] = {
 }
 
 
-def _our_ops() -> dict[Any, Callable[..., int]]:
-    """The formulas by op: of the C++ ops, and of the Triton ops where there is a GPU for them."""
+_ONEDNN_FORMULAS: dict[str, Callable[..., int]] = {
+    "_convolution_pointwise": _conv_flops,
+    "_convolution_pointwise_": _added_conv_flops,
+}
+
+
+def _formulas() -> dict[Any, Callable[..., int]]:
+    """By op: of the C++ ops, of the Triton ops where there is a GPU for them, and of oneDNN's fused convolutions."""
     found: dict[Any, Callable[..., int]] = {}
     for namespace in (torch.ops.panfpn_fast, torch.ops.panfpn_fast_triton):
         for name, formula in _FORMULAS.items():
             if hasattr(namespace, name):
                 found[getattr(namespace, name)] = formula
+    for name, formula in _ONEDNN_FORMULAS.items():
+        if hasattr(torch.ops.mkldnn, name):
+            found[getattr(torch.ops.mkldnn, name)] = formula
     return found
 
 
 def count_flops(call: Callable[[], Any]) -> int:
     """Runs a call and counts by torch's FlopCounterMode, which sees backward passes too."""
-    with FlopCounterMode(display=False, custom_mapping=_our_ops()) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_formulas()) as counter:
         call()
     return counter.get_total_flops()
 

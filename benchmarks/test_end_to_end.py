@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from panfpn_fast.models import PanopticFPN, PanopticFPNConfig
+from panfpn_fast.models.fusion import for_prediction
 from panfpn_fast.models.panoptic_fpn import PanopticOutput
 
 from . import inputs, peers
@@ -41,8 +42,17 @@ def _network(kind: Callable[..., PanopticFPN], memory_format: torch.memory_forma
     return find
 
 
-# In the layout that modules are made with, which is what a Predictor and detectron2 have.
-_ours = _network(PanopticFPN, torch.contiguous_format)
+@cache
+def _folded(network: PanopticFPN) -> PanopticFPN:
+    return for_prediction(network)
+
+
+def _ours(backbone: str, where: Tensor) -> PanopticFPN:
+    """As a Predictor has it."""
+    return _folded(standing_in(backbone, where.device, where.dtype))
+
+
+# In the layout that modules are made with, which is what detectron2 has.
 _eager = _network(EagerPanopticFPN, torch.contiguous_format)
 
 
@@ -63,7 +73,6 @@ _NETWORKS: dict[str, Network] = {
     OURS: _ours,
     "eager": _eager,
     "eager, channels-last": _network(EagerPanopticFPN, torch.channels_last),
-    "ours, channels-last": _network(PanopticFPN, torch.channels_last),
     "eager, torch.compile": _compiled(_eager),
     "ours, torch.compile": _compiled(_ours),
 }
@@ -109,7 +118,6 @@ def _peers() -> list[Peer]:
     return [
         Peer("eager", _predict("eager"), peers.torchvision_problem),
         Peer("eager, channels-last", _predict("eager, channels-last"), peers.torchvision_problem, full=True),
-        Peer("ours, channels-last", _predict("ours, channels-last"), full=True),
         Peer("eager, torch.compile", _predict("eager, torch.compile"), problem, full=True),
         Peer("ours, torch.compile", _predict("ours, torch.compile"), peers.compile_problem, full=True),
     ]

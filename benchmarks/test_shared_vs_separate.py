@@ -16,6 +16,7 @@ from torch import Tensor
 from panfpn_fast.data.sample import Target
 from panfpn_fast.models import PanopticFPN, TwoNetworks
 from panfpn_fast.models.config import TASKS
+from panfpn_fast.models.fusion import for_prediction
 from panfpn_fast.training.network import TrainingNetwork, total
 
 from . import inputs
@@ -59,12 +60,17 @@ def _parts_r50(backbone: str, device: torch.device) -> list[PanopticFPN]:
 _NETWORKS: dict[str, Networks] = {OURS: _shared, "two networks": _parts, "two R-50": _parts_r50}
 
 
+@cache
+def _predicting(contender: str, backbone: str, device: torch.device) -> PanopticFPN | TwoNetworks:
+    """As a Predictor has it."""
+    if contender == OURS:
+        return for_prediction(standing_in(backbone, device))
+    return for_prediction(_two("resnet50" if contender == "two R-50" else backbone, device))
+
+
 def _predict(contender: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     def call(backbone: str, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if contender == OURS:
-            [output] = standing_in(backbone, image.device)([image])
-        else:
-            [output] = _two("resnet50" if contender == "two R-50" else backbone, image.device)([image])
+        [output] = _predicting(contender, backbone, image.device)([image])
         return output.panoptic, output.boxes, output.scores
 
     return call

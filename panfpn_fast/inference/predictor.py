@@ -33,7 +33,8 @@ class Predictor:
 
     Args:
         model: A `PanopticFPN`, or a module with the same `forward` and `config`. It is put in evaluation mode
-            and moved to `device` in place.
+            and moved to `device` in place. What predicts shares its weights but for those of a ResNet with batch
+            norms, which are copied as they are now, folded: make another predictor after training on.
         device: Where to run, such as "cuda:0" or "cpu"; by default a CUDA GPU if there is one, else the CPU.
         dtype: What the model's weights are converted to, in place: torch.float32, torch.bfloat16 or
             torch.float16. None leaves them as they are.
@@ -74,7 +75,12 @@ class Predictor:
         self.short_edge = short_edge
         self.max_edge = max_edge
         self._resize = getattr(model.config, "resize", "detectron2")
-        self.model = model.to(device=self.device, dtype=dtype).eval()
+        from panfpn_fast.models.fusion import for_prediction  # whose package needs this one
+
+        # Folded before weights are rounded to dtype.
+        self.model = for_prediction(model.eval())
+        for network in (model, self.model):
+            network.to(device=self.device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
     def tasks(self) -> tuple[str, ...]:

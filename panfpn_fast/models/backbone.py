@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from panfpn_fast.models.config import BACKBONES
+from panfpn_fast.models.fusion import conv_norm
 from panfpn_fast.models.layers import init_msra, make_norm
 
 
@@ -39,10 +40,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns [N, channels, H / stride, W / stride]."""
-        y = F.relu_(self.norm1(self.conv1(x)))
-        y = self.norm2(self.conv2(y))
-        y = y + self.shortcut(x)
-        return F.relu_(y)
+        y = conv_norm(self.conv1, self.norm1, x, relu=True)
+        return conv_norm(self.conv2, self.norm2, y, relu=True, added=self.shortcut(x))
 
 
 class Bottleneck(nn.Module):
@@ -84,11 +83,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns [N, 4 * channels, H / stride, W / stride]."""
-        y = F.relu_(self.norm1(self.conv1(x)))
-        y = F.relu_(self.norm2(self.conv2(y)))
-        y = self.norm3(self.conv3(y))
-        y = y + self.shortcut(x)
-        return F.relu_(y)
+        y = conv_norm(self.conv1, self.norm1, x, relu=True)
+        y = conv_norm(self.conv2, self.norm2, y, relu=True)
+        return conv_norm(self.conv3, self.norm3, y, relu=True, added=self.shortcut(x))
 
 
 class ResNet(nn.Module):
@@ -135,7 +132,7 @@ class ResNet(nn.Module):
         Returns:
             C2..C5 at strides 4, 8, 16 and 32; of a ResNet-50 [N, 256, H/4, W/4] to [N, 2048, H/32, W/32].
         """
-        x = F.relu_(self.norm1(self.conv1(x)))
+        x = conv_norm(self.conv1, self.norm1, x, relu=True)
         x = F.max_pool2d(x, 3, 2, padding=1)
         features = []
         for stage in range(1, 5):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from panfpn_fast.models.fusion import conv2d
 from panfpn_fast.models.layers import init_xavier
 
 
@@ -39,10 +40,8 @@ class FPN(nn.Module):
         merged: Tensor | None = None
         outputs: list[Tensor] = []
         for name, c in reversed(list(zip(self.lateral, features, strict=True))):
-            lateral: Tensor = self.lateral[name](c)
-            if merged is not None:
-                lateral = lateral + F.interpolate(merged, scale_factor=2.0, mode="nearest")
-            merged = lateral
+            above = None if merged is None else F.interpolate(merged, scale_factor=2.0, mode="nearest")
+            merged = conv2d(self.lateral[name], c, added=above)
             outputs.insert(0, self.output[name](merged))
         outputs.append(F.max_pool2d(outputs[-1], 1, stride=2))
         return outputs

@@ -157,6 +157,13 @@ class PanopticFPN(ExactConstants):
         """The parameters' type."""
         return next(self.parameters()).dtype
 
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """How the convolutions' weights, and therefore images and features, lie in memory."""
+        weight = next(self.backbone.parameters())
+        plain = weight.dim() != 4 or weight.is_contiguous()
+        return torch.contiguous_format if plain else torch.channels_last
+
     def prepare(self, images: Sequence[Tensor]) -> ImageBatch:
         """Orders the channels, normalises, and pads to one batch.
 
@@ -178,6 +185,7 @@ class PanopticFPN(ExactConstants):
         dtype = at_least_float32(self.dtype)
         mean, std = self.pixel_mean[:, None, None], self.pixel_std[:, None, None]
         batch = torch.zeros(len(images), 3, height, width, dtype=self.dtype, device=self.device)
+        batch = batch.contiguous(memory_format=self.memory_format)
         for i, image in enumerate(images):
             x = image.to(self.device, non_blocking=True).to(dtype)
             if self.config.channel_order == "BGR":

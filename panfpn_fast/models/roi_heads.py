@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from panfpn_fast import ops
 from panfpn_fast.models.boxes import clip_boxes, decode_boxes
 from panfpn_fast.models.config import FPN_STRIDES, PanopticFPNConfig
+from panfpn_fast.models.fusion import conv2d
 from panfpn_fast.models.layers import at_least_float32, init_msra, init_normal, init_xavier
 
 _SCALES = [1.0 / stride for stride in FPN_STRIDES[:4]]
@@ -150,7 +151,7 @@ class MaskHead(nn.Module):
         """
         x = _pool(features, boxes, self.pool_size)
         for conv in self.convs:
-            x = F.relu_(conv(x))
+            x = conv2d(conv, x, relu=True)
         x = F.relu_(self.deconv(x))  # [K, C, 28, 28]
         # The last 1x1 convolution for the one class that is wanted, instead of for all of them.
         rows = torch.zeros_like(classes) if self.class_agnostic else classes

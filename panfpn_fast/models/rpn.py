@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from panfpn_fast import ops
 from panfpn_fast.models.boxes import clip_boxes, decode_boxes, nonempty
 from panfpn_fast.models.config import FPN_STRIDES, PanopticFPNConfig
+from panfpn_fast.models.fusion import conv2d
 from panfpn_fast.models.layers import ExactConstants, at_least_float32, init_normal
 
 
@@ -87,7 +87,7 @@ class RPN(ExactConstants):
         """
         logits, deltas = [], []
         for feature in features:
-            hidden = F.relu_(self.conv(feature))
+            hidden = conv2d(self.conv, feature, relu=True)
             objectness: Tensor = self.objectness(hidden)  # [N, A, h, w]
             moves: Tensor = self.deltas(hidden)  # [N, A * 4, h, w]
             dtype = at_least_float32(objectness.dtype)
