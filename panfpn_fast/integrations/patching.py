@@ -233,7 +233,7 @@ def servable(*tensors: Any) -> bool:
             return False
         if tensor.is_quantized or tensor.device != tensors[0].device:
             return False
-    return tensors[0].device.type in _DEVICES
+    return len(tensors) > 0 and tensors[0].device.type in _DEVICES
 
 
 def _check_name(name: str) -> None:
