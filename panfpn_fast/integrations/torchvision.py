@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from panfpn_fast import ops
 from panfpn_fast.integrations.patching import Framework, Replacement, servable
@@ -39,9 +40,24 @@ def _one_precision(dtypes: Sequence[torch.dtype], *tensors: Tensor) -> bool:
     return len(found) == 1 and found <= set(dtypes)
 
 
+def _rows_agree(*tensors: Tensor) -> bool:
+    """Whether all have as many rows; not so where torch.compile could not tell, and would stop at our op's check."""
+    if any(tensor.dim() == 0 for tensor in tensors):
+        return False
+    return all(guard_or_false(tensor.shape[0] == tensors[0].shape[0]) for tensor in tensors[1:])
+
+
+def _suits_nms(boxes: Tensor, scores: Tensor, *idxs: Tensor) -> bool:
+    return (
+        servable(boxes, scores, *idxs)
+        and _one_precision(_EXACT, boxes, scores)
+        and _rows_agree(boxes, scores, *idxs)
+    )
+
+
 def _nms(original: _Function) -> _Function:
     def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-        if servable(boxes, scores) and _one_precision(_EXACT, boxes, scores):
+        if _suits_nms(boxes, scores):
             try:
                 return ops.nms(boxes, scores, iou_threshold)
             except _REFUSED:
@@ -55,8 +71,8 @@ def _nms_of_shifted_boxes(original: _Function) -> _Function:
     """For few boxes: one NMS over boxes whose classes were shifted apart."""
 
     def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
-        exact = servable(boxes, scores, idxs) and boxes.dtype in _EXACT
-        if exact and _one_precision(_EXACT, boxes, scores):
+        # Half-precision boxes are shifted in half by torchvision, even where autocast is on.
+        if _suits_nms(boxes, scores, idxs) and boxes.dtype in _EXACT:
             try:
                 return ops.batched_nms(boxes, scores, idxs, iou_threshold, exact="torchvision")
             except _REFUSED:
@@ -70,7 +86,7 @@ def _nms_of_each_class(original: _Function) -> _Function:
     """For many boxes: one NMS after the other."""
 
     def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
-        if servable(boxes, scores, idxs) and _one_precision(_EXACT, boxes, scores):
+        if _suits_nms(boxes, scores, idxs):
             try:
                 return ops.batched_nms(boxes, scores, idxs, iou_threshold)
             except _REFUSED:
