@@ -88,9 +88,12 @@ def _nms_of_each_class(original: _Function) -> _Function:
     def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
         if _suits_nms(boxes, scores, idxs):
             try:
-                return ops.batched_nms(boxes, scores, idxs, iou_threshold)
+                kept = ops.batched_nms(boxes, scores, idxs, iou_threshold).sort().values
             except _REFUSED:
                 pass
+            else:
+                # The same sort of the same values as torchvision's, which leaves equal scores in no defined order.
+                return kept[scores[kept].sort(descending=True).indices]
         return original(boxes, scores, idxs, iou_threshold)
 
     return batched_nms
