@@ -116,7 +116,7 @@ class Patch:
             unpatch(self.name)
 
     def __repr__(self) -> str:
-        return f"<panfpn_fast.patch({self.name!r}): {len(patched().get(self.name, ()))} functions>"
+        return f"<panfpn_fast.patch({self.name!r}), functions patched: {len(patched().get(self.name, ()))}>"
 
     def __str__(self) -> str:
         with _LOCK:

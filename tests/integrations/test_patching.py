@@ -125,7 +125,7 @@ def test_what_is_patched_is_said(tiny: Any) -> None:
     handle = patch("tiny")
     assert patched()["tiny"] == {"tiny.core:double": "nms"}
     assert str(handle) == "tiny 1.5.2, patched:\ntiny.core:double uses ops.nms"
-    assert repr(handle) == "<panfpn_fast.patch('tiny'): 1 functions>"
+    assert repr(handle) == "<panfpn_fast.patch('tiny'), functions patched: 1>"
     unpatch("tiny")
     assert "tiny" not in patched()
     assert str(handle) == "tiny is not patched"

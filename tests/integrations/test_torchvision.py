@@ -459,6 +459,7 @@ def test_symbolic_traces_use_ours() -> None:
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch.compile passes for an export here")
 def test_torch_compile_keeps_graphs_whole_and_ours_in_them() -> None:
     """With a pooler too, and where lengths are unknown to the compiler, which ours could not take."""
     boxes, scores, classes = sample(40, torch.device("cpu"))
