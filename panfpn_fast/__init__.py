@@ -4,7 +4,7 @@
     >>> model = panfpn_fast.PanopticFPN.from_config("panoptic_fpn_r50")
 
 `panfpn_fast.ops` has the single ops, `panfpn_fast.load` reads published checkpoints, `panfpn_fast.Predictor` turns
-photographs into panoptic results.
+photographs into panoptic results, `panfpn_fast.patch("torchvision")` puts the ops into other people's models.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from panfpn_fast import ops
     from panfpn_fast.checkpoints import load
     from panfpn_fast.inference import PanopticResult, Predictor, Segment
+    from panfpn_fast.integrations import patch, patched, unpatch
     from panfpn_fast.models import PanopticFPN, PanopticFPNConfig
 
 __all__ = [
@@ -27,6 +28,9 @@ __all__ = [
     "__version__",
     "load",
     "ops",
+    "patch",
+    "patched",
+    "unpatch",
 ]
 
 # Where each public name lives. They are imported at their first use (PEP 562), so that the command line answers
@@ -38,6 +42,9 @@ _HOMES = {
     "Predictor": "panfpn_fast.inference",
     "Segment": "panfpn_fast.inference",
     "load": "panfpn_fast.checkpoints",
+    "patch": "panfpn_fast.integrations",
+    "patched": "panfpn_fast.integrations",
+    "unpatch": "panfpn_fast.integrations",
 }
 
 

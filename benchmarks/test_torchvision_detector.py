@@ -1,0 +1,112 @@
+"""torchvision's Mask R-CNN as it is, and after `panfpn_fast.patch("torchvision")`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import panfpn_fast
+
+from . import inputs, peers
+from .harness import Arguments, Case, Comparison, Cost, Peer, Row, nbytes
+
+Detections = list[dict[str, Tensor]]
+
+# Pooled values differ by rounding, and forty layers of random weights follow: a few scores change their order, or which
+# side of a threshold they are on.
+_SHARE = 0.95
+
+
+@cache
+def _network(size: tuple[int, int], device: torch.device) -> Any:
+    """maskrcnn_resnet50_fpn_v2 with random weights, for images that it does not resize."""
+    from torchvision.models.detection import maskrcnn_resnet50_fpn_v2
+
+    torch.manual_seed(0)
+    network = maskrcnn_resnet50_fpn_v2(
+        weights=None, weights_backbone=None, min_size=min(size), max_size=max(size)
+    )
+    return network.eval().to(device)
+
+
+@torch.no_grad()
+def _detect(*images: Tensor) -> Detections:
+    height, width = images[0].shape[1:]
+    return _network((height, width), images[0].device)(list(images))
+
+
+# Patching is done at a row's first call, which is not timed; at the others it is found done.
+def _patched(*images: Tensor) -> Detections:
+    panfpn_fast.patch("torchvision")
+    return _detect(*images)
+
+
+def _as_it_is(*images: Tensor) -> Detections:
+    panfpn_fast.unpatch("torchvision")
+    return _detect(*images)
+
+
+def _arguments(size: tuple[int, int], batch: int) -> Arguments:
+    return tuple(inputs.image(size, seed=seed).float() / 255 for seed in range(batch))
+
+
+def _same_detections(ours: Sequence[dict[str, Tensor]], theirs: Sequence[dict[str, Tensor]]) -> None:
+    """Demands that nearly every detection of the peer's is found among ours: class, box, score and mask."""
+    for mine, other in zip(ours, theirs, strict=True):
+        assert len(other["boxes"]) > 0, "nothing was detected"
+        same = mine["labels"][None] == other["labels"][:, None]
+        same &= (mine["boxes"][None] - other["boxes"][:, None]).abs().amax(2) < 0.5
+        same &= (mine["scores"][None] - other["scores"][:, None]).abs() < 1e-3
+        found = same.any(1).nonzero().flatten()
+        share = len(found) / max(len(mine["boxes"]), len(other["boxes"]))
+        assert share >= _SHARE, f"{share:.1%} of the detections are the same"
+        for index in found.tolist():
+            apart = mine["masks"][int(same[index].float().argmax())] - other["masks"][index]
+            assert float(apart.abs().mean()) < 1e-3, "masks differ"
+
+
+def _cost(images: Arguments, output: Detections) -> Cost:
+    height, width = images[0].shape[1:]
+    weights = nbytes(list(_network((height, width), images[0].device).parameters()))
+    with FlopCounterMode(display=False) as counter:
+        _as_it_is(*images)
+    return Cost(bytes=nbytes(images) + weights + nbytes(output), flops=counter.get_total_flops())
+
+
+def _case(size: tuple[int, int], batch: int, full: bool) -> Case:
+    name = f"maskrcnn_resnet50_fpn_v2, {size[0]} x {size[1]}, batch {batch}"
+    return Case(name, partial(_arguments, size, batch), full)
+
+
+COMPARISON = Comparison(
+    op="patched torchvision",
+    ours=_patched,
+    peers=[Peer("torchvision", _as_it_is, peers.torchvision_problem)],
+    cases=[
+        _case((480, 640), 1, full=False),
+        _case(inputs.IMAGE, 1, full=True),
+    ],
+    agree=_same_detections,
+    cost=_cost,
+)
+
+
+@pytest.fixture(autouse=True)
+def _unpatched_afterwards() -> Iterator[None]:
+    """torchvision's own functions are the peers of other benchmarks."""
+    yield
+    panfpn_fast.unpatch("torchvision")
+
+
+@COMPARISON.rows()
+def test_torchvision_detector(row: Row, time_row: Callable[[Row], None]) -> None:
+    problem = peers.torchvision_problem(row.device)
+    if problem is not None:
+        pytest.skip(problem)
+    time_row(row)
