@@ -15,10 +15,10 @@ from panfpn_fast.models.panoptic_fpn import (
     Instances,
     PanopticFPN,
     PanopticOutput,
-    check_output_sizes,
     merge_settings,
 )
 from panfpn_fast.ops import PanopticSegments
+from panfpn_fast.ops._checks import int_pair
 
 SEGMENT = "segment_"
 """What the names of the columns of the table of segments begin with."""
@@ -64,9 +64,11 @@ class PaddedPanopticFPN(nn.Module):
         if not isinstance(model, PanopticFPN):
             raise TypeError(f"model: expected a PanopticFPN, got {type(model).__name__}")
         if model.training:
-            raise ValueError("model: expected a network in evaluation mode, got one in training mode; call .eval()")
+            raise ValueError(
+                "model: expected a network in evaluation mode, got one in training mode; call .eval()"
+            )
         if output_size is not None:
-            [output_size] = check_output_sizes([output_size], 1)
+            output_size = int_pair("output_size", output_size, 1)
         if isinstance(max_candidates, bool) or not isinstance(max_candidates, int) or max_candidates < 1:
             raise ValueError(f"max_candidates: expected an integer of at least 1, got {max_candidates!r}")
         self.model = model
@@ -93,8 +95,8 @@ class PaddedPanopticFPN(nn.Module):
               detections by descending score and zeros behind them; see :class:`PanopticOutput`.
             - ``count``: int64 [N], how many of them are detections.
             - ``semantic``: [N, height, width], 0 = "other" (all things), 1.. = stuff.
-            - ``overflow``: bool [N], whether there were more than ``max_candidates`` and :class:`PanopticFPN` might find
-              other instances.
+            - ``overflow``: bool [N], whether there were more candidates than ``max_candidates`` and
+              :class:`PanopticFPN` might find other instances.
 
         Raises:
             TypeError: ``images`` is no tensor, or neither uint8 nor floating.
@@ -127,9 +129,9 @@ class PaddedPanopticFPN(nn.Module):
             return _no_instances(batch, 2 * model.config.mask_pool_size)
         pyramid = features["instance"]
         sizes = [size] * len(batch)
-        proposals, proposed = model.rpn.propose_padded(
-            model.rpn.anchors(pyramid), *model.rpn(pyramid), sizes
-        )
+        objectness, moves = model.rpn(pyramid)
+        anchors = model.rpn.anchors(pyramid)
+        proposals, proposed = model.rpn.propose_padded(anchors, objectness, moves, sizes)
         class_logits, deltas = model.box_head(pyramid, list(proposals.unbind()))
         found = model.box_head.detect_padded(
             class_logits, deltas, proposals, proposed, size, self.max_candidates
@@ -192,8 +194,8 @@ def unpad(outputs: Mapping[str, Tensor]) -> list[PanopticOutput]:
         PanopticOutput(
             outputs["panoptic"][i],
             PanopticSegments(*(outputs[f"{SEGMENT}{name}"][i, :rows] for name in PanopticSegments._fields)),
-            *(outputs[name][i, :count] for name in Instances._fields),
-            outputs["semantic"][i],
+            **{name: outputs[name][i, :count] for name in Instances._fields},
+            semantic=outputs["semantic"][i],
         )
         for i, (rows, count) in enumerate(counts)
     ]

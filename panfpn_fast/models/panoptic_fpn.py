@@ -243,7 +243,7 @@ class PanopticFPN(ExactConstants):
         batch = self.prepare(images)
         if output_sizes is None:
             return batch, batch.sizes
-        return batch, check_output_sizes(output_sizes, len(images))
+        return batch, _check_output_sizes(output_sizes, len(images))
 
     def instances(
         self,
@@ -353,8 +353,7 @@ def _check_image(index: int, image: object) -> None:
         raise ValueError(f"images[{index}]: expected shape [3, h, w], got {list(image.shape)}")
 
 
-def check_output_sizes(sizes: Sequence[tuple[int, int]], count: int) -> list[tuple[int, int]]:
-    """Checks the size of each of ``count`` results; returns them as integers."""
+def _check_output_sizes(sizes: Sequence[tuple[int, int]], count: int) -> list[tuple[int, int]]:
     if len(sizes) != count:
         raise ValueError(f"output_sizes: expected {count} sizes, one per image, got {len(sizes)}")
     for i, size in enumerate(sizes):

@@ -103,16 +103,13 @@ class BoxHead(nn.Module):
         Returns:
             Per image, at most ``detections_per_image`` detections.
         """
-        scores, boxes, finite = self._decode(logits, deltas, torch.cat(list(proposals)))
+        scores = logits.softmax(dim=1)
+        boxes = decode_boxes(deltas, torch.cat(list(proposals))[:, None], self.weights, self.clamp_shrinking)
         counts = [len(p) for p in proposals]
         return [
-            self._select(*image, size)
-            for *image, size in zip(
-                torch.split(boxes, counts),
-                torch.split(scores, counts),
-                torch.split(finite, counts),
-                sizes,
-                strict=True,
+            self._select(image_boxes, image_scores, size)
+            for image_boxes, image_scores, size in zip(
+                torch.split(boxes, counts), torch.split(scores, counts), sizes, strict=True
             )
         ]
 
@@ -139,10 +136,12 @@ class BoxHead(nn.Module):
             Room for ``detections_per_image`` of every image.
         """
         batch, rows = proposed.shape
-        scores, boxes, finite = self._decode(logits, deltas, proposals.flatten(0, 1))
+        scores = logits.softmax(dim=1)
+        boxes = decode_boxes(deltas, proposals.flatten(0, 1)[:, None], self.weights, self.clamp_shrinking)
+        usable = _finite(boxes, scores) & proposed.flatten()
+        scores = scores[:, :-1]
         things, kinds = scores.shape[1], boxes.shape[1]
-        wanted = (scores > self.score_threshold) & (finite & proposed.flatten())[:, None]
-        wanted = wanted.reshape(batch, rows * things)
+        wanted = ((scores > self.score_threshold) & usable[:, None]).reshape(batch, rows * things)
         # Probabilities add up to one, so that no more classes of a proposal than this are above the threshold; a part
         # in a thousand is more than softmax's rounding.
         most = things if self.score_threshold == 0 else int(1.001 / self.score_threshold)
@@ -173,15 +172,10 @@ class BoxHead(nn.Module):
             overflow,
         )
 
-    def _decode(self, logits: Tensor, deltas: Tensor, proposals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Things' probabilities [K, things], boxes as the deltas [K, things or 1, 4], and whether all are finite [K]."""
-        scores = logits.softmax(dim=1)
-        boxes = decode_boxes(deltas, proposals[:, None], self.weights, self.clamp_shrinking)
-        finite = boxes.isfinite().flatten(1).all(dim=1) & scores.isfinite().all(dim=1)
-        return scores[:, :-1], boxes, finite
-
-    def _select(self, boxes: Tensor, scores: Tensor, finite: Tensor, size: tuple[int, int]) -> Detections:
+    def _select(self, boxes: Tensor, scores: Tensor, size: tuple[int, int]) -> Detections:
         """Each class of a proposal that scores high enough is a candidate; NMS follows, within classes or over all."""
+        finite = _finite(boxes, scores)
+        scores = scores[:, :-1]
         boxes = boxes.expand(-1, scores.shape[1], -1)
         rows, classes = ((scores > self.score_threshold) & finite[:, None]).nonzero(as_tuple=True)
         candidates = clip_boxes(boxes[rows, classes], size)
@@ -190,6 +184,11 @@ class BoxHead(nn.Module):
         keep = ops.batched_nms(candidates, candidate_scores, groups, self.nms_threshold)
         keep = keep[: self.detections_per_image]
         return Detections(candidates[keep], candidate_scores[keep], classes[keep])
+
+
+def _finite(boxes: Tensor, scores: Tensor) -> Tensor:
+    """Whether all that was predicted for a proposal is finite: bool [K] of boxes [K, C, 4] and scores [K, D]."""
+    return boxes.isfinite().flatten(1).all(dim=1) & scores.isfinite().all(dim=1)
 
 
 class MaskHead(nn.Module):

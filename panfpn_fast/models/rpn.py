@@ -172,16 +172,19 @@ class RPN(ExactConstants):
         self, anchors: Sequence[Tensor], logits: Sequence[Tensor], deltas: Sequence[Tensor], topk: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Decodes the best anchors of each level: boxes [N, K, 4], scores [N, K] and levels [K]."""
-        boxes, scores, levels = [], [], []
+        moves, places, scores, levels = [], [], [], []
         for level, (anchor, logit, delta) in enumerate(zip(anchors, logits, deltas, strict=True)):
             if self.by_probability:
                 logit = logit.sigmoid()
             score, index = logit.topk(min(topk, logit.shape[1]), dim=1)  # [N, k]
-            chosen = delta.gather(1, index[..., None].expand(-1, -1, 4))
-            boxes.append(decode_boxes(chosen, anchor[index], self.box_weights, self.clamp_shrinking))
+            moves.append(delta.gather(1, index[..., None].expand(-1, -1, 4)))
+            places.append(anchor[index])
             scores.append(score)
             levels.append(torch.full_like(score[0], level, dtype=torch.int64))
-        return torch.cat(boxes, dim=1), torch.cat(scores, dim=1), torch.cat(levels)
+        boxes = decode_boxes(
+            torch.cat(moves, dim=1), torch.cat(places, dim=1), self.box_weights, self.clamp_shrinking
+        )
+        return boxes, torch.cat(scores, dim=1), torch.cat(levels)
 
     def _select(self, boxes: Tensor, scores: Tensor, levels: Tensor, size: tuple[int, int]) -> Tensor:
         """Drops what is not finite or empty, then applies NMS within each level."""
