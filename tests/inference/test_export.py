@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,14 @@ if kind == "export":
 else:
     program = torch._inductor.aoti_load_package(path)
     description = program.get_metadata()["panfpn_fast"]
-torch.save((program(torch.load(images)), description), results)
+images = torch.load(images)
+torch.save((program(images), description), results)
+try:
+    program(images[..., 1:])
+except (AssertionError, RuntimeError):
+    pass
+else:
+    raise SystemExit("ran on an image of another size")
 assert "panfpn_fast.models" not in sys.modules
 """
 
@@ -73,9 +81,9 @@ def images() -> Tensor:
 def run_elsewhere(kind: str, path: Path, images: Tensor, folder: Path) -> tuple[dict[str, Tensor], Any]:
     torch.save(images, folder / "images.pth")
     arguments = [kind, str(path), str(folder / "images.pth"), str(folder / "results.pth")]
-    done = subprocess.run(
-        [sys.executable, "-c", LOADED_ELSEWHERE, *arguments], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", LOADED_ELSEWHERE, *arguments]
+    env = {**os.environ, "AOTI_RUNTIME_CHECK_INPUTS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found, description = torch.load(folder / "results.pth")
     return found, json.loads(description)
@@ -113,7 +121,7 @@ def test_archive(
 
 @pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler for AOTInductor")
 def test_package(model: PanopticFPN, images: Tensor, tmp_path: Path) -> None:
-    """Compiled code orders sums otherwise."""
+    """Compiled code orders sums otherwise: here probabilities differ by 3e-6 at most, and no integer."""
     [path] = export(
         model, tmp_path / "net.pt2", (64, 96), output_size=(33, 80), formats=["aoti"], options=QUICK
     )
@@ -123,8 +131,7 @@ def test_package(model: PanopticFPN, images: Tensor, tmp_path: Path) -> None:
     expected = PaddedPanopticFPN(model, (33, 80))(images)
     for name, value in expected.items():
         if value.is_floating_point():
-            print(name, float((found[name] - value).abs().max()))
-            torch.testing.assert_close(found[name], value, atol=2e-3, rtol=0)
+            torch.testing.assert_close(found[name], value, atol=1e-4, rtol=1e-5)
         elif name in ("panoptic", "semantic"):
             assert (found[name] == value).float().mean() > 0.995
         elif name != "segment_area":
