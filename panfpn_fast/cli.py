@@ -1,4 +1,4 @@
-"""The command line: `panfpn-fast predict`, `train`, `eval`, `demo`, `convert` and `info`.
+"""The command line: `panfpn-fast predict`, `train`, `eval`, `demo`, `convert`, `export`, `bench` and `info`.
 
 torch is imported only by the subcommand that needs it, so that `--help` and usage errors are immediate.
 """
@@ -17,6 +17,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from panfpn_fast.cli_bench import add_bench
+from panfpn_fast.cli_export import add_export
 from panfpn_fast.training.command import SettingsError, add_training_commands
 
 if TYPE_CHECKING:
@@ -109,6 +111,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_predict(commands)
     add_training_commands(commands)
     _add_convert(commands)
+    add_export(commands)
+    add_bench(commands)
     info = commands.add_parser(
         "info",
         help="show versions, how the package was built, and what loaded",

@@ -56,7 +56,7 @@ def save(model: PanopticFPN, path: str | os.PathLike[str], layout: str | None = 
     if path.suffix not in SUFFIXES[layout]:
         kind = "our own" if layout == "own" else f"{layout}'s"
         raise ValueError(f"{path}: {kind} checkpoints end in {' or '.join(SUFFIXES[layout])}")
-    categories = _categories(model.config)
+    categories = categories_of(model.config)
     description = own.description_of(dataclasses.asdict(model.config), categories)
     if layout == "own":
         content = own.content_of(model.state_dict(), dataclasses.asdict(model.config), categories)
@@ -94,7 +94,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
             torch.save(content, file)
 
 
-def _categories(config: PanopticFPNConfig) -> Categories | None:
+def categories_of(config: PanopticFPNConfig) -> Categories | None:
     """The classes of the data set, if it has as many as the network."""
     try:
         found = get_categories(config.dataset)

@@ -79,6 +79,6 @@ def nonempty(boxes: Tensor) -> Tensor:
 
 
 def scale_boxes(boxes: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Carries boxes [N, 4] from an image of size ``old`` (height, width) over to its resized copy ``new``."""
+    """Carries boxes [..., 4] from an image of size ``old`` (height, width) over to its resized copy ``new``."""
     scale_y, scale_x = new[0] / old[0], new[1] / old[1]
-    return torch.stack((boxes[:, 0::2] * scale_x, boxes[:, 1::2] * scale_y), dim=-1).flatten(-2)
+    return torch.stack((boxes[..., 0::2] * scale_x, boxes[..., 1::2] * scale_y), dim=-1).flatten(-2)

@@ -182,16 +182,19 @@ class PanopticFPN(ExactConstants):
         sizes = [(int(image.shape[1]), int(image.shape[2])) for image in images]
         multiple = self.config.size_divisibility
         height, width = (-(-max(side) // multiple) * multiple for side in zip(*sizes, strict=True))
-        dtype = at_least_float32(self.dtype)
-        mean, std = self.pixel_mean[:, None, None], self.pixel_std[:, None, None]
         batch = torch.zeros(len(images), 3, height, width, dtype=self.dtype, device=self.device)
         batch = batch.contiguous(memory_format=self.memory_format)
         for i, image in enumerate(images):
-            x = image.to(self.device, non_blocking=True).to(dtype)
-            if self.config.channel_order == "BGR":
-                x = x.flip(0)
-            batch[i, :, : x.shape[1], : x.shape[2]] = (x - mean) / std
+            x = self.normalize(image.to(self.device, non_blocking=True))
+            batch[i, :, : x.shape[1], : x.shape[2]] = x
         return ImageBatch(batch, sizes)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Orders the channels of RGB images [..., 3, H, W], 0 to 255, and normalises; in float32 or float64."""
+        x = images.to(at_least_float32(self.dtype))
+        if self.config.channel_order == "BGR":
+            x = x.flip(-3)
+        return (x - self.pixel_mean[:, None, None]) / self.pixel_std[:, None, None]
 
     def features(self, images: Tensor, tasks: Sequence[str] | None = None) -> dict[str, list[Tensor]]:
         """Computes what the branches see.
@@ -333,13 +336,20 @@ def merge(config: PanopticFPNConfig, instances: Instances, semantic: Tensor) -> 
         instances.classes,
         semantic,
         (semantic.shape[0], semantic.shape[1]),
-        score_threshold=config.instance_score_threshold,
-        overlap_threshold=config.overlap_threshold,
-        stuff_area_threshold=config.stuff_area_threshold,
-        mask_threshold=config.mask_threshold,
-        rule=config.fusion_rule,
+        **merge_settings(config),
     )
     return PanopticOutput(panoptic, segments, *instances, semantic)
+
+
+def merge_settings(config: PanopticFPNConfig) -> dict[str, Any]:
+    """Returns a network's thresholds and rule for merging as `ops.panoptic_merge` calls them."""
+    return {
+        "score_threshold": config.instance_score_threshold,
+        "overlap_threshold": config.overlap_threshold,
+        "stuff_area_threshold": config.stuff_area_threshold,
+        "mask_threshold": config.mask_threshold,
+        "rule": config.fusion_rule,
+    }
 
 
 def _check_image(index: int, image: object) -> None:

@@ -27,6 +27,16 @@ class Detections(NamedTuple):
     classes: Tensor  # [N], int64
 
 
+class PaddedDetections(NamedTuple):
+    """A batch's detections, each image's by descending score, and zeros behind them."""
+
+    boxes: Tensor  # [N, D, 4], pixels of the network's input
+    scores: Tensor  # [N, D]
+    classes: Tensor  # [N, D], int64
+    found: Tensor  # [N, D], bool: a detection
+    overflow: Tensor  # [N], bool: candidates that were too many to be looked at could have been detections
+
+
 def _pool(features: Sequence[Tensor], boxes: Sequence[Tensor], size: int) -> Tensor:
     """Pools every box from the level that suits its size, out of P2..P5."""
     pooled: Tensor = ops.multiscale_roi_align(
@@ -104,9 +114,68 @@ class BoxHead(nn.Module):
             )
         ]
 
+    def detect_padded(
+        self,
+        logits: Tensor,
+        deltas: Tensor,
+        proposals: Tensor,
+        proposed: Tensor,
+        size: tuple[int, int],
+        max_candidates: int,
+    ) -> PaddedDetections:
+        """Detects as :meth:`detect` does, in shapes that do not depend on what there is; no host sync.
+
+        Args:
+            logits: [N * L, things + 1] as :meth:`forward` returns them.
+            deltas: [N * L, things, 4] or [N * L, 1, 4].
+            proposals: [N, L, 4].
+            proposed: bool [N, L], which of them are proposals and no padding.
+            size: every image's height and width without padding.
+            max_candidates: how many of the classes of an image's proposals may enter NMS, the best ones.
+
+        Returns:
+            Room for ``detections_per_image`` of every image.
+        """
+        batch, rows = proposed.shape
+        scores = logits.softmax(dim=1)
+        boxes = decode_boxes(deltas, proposals.flatten(0, 1)[:, None], self.weights, self.clamp_shrinking)
+        usable = _finite(boxes, scores) & proposed.flatten()
+        scores = scores[:, :-1]
+        things, kinds = scores.shape[1], boxes.shape[1]
+        wanted = ((scores > self.score_threshold) & usable[:, None]).reshape(batch, rows * things)
+        # Probabilities add up to one, so that no more classes of a proposal than this are above the threshold; a part
+        # in a thousand is more than softmax's rounding.
+        most = things if self.score_threshold == 0 else int(1.001 / self.score_threshold)
+        limit = min(rows * min(things, most), max_candidates)
+        # No probability is as low as what is not wanted.
+        ranked = scores.reshape(batch, rows * things).masked_fill(~wanted, -1)
+        # Back in the order of `detect`, because it decides between equal scores.
+        index = ranked.topk(limit, dim=1, sorted=False).indices.sort(dim=1).values
+        scores, valid = ranked.gather(1, index), wanted.gather(1, index)
+        classes = index % things
+        places = index // things * kinds + (classes if kinds > 1 else 0)
+        boxes = boxes.reshape(batch, rows * kinds, 4).gather(1, places[..., None].expand(-1, -1, 4))
+        boxes = clip_boxes(boxes, size).masked_fill(~valid[..., None], 0)
+        groups = torch.zeros_like(classes) if self.class_agnostic_nms else classes
+        keep, _ = ops.nms_padded(boxes, scores, groups, self.nms_threshold, self.detections_per_image)
+        index = keep.clamp(min=0)
+        found = (keep >= 0) & valid.gather(1, index)
+        kept = scores.gather(1, index)
+        # Whether NMS lets a candidate pass depends on better ones alone. So none that was left out matters if there are
+        # enough detections, all of them better than it.
+        least = torch.where(found.all(dim=1), kept[:, -1], -1)
+        overflow = (wanted.sum(dim=1) > limit) & (least <= scores.amin(dim=1))
+        return PaddedDetections(
+            boxes.gather(1, index[..., None].expand(-1, -1, 4)).masked_fill(~found[..., None], 0),
+            kept.masked_fill(~found, 0),
+            classes.gather(1, index).masked_fill(~found, 0),
+            found,
+            overflow,
+        )
+
     def _select(self, boxes: Tensor, scores: Tensor, size: tuple[int, int]) -> Detections:
         """Each class of a proposal that scores high enough is a candidate; NMS follows, within classes or over all."""
-        finite = boxes.isfinite().flatten(1).all(dim=1) & scores.isfinite().all(dim=1)
+        finite = _finite(boxes, scores)
         scores = scores[:, :-1]
         boxes = boxes.expand(-1, scores.shape[1], -1)
         rows, classes = ((scores > self.score_threshold) & finite[:, None]).nonzero(as_tuple=True)
@@ -116,6 +185,11 @@ class BoxHead(nn.Module):
         keep = ops.batched_nms(candidates, candidate_scores, groups, self.nms_threshold)
         keep = keep[: self.detections_per_image]
         return Detections(candidates[keep], candidate_scores[keep], classes[keep])
+
+
+def _finite(boxes: Tensor, scores: Tensor) -> Tensor:
+    """Whether all that was predicted for a proposal is finite: bool [K] of boxes [K, C, 4] and scores [K, D]."""
+    return boxes.isfinite().flatten(1).all(dim=1) & scores.isfinite().all(dim=1)
 
 
 class MaskHead(nn.Module):

@@ -122,27 +122,80 @@ class RPN(ExactConstants):
         Returns:
             Per image, boxes [at most ``rpn_post_nms_topk``, 4] by descending score.
         """
-        boxes, scores, levels = [], [], []
+        boxes, scores, levels = self._candidates(anchors, logits, deltas, self.pre_nms_topk)
+        return [
+            self._select(image_boxes, image_scores, levels, size)
+            for image_boxes, image_scores, size in zip(boxes, scores, sizes, strict=True)
+        ]
+
+    def propose_padded(
+        self,
+        anchors: Sequence[Tensor],
+        logits: Sequence[Tensor],
+        deltas: Sequence[Tensor],
+        sizes: Sequence[tuple[int, int]],
+        pre_nms_topk: int | None = None,
+        post_nms_topk: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Proposes as :meth:`propose` does, in shapes that do not depend on what there is; no host sync.
+
+        Args:
+            anchors: per level, [M, 4].
+            logits: per level, [N, M].
+            deltas: per level, [N, M, 4].
+            sizes: each image's height and width without padding.
+            pre_nms_topk: best anchors per level that enter NMS; None: the configuration's.
+            post_nms_topk: L, how many proposals to make at most; None: the configuration's.
+
+        Returns:
+            Boxes [N, L, 4], each image's in the order of :meth:`propose` and zeros behind them; and bool [N, L]: which
+            are proposals.
+        """
+        boxes, scores, levels = self._candidates(anchors, logits, deltas, pre_nms_topk or self.pre_nms_topk)
+        per_image = [_clip(*image) for image in zip(boxes, scores, sizes, strict=True)]
+        clipped, valid = (torch.stack(parts) for parts in zip(*per_image, strict=True))
+        clipped = clipped.masked_fill(~valid[..., None], 0)
+        # What is not valid comes last and has no area, so that it suppresses nothing.
+        keep, _ = ops.nms_padded(
+            clipped,
+            scores.masked_fill(~valid, -torch.inf),
+            levels.expand(len(scores), -1),
+            self.nms_threshold,
+            post_nms_topk or self.post_nms_topk,
+        )
+        index = keep.clamp(min=0)
+        proposed = (keep >= 0) & valid.gather(1, index)
+        found = clipped.gather(1, index[..., None].expand(-1, -1, 4))
+        return found.masked_fill(~proposed[..., None], 0), proposed
+
+    def _candidates(
+        self, anchors: Sequence[Tensor], logits: Sequence[Tensor], deltas: Sequence[Tensor], topk: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Decodes the best anchors of each level: boxes [N, K, 4], scores [N, K] and levels [K]."""
+        moves, places, scores, levels = [], [], [], []
         for level, (anchor, logit, delta) in enumerate(zip(anchors, logits, deltas, strict=True)):
             if self.by_probability:
                 logit = logit.sigmoid()
-            score, index = logit.topk(min(self.pre_nms_topk, logit.shape[1]), dim=1)  # [N, k]
-            chosen = delta.gather(1, index[..., None].expand(-1, -1, 4))
-            boxes.append(decode_boxes(chosen, anchor[index], self.box_weights, self.clamp_shrinking))
+            score, index = logit.topk(min(topk, logit.shape[1]), dim=1)  # [N, k]
+            moves.append(delta.gather(1, index[..., None].expand(-1, -1, 4)))
+            places.append(anchor[index])
             scores.append(score)
             levels.append(torch.full_like(score[0], level, dtype=torch.int64))
-        return [
-            self._select(image_boxes, image_scores, torch.cat(levels), size)
-            for image_boxes, image_scores, size in zip(
-                torch.cat(boxes, dim=1), torch.cat(scores, dim=1), sizes, strict=True
-            )
-        ]
+        boxes = decode_boxes(
+            torch.cat(moves, dim=1), torch.cat(places, dim=1), self.box_weights, self.clamp_shrinking
+        )
+        return boxes, torch.cat(scores, dim=1), torch.cat(levels)
 
     def _select(self, boxes: Tensor, scores: Tensor, levels: Tensor, size: tuple[int, int]) -> Tensor:
         """Drops what is not finite or empty, then applies NMS within each level."""
-        clipped = clip_boxes(boxes, size)
-        # Looked up before clipping, which would hide an infinite coordinate.
-        valid = boxes.isfinite().all(dim=1) & scores.isfinite() & nonempty(clipped)
+        clipped, valid = _clip(boxes, scores, size)
         clipped, scores, levels = clipped[valid], scores[valid], levels[valid]
         keep = ops.batched_nms(clipped, scores, levels, self.nms_threshold)
         return clipped[keep[: self.post_nms_topk]]
+
+
+def _clip(boxes: Tensor, scores: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Cuts boxes [..., 4] to the image, and says which [...] are finite, scored and not empty."""
+    clipped = clip_boxes(boxes, size)
+    # Looked up before clipping, which would hide an infinite coordinate.
+    return clipped, boxes.isfinite().all(dim=-1) & scores.isfinite() & nonempty(clipped)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from panfpn_fast import ops
 from panfpn_fast.data.sample import IGNORE, Target
-from panfpn_fast.models.boxes import clip_boxes, decode_boxes, encode_boxes, nonempty
+from panfpn_fast.models.boxes import encode_boxes
 from panfpn_fast.models.panoptic_fpn import PanopticFPN
 from panfpn_fast.models.rpn import RPN
 from panfpn_fast.training.matching import NEGATIVE, POSITIVE, Samples, match, sample
@@ -134,25 +134,7 @@ def propose(
     Returns:
         Boxes [N, 1000, 4] and bool [N, 1000], whether each slot holds one.
     """
-    boxes, scores, levels = [], [], []
-    for level, (anchor, logit, delta) in enumerate(zip(anchors, logits, deltas, strict=True)):
-        score, index = logit.topk(min(_PRE_NMS, logit.shape[1]), dim=1)
-        decoded = decode_boxes(
-            delta.gather(1, index[..., None].expand(-1, -1, 4)), anchor[index], rpn.box_weights
-        )
-        boxes.append(decoded)
-        scores.append(score)
-        levels.append(torch.full_like(score, level, dtype=torch.int64))
-    decoded, score = torch.cat(boxes, dim=1), torch.cat(scores, dim=1)
-    clipped = torch.stack([clip_boxes(image, size) for image, size in zip(decoded, sizes, strict=True)])
-    usable = decoded.isfinite().all(dim=2) & score.isfinite() & nonempty(clipped)
-    # What cannot be used comes last and empty, so that it suppresses nothing.
-    score = torch.where(usable, score, -torch.inf)
-    clipped = torch.where(usable[..., None], clipped, 0.0)
-    keep, _ = ops.nms_padded(clipped, score, torch.cat(levels, dim=1), rpn.nms_threshold, _POST_NMS)
-    chosen = keep.clamp(min=0)
-    valid = (keep >= 0) & usable.gather(1, chosen)
-    return clipped.gather(1, chosen[..., None].expand(-1, -1, 4)), valid
+    return rpn.propose_padded(anchors, logits, deltas, sizes, _PRE_NMS, _POST_NMS)
 
 
 @torch.no_grad()

@@ -1,0 +1,189 @@
+"""What `panfpn-fast export` writes runs in a process that has the ops and nothing else of this package."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor
+from torch import Tensor
+from training_samples import make_sample, small_model
+
+from panfpn_fast.cli import main
+from panfpn_fast.inference import export as module
+from panfpn_fast.inference.export import compiler, export
+from panfpn_fast.models import PanopticFPN
+from panfpn_fast.models.padded import PaddedPanopticFPN
+
+# Shorter to compile, by what this takes in speed.
+QUICK = {
+    "aot_inductor.compile_wrapper_opt_level": "O0",
+    "aot_inductor.precompile_headers": False,
+    "cpp_cache_precompile_headers": False,
+}
+
+LOADED_ELSEWHERE = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class OpsOnly(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("panfpn_fast.") and not name.startswith(("panfpn_fast.ops", "panfpn_fast._")):
+            raise ImportError(f"{name} is not to be needed")
+
+sys.meta_path.insert(0, OpsOnly())
+import torch
+import panfpn_fast.ops
+
+kind, path, images, results = sys.argv[1:]
+if kind == "export":
+    extra = {"panfpn_fast.json": ""}
+    program = torch.export.load(path, extra_files=extra).module()
+    description = extra["panfpn_fast.json"]
+else:
+    program = torch._inductor.aoti_load_package(path)
+    description = program.get_metadata()["panfpn_fast"]
+images = torch.load(images)
+torch.save((program(images), description), results)
+try:
+    program(images[..., 1:])
+except (AssertionError, RuntimeError):
+    pass
+else:
+    raise SystemExit("ran on an image of another size")
+assert "panfpn_fast.models" not in sys.modules
+"""
+
+
+@pytest.fixture(scope="module")
+def model() -> PanopticFPN:
+    return small_model(
+        backbone_norm="frozen_bn",
+        pixel_std=(60.0, 60.0, 60.0),
+        rpn_pre_nms_topk=60,
+        rpn_post_nms_topk=50,
+        detections_per_image=20,
+        instance_score_threshold=0.2,
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return make_sample(64, 96).image[None]
+
+
+def run_elsewhere(kind: str, path: Path, images: Tensor, folder: Path) -> tuple[dict[str, Tensor], Any]:
+    torch.save(images, folder / "images.pth")
+    arguments = [kind, str(path), str(folder / "images.pth"), str(folder / "results.pth")]
+    command = [sys.executable, "-c", LOADED_ELSEWHERE, *arguments]
+    env = {**os.environ, "AOTI_RUNTIME_CHECK_INPUTS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found, description = torch.load(folder / "results.pth")
+    return found, json.loads(description)
+
+
+def check_description(description: Any, model: PanopticFPN, found: dict[str, Tensor]) -> None:
+    assert description["config"] == json.loads(json.dumps(vars(model.config)))
+    assert description["input"]["shape"] == [1, 3, 64, 96]
+    assert description["input"]["dtype"] == "uint8"
+    assert description["outputs"]["panoptic"] == {"shape": [1, 33, 80], "dtype": "int32"}
+    assert list(description["outputs"]) == list(found)
+    assert (description["device"], description["dtype"]) == ("cpu", "float32")
+
+
+def test_archive(
+    model: PanopticFPN, images: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Through the command line: the same operations, so the same numbers."""
+    model.save(tmp_path / "model.pth")
+    out = tmp_path / "out"
+    out.mkdir()
+    sizes = ["--size", "64", "96", "--output-size", "33", "80"]
+    arguments = ["export", str(tmp_path / "model.pth"), str(out / "net"), *sizes, "--format", "export"]
+    assert main([*arguments, "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == f"{out / 'net.pt2'}\n"
+    assert [path.name for path in out.iterdir()] == ["net.pt2"]
+    found, description = run_elsewhere("export", out / "net.pt2", images, tmp_path)
+    check_description(description, model, found)
+    expected = PaddedPanopticFPN(model, (33, 80))(images)
+    assert int(expected["count"]) > 0
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler for AOTInductor")
+def test_package(model: PanopticFPN, images: Tensor, tmp_path: Path) -> None:
+    """Compiled code orders sums otherwise: here probabilities differ by 3e-6 at most, and no integer."""
+    [path] = export(
+        model, tmp_path / "net.pt2", (64, 96), output_size=(33, 80), formats=["aoti"], options=QUICK
+    )
+    assert path == tmp_path / "net.aoti.pt2"
+    found, description = run_elsewhere("aoti", path, images, tmp_path)
+    check_description(description, model, found)
+    expected = PaddedPanopticFPN(model, (33, 80))(images)
+    for name, value in expected.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(found[name], value, atol=1e-4, rtol=1e-5)
+        elif name in ("panoptic", "semantic"):
+            assert (found[name] == value).float().mean() > 0.995
+        elif name != "segment_area":
+            assert torch.equal(found[name], value), name
+
+
+def test_a_failure_leaves_nothing(
+    model: PanopticFPN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "net.pt2").write_text("an older one")
+
+    def fail(program: Any, file: Any, **kwargs: Any) -> None:
+        file.write(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch.export, "export", lambda *args, **kwargs: None)
+    monkeypatch.setattr(module, "_describe", lambda *args: {})
+    monkeypatch.setattr(torch.export, "save", fail)
+    with pytest.raises(OSError, match="no space left"):
+        export(model, tmp_path / "net", (64, 96), formats=["export"])
+    assert [path.name for path in tmp_path.iterdir()] == ["net.pt2"]
+    assert (tmp_path / "net.pt2").read_text() == "an older one"
+
+
+def test_no_compiler(
+    model: PanopticFPN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "missing"))
+    with pytest.raises(RuntimeError, match=r"needs a C\+\+ compiler: install g\+\+, or set CXX"):
+        export(model, tmp_path / "net", (64, 96))
+    model.save(tmp_path / "model.pth")
+    assert main(["export", str(tmp_path / "model.pth"), str(tmp_path / "net"), "--size", "64", "96"]) == 2
+    assert capsys.readouterr().err.startswith("panfpn-fast: AOTInductor needs a C++ compiler")
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"model": torch.nn.Identity()}, TypeError, "model: expected a PanopticFPN, got Identity"),
+        ({"size": (0, 96)}, ValueError, r"size: .*\(0, 96\)"),
+        ({"size": (64.0, 96)}, TypeError, "size: expected a Python int, got float"),
+        ({"batch": 0}, ValueError, "batch: expected an integer of at least 1, got 0"),
+        ({"output_size": (3,)}, ValueError, "output_size: "),
+        ({"formats": ["onnx"]}, ValueError, r"formats: expected some of export, aoti, got \['onnx'\]"),
+        ({"formats": []}, ValueError, "formats: "),
+        ({"formats": "aoti"}, ValueError, "formats: "),
+    ],
+)
+def test_bad_input(
+    model: PanopticFPN, tmp_path: Path, changed: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    given = {"model": model, "size": (64, 96), "path": tmp_path / "net", **changed}
+    with pytest.raises(error, match=message):
+        export(**given)
+    assert list(tmp_path.iterdir()) == []
