@@ -56,6 +56,7 @@ def _bench(args: argparse.Namespace) -> int:
 
     import panfpn_fast
     from panfpn_fast._device import check_device
+    from panfpn_fast.models.fusion import for_prediction
 
     for name, least in (("size", min(args.size)), ("batch", args.batch), ("runs", args.runs)):
         if least < 1:
@@ -69,7 +70,8 @@ def _bench(args: argparse.Namespace) -> int:
             model = panfpn_fast.load(args.weights)
     except (OSError, ValueError, ImportError) as error:  # the messages name the file or what is missing
         raise SettingsError(" ".join(str(error).split())) from error
-    model = model.to(device, getattr(torch, args.dtype))
+    # As a Predictor has it.
+    model = for_prediction(model).to(device, getattr(torch, args.dtype), memory_format=torch.channels_last)  # type: ignore[call-overload]
     height, width = args.size
     images = torch.randint(0, 256, (args.batch, 3, height, width), dtype=torch.uint8).to(device)
     times = _measure(model, list(images), args.runs)
