@@ -113,6 +113,7 @@ def _float32(value: float) -> float:
 
 
 def _nms(original: _Function) -> _Function:
+    """For mmcv's batched_nms too, which calls it: once for boxes that it shifts apart, or for each group of many."""
     names = ("iou_threshold", "offset", "score_threshold", "max_num")
 
     def nms(boxes: Any, scores: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -155,51 +156,6 @@ def _suppress(
     if max_num > 0:
         kept = kept[:max_num]
     return torch.cat([boxes[kept], scores[kept, None]], dim=1), kept
-
-
-def _batched_nms(original: _Function) -> _Function:
-    def batched_nms(
-        boxes: Tensor, scores: Tensor, idxs: Tensor, nms_cfg: Any, class_agnostic: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        # Below the limit mmcv's own code makes one call of nms, which is ours.
-        settings: dict[str, Any] = {
-            "type": "nms",
-            "max_num": -1,
-            "class_agnostic": class_agnostic,
-            "split_thr": 10_000,
-        }
-        known = {*settings, "iou_threshold"}
-        settings |= dict(nms_cfg or {})
-        if (
-            settings.keys() == known
-            and settings["type"] == "nms"
-            and servable(boxes, scores, idxs)
-            and _suits_nms(boxes, scores)
-            and len(boxes) >= settings["split_thr"]
-        ):
-            try:
-                return _suppress_groups(boxes, scores, idxs, settings)
-            except REFUSED:
-                pass
-        dets, kept = original(boxes, scores, idxs, nms_cfg, class_agnostic)
-        return dets, kept
-
-    return batched_nms
-
-
-def _suppress_groups(
-    boxes: Tensor, scores: Tensor, idxs: Tensor, settings: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """mmcv's batched_nms of many boxes, which goes group by group, even where classes do not count."""
-    shifted = boxes.detach()
-    if not settings["class_agnostic"]:
-        shifted = shifted + (idxs.to(boxes) * (shifted.max() + 1))[:, None]
-    kept = ops.batched_nms(shifted, scores.detach(), idxs, _float32(settings["iou_threshold"]))
-    kept = kept.sort()[0]
-    kept = kept[scores.detach()[kept].sort(descending=True)[1]]
-    if settings["max_num"] > 0:
-        kept = kept[: settings["max_num"]]
-    return torch.cat([boxes[kept], scores[kept, None]], dim=-1), kept
 
 
 def _roi_align(original: _Function) -> _Function:
@@ -505,7 +461,6 @@ FRAMEWORK = Framework(
     tested=("3.3.0", "3.3.0"),
     replacements=(
         Replacement("mmcv.ops.nms:nms", "nms", _nms),
-        Replacement("mmcv.ops.nms:batched_nms", "batched_nms", _batched_nms),
         Replacement("mmcv.ops.roi_align:roi_align", "roi_align", _roi_align),
         Replacement(
             "mmdet.models.roi_heads.roi_extractors.single_level_roi_extractor:SingleRoIExtractor.forward",
