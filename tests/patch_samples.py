@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from panfpn_fast.integrations import patch
@@ -46,6 +48,30 @@ def same(
         got = call()
     assert set(calls.ops) == set(served), f"served by {sorted(calls.ops)}"
     (agree or torch.testing.assert_close)(got, expected)
+
+
+def gradients(network: nn.Module) -> dict[str, Tensor]:
+    """The gradients that there are, by their weights' names."""
+    return {name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None}
+
+
+def same_step(got: Any, expected: Any) -> None:
+    """Demands equal losses and gradients, to the rounding that another order of sums makes in a whole network."""
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-4, atol=1e-5)
+    assert got[1].keys() == expected[1].keys()
+    for name, gradient in got[1].items():
+        largest = expected[1][name].abs().max().item()
+        torch.testing.assert_close(gradient, expected[1][name], rtol=0, atol=1e-4 * largest + 1e-9)
+
+
+def paste(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """What both frameworks' pasting gives: bool [N, height, width]."""
+    x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
+    y = (torch.arange(size[0]) + 0.5 - y0) / (y1 - y0) * 2 - 1
+    x = (torch.arange(size[1]) + 0.5 - x0) / (x1 - x0) * 2 - 1
+    shape = (len(masks), *size)
+    grid = torch.stack([x[:, None, :].expand(shape), y[:, :, None].expand(shape)], dim=3)
+    return F.grid_sample(masks[:, None], grid, align_corners=False)[:, 0] >= 0.5
 
 
 def own(package: str) -> Callable[[type], type]:
