@@ -55,10 +55,10 @@ def _pooling(self: Any, x: Any, box_lists: Any) -> tuple[Any, ...] | None:
     settings = {(tuple(pooler.output_size), pooler.sampling_ratio, pooler.aligned) for pooler in poolers}
     if len(settings) != 1 or not isinstance(x, list) or not isinstance(box_lists, list):
         return None
-    if not x or len(x) != len(poolers) or not box_lists or len(box_lists) != len(x[0]):
+    if not x or len(x) != len(poolers):
         return None
     boxes: list[Any] = [getattr(of_image, "tensor", None) for of_image in box_lists]
-    if not servable(*x, *boxes) or torch.compiler.is_compiling():
+    if not servable(*x, *boxes) or torch.compiler.is_compiling() or len(boxes) != len(x[0]):
         return None
     if any(value.dtype != torch.float32 for value in (*x, *boxes)):
         return None
