@@ -12,7 +12,8 @@ EXPECTED = (
     r"the configuration is for other GPUs",  # a Triton configuration on the GPUs that it is not for
     r"setup.py is not beside tests/",  # .ci/run keeps the package's sources away from the tests
     r"timm is not installed",  # of optional backbones, torchvision's are tested
-    r"there is no C\+\+ compiler for AOTInductor",
+    r"detectron2 is not installed",  # neither is on PyPI for every torch; what replaces them is tested without
+    r"mmdetection is not installed",
     r"holds no goldens",  # PANFPN_SHARED is not everywhere
 )
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from panfpn_fast.models import PanopticFPN
 
 _DESCRIPTION = """\
-Times a network's prediction on images of noise, and prints milliseconds (median, and the 20 % and 80 % quantiles) of the
-whole and of its parts, and images per second. Images are on the device already; reading and resizing are not counted.
+Times a network's prediction on images of noise, and prints milliseconds (median, and the 20 % and 80 % quantiles)
+of the whole and of its parts, and images per second. Images are on the device already; reading and resizing are not counted.
 """
 
 
