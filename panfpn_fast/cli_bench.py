@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from panfpn_fast.models import PanopticFPN
 
 _DESCRIPTION = """\
-Times a network's prediction on images of noise, and prints milliseconds (median, and the 20 % and 80 % quantiles)
-of the whole and of its parts, and images per second. Images are on the device already; reading and resizing are not counted.
+Times a network's prediction on images of noise, and prints milliseconds (median, and the 20 % and 80 % quantiles) of
+the whole and of its parts, and images per second. Images are on the device already; reading and resizing are not
+counted.
 """
 
 
@@ -99,17 +100,16 @@ def _measure(model: PanopticFPN, images: list[torch.Tensor], runs: int) -> dict[
         times.setdefault(part, []).append(time.perf_counter() - started)
         return result
 
+    def merge_all(found: Any, labels: Any) -> list[Any]:
+        return [merge(model.config, *each) for each in zip(found, labels, strict=True)]
+
     with torch.inference_mode():
         for _ in range(runs + 3):
             batch, sizes = timed("prepare", model.prepare_outputs, images, None)
             features = timed("features", model.features, batch.images)
             found = timed("instances", model.instances, features, batch.sizes, sizes)
             labels = timed("labels", model.labels, features, batch.sizes, sizes)
-            timed(
-                "merge",
-                lambda pairs: [merge(model.config, *each) for each in pairs],
-                zip(found, labels, strict=True),
-            )
+            timed("merge", merge_all, found, labels)
         for _ in range(runs + 3):
             timed("whole", model, images)
     return {part: seconds[3:] for part, seconds in times.items()}

@@ -71,7 +71,7 @@ def export(
     Example:
         >>> import tempfile
         >>> import panfpn_fast
-        >>> model = panfpn_fast.PanopticFPN(backbone="resnet18", num_things=2, num_stuff=3)
+        >>> model = panfpn_fast.PanopticFPN(backbone="resnet10_narrow", tasks=("semantic",))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     [path] = export(model, f"{folder}/model", (64, 96), formats=["export"])
         ...     program = torch.export.load(path).module()
