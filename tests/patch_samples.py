@@ -17,17 +17,19 @@ from panfpn_fast.integrations.patching import Framework
 
 
 class Calls(TorchDispatchMode):
-    """Counts the calls of our ops by name."""
+    """Counts by name the calls of our ops, and of torchvision's, which are `theirs`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.ops: Counter[str] = Counter()
+        self.theirs: Counter[str] = Counter()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func.namespace == "panfpn_fast":
-            self.ops[func._schema.name.removeprefix("panfpn_fast::")] += 1
+        counter = {"panfpn_fast": self.ops, "torchvision": self.theirs}.get(func.namespace)
+        if counter is not None:
+            counter[func._schema.name.partition("::")[2]] += 1
         return func(*args, **(kwargs or {}))
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from op_samples import DEGENERATE_BOXES, generator, random_boxes
+from patch_samples import Calls
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import panfpn_fast
 from panfpn_fast.integrations.torchvision import FRAMEWORK
@@ -22,24 +21,6 @@ detection = torchvision.models.detection
 tv = torchvision.ops
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
-
-
-class Calls(TorchDispatchMode):
-    """Counts the calls of our ops and of torchvision's: {"panfpn_fast::nms": 2, ...}."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func.namespace in ("panfpn_fast", "torchvision"):
-            self.counts[func._schema.name] += 1
-        return func(*args, **(kwargs or {}))
-
-    def of(self, namespace: str) -> set[str]:
-        return {name.split("::")[1] for name in self.counts if name.startswith(f"{namespace}::")}
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +34,7 @@ def both(call: Callable[[], Any]) -> tuple[Any, Any, Calls]:
     panfpn_fast.unpatch("torchvision")
     with Calls() as calls:
         expected = call()
-    assert not calls.of("panfpn_fast")
+    assert not calls.ops
     with panfpn_fast.patch("torchvision"), Calls() as calls:
         got = call()
     return got, expected, calls
@@ -62,8 +43,8 @@ def both(call: Callable[[], Any]) -> tuple[Any, Any, Calls]:
 def assert_same(call: Callable[[], Tensor], op: str, rtol: float = 0, atol: float = 0) -> None:
     """Demands equal results, of which the patched one is our op's."""
     got, expected, calls = both(call)
-    assert calls.of("panfpn_fast") == {op}
-    assert not calls.of("torchvision")
+    assert set(calls.ops) == {op}
+    assert not calls.theirs
     assert got.is_contiguous() == expected.is_contiguous()
     torch.testing.assert_close(got, expected, rtol=rtol, atol=atol)
 
@@ -78,7 +59,7 @@ def assert_original(call: Callable[[], Any]) -> None:
             return f"{type(error)}: {error}"
 
     got, expected, calls = both(outcome)
-    assert not calls.of("panfpn_fast")
+    assert not calls.ops
     if isinstance(expected, str):
         assert got == expected
     else:
@@ -194,7 +175,7 @@ def test_gradients_of_roi_align(device: torch.device) -> None:
         return leaf.grad
 
     got, expected, calls = both(gradient)
-    assert calls.of("panfpn_fast") == {"roi_align", "roi_align_backward"}
+    assert set(calls.ops) == {"roi_align", "roi_align_backward"}
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)  # sums of up to 80 boxes' shares
 
 
@@ -230,7 +211,7 @@ def test_gradients_of_multiscale_roi_align(device: torch.device) -> None:
         )
 
     got, expected, calls = both(gradients)
-    assert calls.of("panfpn_fast") == {"multiscale_roi_align", "multiscale_roi_align_backward"}
+    assert set(calls.ops) == {"multiscale_roi_align", "multiscale_roi_align_backward"}
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
 
 
@@ -247,7 +228,7 @@ def test_levels_are_torchvisions_at_every_threshold(device: torch.device) -> Non
         x = [level.to(scattered[0]) for level in pyramid]
         if device.type == "cpu" or scattered is boxes:
             got, expected, calls = both(lambda x=x, boxes=scattered: pool(x, boxes, pooler()))  # type: ignore[misc]
-            assert calls.of("panfpn_fast") == {"roi_align"}  # level after level, as torchvision does it
+            assert set(calls.ops) == {"roi_align"}  # level after level, as torchvision does it
             torch.testing.assert_close(got, expected)
 
 
@@ -344,8 +325,8 @@ def test_mask_rcnn() -> None:
     inputs = images((100, 150), (96, 110))
     got, expected, calls = both(lambda: detections(model, inputs))
     # Many proposals and few detections, so that NMS goes both of torchvision's ways.
-    assert calls.of("panfpn_fast") == {"nms", "batched_nms", "multiscale_roi_align"}
-    assert not calls.of("torchvision")
+    assert set(calls.ops) == {"nms", "batched_nms", "multiscale_roi_align"}
+    assert not calls.theirs
     for mine, theirs in zip(got, expected, strict=True):
         assert len(theirs["boxes"]) == 10
         assert len(theirs["labels"].unique()) > 1
@@ -371,9 +352,9 @@ def test_detectors_that_use_nms_alone(build: Callable[[], Any]) -> None:
     torch.manual_seed(0)
     model = build().eval()
     [got], [expected], calls = both(lambda: detections(model, images((96, 120))))
-    assert calls.of("panfpn_fast") <= {"nms", "batched_nms"}
-    assert calls.of("panfpn_fast")
-    assert not calls.of("torchvision")
+    assert set(calls.ops) <= {"nms", "batched_nms"}
+    assert calls.ops
+    assert not calls.theirs
     assert len(expected["boxes"]) > 20
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
@@ -407,8 +388,8 @@ def test_training() -> None:
         return losses, list(torch.autograd.grad(sum(losses.values()), wanted, materialize_grads=True))
 
     (losses, gradients), (expected, expected_gradients), calls = both(step)
-    assert {"roi_align", "multiscale_roi_align", "multiscale_roi_align_backward"} <= calls.of("panfpn_fast")
-    assert not calls.of("torchvision")
+    assert {"roi_align", "multiscale_roi_align", "multiscale_roi_align_backward"} <= set(calls.ops)
+    assert not calls.theirs
     for name, loss in losses.items():
         torch.testing.assert_close(loss, expected[name], rtol=1e-4, atol=1e-5)
     for got, of_theirs in zip(gradients, expected_gradients, strict=True):
@@ -455,7 +436,7 @@ def test_symbolic_traces_use_ours() -> None:
     expected = Pooling()(pyramid, boxes)
     with panfpn_fast.patch("torchvision"), Calls() as calls:
         got = torch.fx.symbolic_trace(Pooling())(pyramid, boxes)
-    assert calls.of("panfpn_fast") == {"multiscale_roi_align"}
+    assert set(calls.ops) == {"multiscale_roi_align"}
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
