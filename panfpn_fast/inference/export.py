@@ -65,7 +65,7 @@ def export(
         OSError: A file cannot be written.
 
     Note:
-        An archive is a graph of PyTorch's and our ops, with the results of the eager network. A package is compiled
+        An archive is a graph of PyTorch's and our ops, with the eager network's results. A package is compiled
         code for this kind of processor, or GPU, and takes minutes to make; its results differ by rounding.
 
     Example:

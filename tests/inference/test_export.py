@@ -18,7 +18,7 @@ from training_samples import make_sample, small_model
 from panfpn_fast.cli import main
 from panfpn_fast.inference import export as module
 from panfpn_fast.inference.export import compiler, export
-from panfpn_fast.models import PanopticFPN
+from panfpn_fast.models import PanopticFPN, fusion
 from panfpn_fast.models.padded import PaddedPanopticFPN
 
 # Shorter to compile, by what this takes in speed.
@@ -99,9 +99,13 @@ def check_description(description: Any, model: PanopticFPN, found: dict[str, Ten
 
 
 def test_archive(
-    model: PanopticFPN, images: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: PanopticFPN,
+    images: Tensor,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Through the command line: the same operations, so the same numbers."""
+    """Through the command line: the same operations where nothing is fused, so the same numbers."""
     model.save(tmp_path / "model.pth")
     out = tmp_path / "out"
     out.mkdir()
@@ -112,6 +116,7 @@ def test_archive(
     assert [path.name for path in out.iterdir()] == ["net.pt2"]
     found, description = run_elsewhere("export", out / "net.pt2", images, tmp_path)
     check_description(description, model, found)
+    monkeypatch.setattr(fusion, "_HAS_FUSED_OPS", False)
     expected = PaddedPanopticFPN(model, (33, 80))(images)
     assert int(expected["count"]) > 0
     assert list(found) == list(expected)
