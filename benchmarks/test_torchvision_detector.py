@@ -105,8 +105,14 @@ def _unpatched_afterwards() -> Iterator[None]:
 
 
 @COMPARISON.rows()
-def test_torchvision_detector(row: Row, time_row: Callable[[Row], None]) -> None:
+def test_torchvision_detector(row: Row, time_row: Callable[[Row], None], benchmark: Any) -> None:
     problem = peers.torchvision_problem(row.device)
     if problem is not None:
         pytest.skip(problem)
     time_row(row)
+    images = row.case.arguments()
+    height, width = images[0].shape[1:]
+    parameters = _network((height, width), row.device).parameters()
+    benchmark.extra_info["parameters"] = sum(parameter.numel() for parameter in parameters)
+    if benchmark.enabled:
+        benchmark.extra_info["images_per_s"] = len(images) / float(benchmark.stats.stats.median)

@@ -28,6 +28,7 @@ _HIGHLIGHTS = (
     ("shared network", "R-50, 480 x 640"),
     ("shared network, training step", "R-50, 480 x 640"),
     ("prediction", "R-50, 800 x 1333, batch 1, float32"),
+    ("patched torchvision", "maskrcnn_resnet50_fpn_v2, 480 x 640, batch 1"),
     ("panoptic_quality", "20 segments, 1024 x 2048"),
 )
 

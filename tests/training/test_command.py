@@ -94,7 +94,7 @@ def test_settings_from_everywhere(tmp_path: Path) -> None:
         (["solver.steps=many"], "many"),
         (["precision=float8"], "precision: expected one of float32, bfloat16, float16, got 'float8'"),
         (["solver.steps=0"], "solver.steps: expected at least 1, got 0"),
-        (["model.backbone=vgg"], "backbone: expected one of"),
+        (["model.backbone=keras:vgg"], "backbone: expected one of"),
     ],
 )
 def test_wrong_settings_are_named(
