@@ -20,7 +20,7 @@ _MOST_ROUNDS = 500
 
 # Three rounds give a median. A call that takes longer than this gets no more, and needs no warming up but the calls
 # that checked it and counted its memory.
-_SLOW_SECONDS = 0.5
+_SLOW_SECONDS = 0.25
 _SLOW_ROUNDS = 3
 
 # A round of calls on the GPU lasts this long, so that the events around it weigh little.
