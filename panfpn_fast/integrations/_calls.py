@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Labels from here on are no stuff for ops.panoptic_merge.
+MAX_LABELS = 4096
+
 # What our ops raise for arguments that they do not take, before they compute anything: the original then does as it
 # always did. ImportError is a GPU without Triton.
 REFUSED = (TypeError, ValueError, ImportError)

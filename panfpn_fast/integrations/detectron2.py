@@ -15,6 +15,7 @@ from torch import Tensor
 
 from panfpn_fast import ops
 from panfpn_fast.integrations._calls import (
+    MAX_LABELS,
     REFUSED,
     by_score,
     drop_negative_areas,
@@ -29,8 +30,6 @@ _Function = Callable[..., Any]
 _HALF = (torch.float16, torch.bfloat16)
 # The field in which instances take the masks of their boxes along, while those that end up empty are sorted out.
 _MASKS_FIELD = "panfpn_fast_masks"
-# Labels from here on are no stuff for ops.panoptic_merge.
-_MAX_LABELS = 4096
 
 
 def _pooler_forward(original: _Function) -> _Function:
@@ -246,7 +245,7 @@ def _postprocess(
 
 def _labels(logits: Tensor, stride: int, crop: Sequence[int], size: Sequence[int]) -> Tensor | None:
     """Arg max [height, width] of upsampled logits [1, C, H, W], or None for logits that are not for our op."""
-    if not servable(logits) or logits.dtype != torch.float32 or logits.shape[1] > _MAX_LABELS:
+    if not servable(logits) or logits.dtype != torch.float32 or logits.shape[1] > MAX_LABELS:
         return None
     try:
         return ops.upsample_argmax(logits, stride, crop=tuple(crop), size=size)[0]
@@ -267,7 +266,7 @@ def _combine(
 
     detectron2 lists segments without pixels for an overlap threshold of 1 or more and without a stuff threshold.
     """
-    if masks is None or overlap_threshold >= 1 or stuff_area_threshold <= 0 or classes > _MAX_LABELS:
+    if masks is None or overlap_threshold >= 1 or stuff_area_threshold <= 0 or classes > MAX_LABELS:
         return None
     boxes, scores = instances.pred_boxes.tensor, instances.scores
     if not servable(labels, masks, boxes, scores, instances.pred_classes):

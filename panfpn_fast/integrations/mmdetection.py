@@ -23,6 +23,7 @@ from torch import Tensor
 
 from panfpn_fast import ops
 from panfpn_fast.integrations._calls import (
+    MAX_LABELS,
     REFUSED,
     by_score,
     drop_negative_areas,
@@ -36,8 +37,6 @@ _Function = Callable[..., Any]
 
 # mmcv's kernels compute positions in the dtype of the features.
 _EXACT = (torch.float32, torch.float64)
-# Labels from here on are no stuff for ops.panoptic_merge.
-_MAX_LABELS = 4096
 # Mark of a fusion head's function that takes what the others put off.
 _FUSES = "fuses_what_was_put_off"
 # Whether the heads may put off what the fusion head can do without.
@@ -389,7 +388,7 @@ def _fuse(original: _Function) -> _Function:
 def _fused(self: Any, results: Any, coarse: _Coarse, offset: int) -> Tensor | None:
     """The panoptic map in mmdetection's numbers, int32 [height, width], or None where ours would not agree."""
     classes = coarse.logits.shape[1]
-    if classes != self.num_stuff_classes + 1 or classes > _MAX_LABELS:
+    if classes != self.num_stuff_classes + 1 or classes > MAX_LABELS:
         return None
     masks, boxes, scores = results.masks, results.bboxes, results.scores
     if isinstance(masks, _Unpasted):
