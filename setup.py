@@ -1,10 +1,10 @@
 """Builds the two native libraries with CMake; pyproject.toml holds everything else.
 
-What it reads from the environment:
-  PANFPN_CUDA           unset: CUDA ops where nvcc is found; 1: an error where it is not; 0: never
-  CUDA_HOME, CUDA_PATH  where the CUDA toolkit lies
-  TORCH_CUDA_ARCH_LIST  architectures to build, as torch spells them: "8.0;9.0+PTX"
-  MAX_JOBS              compilers at once
+Environment variables:
+  PANFPN_CUDA           unset: build the CUDA ops if nvcc is found; 1: fail if it is not found; 0: do not build them
+  CUDA_HOME, CUDA_PATH  directory of the CUDA toolkit
+  TORCH_CUDA_ARCH_LIST  architectures to build for, in torch's notation: "8.0;9.0+PTX"
+  MAX_JOBS              number of parallel compiler processes
 """
 
 from __future__ import annotations
@@ -19,14 +19,18 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
+if not sys.platform.startswith("linux"):
+    sys.exit(f"panfpn_fast: only Linux is supported (also in WSL 2), this is {sys.platform}")
+
 
 def environment() -> dict[str, str]:
-    """This process's, with its Python's own tools first on PATH where cmake is installed beside it.
+    """Returns the environment variables for cmake, with this Python's scripts first on PATH if cmake is one of them.
 
-    So that nobody needs to have activated the environment; an isolated build brings its tools first on PATH itself.
+    So the build works in an environment that is not activated. An isolated build has its tools first on PATH already.
     """
     spec = importlib.util.find_spec("cmake")
     if spec is None or spec.origin is None or not Path(spec.origin).is_relative_to(sys.prefix):
@@ -35,18 +39,18 @@ def environment() -> dict[str, str]:
 
 
 def package_dir(name: str) -> Path:
-    """Where an installed package lies, found without importing it: torch takes seconds and may want a driver."""
+    """Returns the directory of an installed package without importing it: torch takes seconds and may need a driver."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         sys.exit(
-            f"panfpn_fast: building needs {name}, which is not installed here. Leave out --no-build-isolation, "
-            f"or run: pip install {name}"
+            f"panfpn_fast: the build needs {name}, which is not installed. Remove --no-build-isolation, or run: "
+            f"pip install {name}"
         )
     return Path(next(iter(spec.submodule_search_locations)))
 
 
 def find_nvcc() -> tuple[Path | None, list[str]]:
-    """The CUDA compiler, and every place that was searched."""
+    """Returns the CUDA compiler, or None, and the places that were searched."""
     searched = []
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if root := os.environ.get(variable):
@@ -63,7 +67,7 @@ def find_nvcc() -> tuple[Path | None, list[str]]:
 
 
 def cuda_compiler() -> Path | None:
-    """The nvcc to build the CUDA ops with, or None; says which in one line."""
+    """Returns the nvcc that builds the CUDA ops, or None to skip them. Prints the decision in one line."""
     wanted = os.environ.get("PANFPN_CUDA", "")
     if wanted not in ("", "0", "1"):
         sys.exit(f"panfpn_fast: PANFPN_CUDA: expected 0 or 1, got {wanted!r}")
@@ -75,8 +79,8 @@ def cuda_compiler() -> Path | None:
         message = f"nvcc was not found (searched {', '.join(searched)})"
         if wanted == "1":
             sys.exit(
-                f"panfpn_fast: PANFPN_CUDA=1 asks for the CUDA ops, but {message}. Install the CUDA toolkit 12.8 or "
-                "newer and set CUDA_HOME to it, or unset PANFPN_CUDA to build the CPU ops alone."
+                f"panfpn_fast: PANFPN_CUDA=1 requires the CUDA ops, but {message}. Install the CUDA toolkit 12.8 or "
+                "newer and set CUDA_HOME to its directory, or unset PANFPN_CUDA to build the CPU ops only."
             )
         print(f"panfpn_fast: not building the CUDA ops because {message}")
     else:
@@ -84,15 +88,29 @@ def cuda_compiler() -> Path | None:
     return nvcc
 
 
+class CleanBuild(build_py):
+    """Collects the Python files in an empty folder.
+
+    Otherwise a second build in the same checkout would install modules that are gone, and a CUDA library that this
+    build does not make.
+    """
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib, "panfpn_fast"), ignore_errors=True)
+        super().run()
+
+
 class CMakeBuild(build_ext):
-    """Runs CMake once for both libraries."""
+    """Builds both libraries with one run of CMake."""
 
     def build_extension(self, ext: Extension) -> None:
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve()
         nvcc = cuda_compiler()
+        # pip has deleted the programs of an earlier isolated build, which the old cache names: ninja, for example.
         configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            "cmake", "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DPANFPN_VERSION={self.distribution.get_version()}",
@@ -106,7 +124,7 @@ class CMakeBuild(build_ext):
             configure.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         if not jobs.isdecimal() or int(jobs) < 1:
-            sys.exit(f"panfpn_fast: MAX_JOBS: expected a number of at least 1, got {jobs!r}")
+            sys.exit(f"panfpn_fast: MAX_JOBS: expected an integer of at least 1, got {jobs!r}")
         build.mkdir(parents=True, exist_ok=True)
         for step, command in (
             ("configuring", configure),
@@ -116,13 +134,24 @@ class CMakeBuild(build_ext):
                 subprocess.run(command, env=environment(), check=True)
             except FileNotFoundError:
                 sys.exit(
-                    "panfpn_fast: cmake was not found. Leave out --no-build-isolation, or: pip install cmake ninja"
+                    "panfpn_fast: cmake was not found. Remove --no-build-isolation, or run: pip install cmake ninja"
                 )
             except subprocess.CalledProcessError as error:
                 sys.exit(
-                    f"panfpn_fast: {step} failed (cmake exited with {error.returncode}); the first error above tells "
-                    "why. A C++20 compiler (g++ 11 or newer) is needed; PANFPN_CUDA=0 leaves the CUDA ops out."
+                    f"panfpn_fast: {step} failed (cmake exited with {error.returncode}); see the first error above. "
+                    "The build needs a C++20 compiler (g++ 11 or newer). PANFPN_CUDA=0 skips the CUDA ops."
                 )
 
+    def copy_extensions_to_source(self) -> None:
+        """Copies `_C_cuda.so` too, which setuptools does not know as an extension, for editable installs."""
+        super().copy_extensions_to_source()
+        built = Path(self.build_lib, "panfpn_fast", "_C_cuda.so").resolve()
+        target = ROOT / "panfpn_fast" / built.name
+        if built.is_file() and built != target:
+            shutil.copyfile(built, target)
 
-setup(ext_modules=[Extension("panfpn_fast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+
+setup(
+    ext_modules=[Extension("panfpn_fast._C", sources=[])],
+    cmdclass={"build_py": CleanBuild, "build_ext": CMakeBuild},
+)

@@ -1,22 +1,28 @@
-"""Options, fixtures and the closing table of the benchmarks."""
+"""Options, fixtures and the final table of the benchmarks."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import shlex
 import subprocess
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from . import measuring
-from .harness import Prepared, Row, prepare
-from .timing import Limits, Report, measure, ratio_table
+from .harness import measuring
+from .harness.comparison import OURS, Prepared, Row, prepare
+from .harness.rounds import Timing
+from .harness.timing import Limits, Report, ratio_table, report_row, time_case
 
 _REPORT = pytest.StashKey[Report]()
+
+# The least ratios that CI demands, by group and peer.
+_MINIMAL_RATIOS = Path(__file__).resolve().parents[1] / ".ci" / "minimal_ratios.json"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,11 +31,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="also time the large cases (2048 x 4096), the slow peers and torch.compile",
     )
+    parser.addoption(
+        "--only-guarded",
+        action="store_true",
+        help="time only the cases and peers that .ci/minimal_ratios.json names",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "cuda: needs an NVIDIA GPU and the CUDA ops")
-    config.addinivalue_line("markers", "full: runs with --full only")
     config.stash[_REPORT] = Report()
     if not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError('The benchmarks need pytest-benchmark: pip install ".[bench]"')
@@ -37,52 +46,105 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.benchmark_columns = ["median", "iqr", "min", "rounds", "iterations"]
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--full"):
-        return
-    dropped = [item for item in items if item.get_closest_marker("full")]
-    items[:] = [item for item in items if not item.get_closest_marker("full")]
-    config.hook.pytest_deselected(items=dropped)
+    kept = items
+    if not config.getoption("--full"):
+        kept = [item for item in kept if not item.get_closest_marker("full")]
+    if config.getoption("--only-guarded"):
+        kept = _guarded(kept, json.loads(_MINIMAL_RATIOS.read_text()))
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+def _guarded(items: list[pytest.Item], minimal: dict[str, dict[str, float]]) -> list[pytest.Item]:
+    """Selects our row and the named peers' rows of each group in `minimal`; fails if one of them was not collected."""
+    wanted = {(group, name) for group, peers in minimal.items() for name in (OURS, *peers)}
+    found = {(row.group, row.contender): item for item in items if (row := _row(item)) is not None}
+    missing = sorted(wanted - found.keys())
+    if missing:
+        names = ", ".join(f"{name!r} in {group!r}" for group, name in missing)
+        raise pytest.UsageError(
+            f"{_MINIMAL_RATIOS.name} names benchmarks that were not collected: {names}. Correct the names, and pass "
+            "all of benchmarks/ to pytest."
+        )
+    return [item for key, item in found.items() if key in wanted]
+
+
+def _row(item: pytest.Item) -> Row | None:
+    row = item.callspec.params.get("row") if hasattr(item, "callspec") else None
+    return row if isinstance(row, Row) else None
 
 
 @pytest.fixture(scope="session")
 def limits() -> Limits:
-    """The devices' own rates, each measured once in the run."""
+    """The rates of the devices, each measured once per run."""
     return Limits(functools.cache(measuring.copy_bandwidth), functools.cache(measuring.matmul_rate))
 
 
 @pytest.fixture(scope="session")
 def prepared(pytestconfig: pytest.Config) -> Callable[[Row], Prepared]:
-    """Inputs and verdicts; those of the last case are kept, because the rows of a case follow each other."""
+    """Prepares the inputs and verdicts of a row. The last case is cached, since the rows of a case are consecutive."""
     kept = functools.lru_cache(maxsize=1)(prepare)
     full = bool(pytestconfig.getoption("--full"))
     return lambda row: kept(row.comparison, row.case, row.device, full)
+
+
+@pytest.fixture(scope="session")
+def timings(
+    request: pytest.FixtureRequest, prepared: Callable[[Row], Prepared]
+) -> Callable[[Row], dict[str, Timing]]:
+    """Times the selected rows of a row's case together, at the first of them; the last case is cached."""
+    config = request.config
+
+    @functools.lru_cache(maxsize=1)
+    def time_group(group: str) -> dict[str, Timing]:
+        selected = [row for item in request.session.items if (row := _row(item)) and row.group == group]
+        inputs = prepared(selected[0])
+        rows = [
+            row
+            for row in selected
+            if row.peer is None or inputs.verdicts.get(row.peer.name, "was not compared") is None
+        ]
+        max_seconds, min_rounds = (
+            config.getoption(f"benchmark_{name}") for name in ("max_time", "min_rounds")
+        )
+        return time_case(rows, inputs, float(max_seconds), int(min_rounds))
+
+    return lambda row: time_group(row.group)
 
 
 @pytest.fixture
 def time_row(
     benchmark: Any,
     prepared: Callable[[Row], Prepared],
+    timings: Callable[[Row], dict[str, Timing]],
     limits: Limits,
     pytestconfig: pytest.Config,
 ) -> Callable[[Row], None]:
-    """Checks a row against its peers, then times it: `time_row(row)`."""
+    """Checks a row against its peers, then reports its times: `time_row(row)`."""
 
     def time_one(row: Row) -> None:
-        problem = row.peer.problem(row.device) if row.peer is not None else None
+        problem = row.case.problem(row.device)
+        if problem is None and row.peer is not None:
+            problem = row.peer.problem(row.device)
         if problem is not None:
             pytest.skip(problem)
         inputs = prepared(row)
         if row.peer is not None:
             verdicts = [inputs.verdicts[row.peer.name]]
         else:
-            verdicts = list(inputs.verdicts.values()) or ["no peer runs here that could check the result"]
+            verdicts = list(inputs.verdicts.values()) or ["no peer that runs here can check the result"]
         differences = [verdict for verdict in verdicts if verdict is not None]
         if differences:
             pytest.fail("\n".join(differences), pytrace=False)
-        result = measure(benchmark, row, inputs, limits, pytestconfig)
-        if result is not None:
-            pytestconfig.stash[_REPORT].add(row, result)
+        benchmark.name = row.contender
+        benchmark.params = {"case": row.case.name, "device": row.device.type, "contender": row.contender}
+        if not benchmark.enabled:
+            benchmark.pedantic(row.call, args=inputs.arguments)
+            return
+        result = report_row(benchmark, row, inputs, timings(row)[row.contender], limits)
+        pytestconfig.stash[_REPORT].add(row, result)
 
     return time_one
 
@@ -93,13 +155,13 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
     build = {name: text for name, text in _load.build_report().items() if name != "installed in"}
     machine_info["panfpn_fast"] = build
-    # Results are published: the name of the host is nobody's business.
+    # Results are published, so the name of the host is removed.
     machine_info.pop("node", None)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
-    """Results that are being written anew are no change to what is measured."""
+    """Ignores changed results when it decides whether the working tree is dirty, since they do not affect timings."""
     command = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         changes = subprocess.run(command, cwd=config.rootpath, check=True, capture_output=True)
@@ -110,9 +172,9 @@ def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict
 def pytest_benchmark_update_json(
     config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]
 ) -> None:
-    """Notes what the report says of a run, command and versions, and leaves out the time of each single round."""
+    """Adds the command and the versions, which the report shows, and removes the time of each single round."""
     arguments = list(map(str, config.invocation_params.args))
-    # Where its results went is no part of the command.
+    # The path of the results is not a relevant part of the command.
     for number, text in enumerate(arguments):
         if text.startswith("--benchmark-json"):
             del arguments[number : number + (1 if "=" in text else 2)]
@@ -131,6 +193,6 @@ def pytest_benchmark_update_json(
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     lines = ratio_table(config.stash[_REPORT])
     if lines:
-        terminalreporter.section("ours against the peers")
+        terminalreporter.section("ours compared with the peers")
         for line in lines:
             terminalreporter.write_line(line)

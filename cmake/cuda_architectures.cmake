@@ -1,6 +1,13 @@
-# Which GPUs to build for: TORCH_CUDA_ARCH_LIST, else the GPUs of this machine, else every data-centre and desktop
-# architecture from 8.0 on that this nvcc knows, with PTX of the newest so that later ones compile at first use.
+# Chooses the GPU architectures to build for: TORCH_CUDA_ARCH_LIST if it is set; otherwise the GPUs of this machine;
+# otherwise every data-centre and desktop architecture from 7.5 on that this nvcc supports, with PTX of the newest,
+# which later GPUs compile at first use. Tested by tests/install/test_cuda_architectures.py.
 function(panfpn_choose_cuda_architectures result)
+  execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-arch OUTPUT_VARIABLE known RESULT_VARIABLE failed)
+  if(NOT "${failed}" STREQUAL "0")
+    message(FATAL_ERROR "${CMAKE_CUDA_COMPILER} --list-gpu-arch failed. Set CUDA_HOME to CUDA 12.8 or newer")
+  endif()
+  string(REGEX MATCHALL "[0-9]+" known "${known}") # 90 from the line compute_90
+
   if(DEFINED ENV{TORCH_CUDA_ARCH_LIST} AND NOT "$ENV{TORCH_CUDA_ARCH_LIST}" STREQUAL "")
     string(REGEX REPLACE "[ ,;]+" ";" wanted "$ENV{TORCH_CUDA_ARCH_LIST}")
     list(REMOVE_ITEM wanted "")
@@ -9,7 +16,11 @@ function(panfpn_choose_cuda_architectures result)
     foreach(entry IN LISTS wanted)
       if(NOT entry MATCHES "^([0-9]+)\\.([0-9])([a-z]?)(\\+PTX)?$")
         message(FATAL_ERROR
-          "TORCH_CUDA_ARCH_LIST: expected numbers such as 8.0, 9.0a or 12.0+PTX, got '${entry}'")
+          "TORCH_CUDA_ARCH_LIST: expected versions such as 8.0, 9.0a or 12.0+PTX, got '${entry}'")
+      endif()
+      if(NOT "${CMAKE_MATCH_1}${CMAKE_MATCH_2}" IN_LIST known)
+        message(FATAL_ERROR "TORCH_CUDA_ARCH_LIST: ${CMAKE_CUDA_COMPILER} does not compile for '${entry}'. "
+          "Set CUDA_HOME to a toolkit that does: CUDA 12 for GPUs older than 7.5, a newer one for newer GPUs")
       endif()
       set(number "${CMAKE_MATCH_1}${CMAKE_MATCH_2}${CMAKE_MATCH_3}")
       if(CMAKE_MATCH_4)
@@ -22,10 +33,6 @@ function(panfpn_choose_cuda_architectures result)
     return()
   endif()
 
-  execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-arch OUTPUT_VARIABLE known RESULT_VARIABLE failed)
-  if(NOT "${failed}" STREQUAL "0")
-    message(FATAL_ERROR "${CMAKE_CUDA_COMPILER} --list-gpu-arch failed: is this nvcc of CUDA 12 or newer?")
-  endif()
   execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
     OUTPUT_VARIABLE visible RESULT_VARIABLE failed ERROR_QUIET OUTPUT_STRIP_TRAILING_WHITESPACE)
   if("${failed}" STREQUAL "0" AND visible MATCHES "^[0-9]+\\.[0-9]")
@@ -34,22 +41,26 @@ function(panfpn_choose_cuda_architectures result)
     list(TRANSFORM capabilities REPLACE "\\." "")
     set(architectures)
     set(all_known TRUE)
+    list(GET known 0 oldest)
     foreach(number IN LISTS capabilities)
-      if(known MATCHES "compute_${number}[ \r\n]")
+      if(number IN_LIST known)
         list(APPEND architectures ${number})
+      elseif(number LESS oldest)
+        message(STATUS "No CUDA ops for the GPU of architecture ${number}: ${CMAKE_CUDA_COMPILER} does not compile "
+          "for it. Set CUDA_HOME to an older CUDA toolkit")
       else()
-        set(all_known FALSE) # a GPU newer than this nvcc runs PTX of the list below
+        set(all_known FALSE) # a GPU that is too new for this nvcc runs the PTX of the list below
       endif()
     endforeach()
-    if(all_known)
+    if(all_known AND architectures)
       set(${result} ${architectures} PARENT_SCOPE)
       return()
     endif()
   endif()
 
   set(architectures)
-  foreach(number IN ITEMS 80 86 89 90 100 120)
-    if(known MATCHES "compute_${number}[ \r\n]")
+  foreach(number IN ITEMS 75 80 86 89 90 100 120)
+    if(number IN_LIST known)
       list(APPEND architectures ${number})
     endif()
   endforeach()

@@ -1,4 +1,4 @@
-"""A Mask R-CNN of torchvision's with and without our ops: the same detections, in less time.
+"""Compares torchvision's Mask R-CNN with and without panfpn_fast ops: equal detections, in less time.
 
 pip install torchvision
 python examples/patch_torchvision.py                                    # random weights, random pixels
@@ -25,7 +25,7 @@ Detections = dict[str, Tensor]
 
 
 def seconds(call: Callable[[], Any], repeats: int, device: str) -> float:
-    """The median of a few calls."""
+    """Returns the median time of `repeats` calls."""
     found = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -39,9 +39,13 @@ def seconds(call: Callable[[], Any], repeats: int, device: str) -> float:
 def main() -> tuple[Detections, Detections]:
     """Returns the detections without and with the patch."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--image", help="a photograph; random pixels otherwise")
-    parser.add_argument("--size", type=int, nargs=2, default=(480, 640), help="of the random pixels")
-    parser.add_argument("--weights", help="as torchvision names them: DEFAULT or COCO_V1; random otherwise")
+    parser.add_argument("--image", help="path of an image; random pixels by default")
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=(480, 640), help="height and width of the random pixels"
+    )
+    parser.add_argument(
+        "--weights", help="name of torchvision's weights: DEFAULT or COCO_V1; random by default"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -51,7 +55,7 @@ def main() -> tuple[Detections, Detections]:
         "maskrcnn_resnet50_fpn_v2",
         weights=args.weights,
         weights_backbone=None,
-        # Random weights are sure of nothing.
+        # With random weights, all scores are low.
         box_score_thresh=0.5 if args.weights else 0.0,
         min_size=min(args.size),
     )
@@ -65,7 +69,7 @@ def main() -> tuple[Detections, Detections]:
     with torch.inference_mode():
         [before] = model([image])
         slow = seconds(lambda: model([image]), args.repeats, args.device)
-        # In a program of your own, panfpn_fast.patch("torchvision") in one line at its beginning.
+        # In your own program, call panfpn_fast.patch("torchvision") once at the start.
         with panfpn_fast.patch("torchvision") as patch:
             print(patch)
             [after] = model([image])
@@ -75,7 +79,7 @@ def main() -> tuple[Detections, Detections]:
     for name in ("boxes", "scores", "masks"):
         torch.testing.assert_close(after[name], before[name], rtol=1e-3, atol=1e-3)
     print(
-        f"the same {len(after['labels'])} detections: {1e3 * slow:.0f} ms before, {1e3 * fast:.0f} ms patched"
+        f"equal results for {len(after['labels'])} detections: {1e3 * slow:.0f} ms before, {1e3 * fast:.0f} ms patched"
     )
     return before, after
 

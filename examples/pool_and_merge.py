@@ -1,10 +1,11 @@
-"""`multiscale_roi_align` and `panoptic_merge` on their own: a panoptic map without any network.
+"""Computes a panoptic map without a network, with `multiscale_roi_align` and `panoptic_merge`.
 
     python examples/pool_and_merge.py --out pool_and_merge.png
 
-Given a box around each object of a scene and a click on it, what has the colour of that pixel is taken for the object;
-the stuff behind is given. The first op cuts all boxes out of an image pyramid, each from the level that suits its size;
-the second makes one map of masks that overlap. Prints the segments; the picture shows the scene and the map.
+The inputs are a scene, a box around each object, a click on each object, and a label map of the stuff. Pixels in a box
+that have the colour of the clicked pixel belong to the object. The first op crops all boxes from an image pyramid, each
+from the level that suits its size. The second op merges the overlapping masks into one map. The script prints the
+segments and saves an image that shows the scene and the map.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ SIDE = 28
 
 
 def masks_by_colour(image: Tensor, boxes: Tensor, colours: Tensor) -> Tensor:
-    """How likely pixels belong to an object of a colour.
+    """Computes the probability that a pixel belongs to the object in its box, from the distance to the object's colour.
 
     Args:
         image: [3, H, W], values in 0..1.
-        boxes: [N, 4], around the objects.
-        colours: [N, 3], theirs.
+        boxes: [N, 4], boxes around the objects, in pixels.
+        colours: [N, 3], colours of the objects.
 
     Returns:
-        [N, 28, 28], a mask inside each box.
+        [N, 28, 28], a mask of probabilities for each box.
     """
     pyramid = [image[None]]
     while len(pyramid) < 4:
         pyramid.append(F.avg_pool2d(pyramid[-1], 2))
     scales = [1.0, 1 / 2, 1 / 4, 1 / 8]
-    # A box of 28 pixels comes from the image itself, one of twice the side from the level above, and so on.
+    # A box with sides of 28 pixels is cropped from the image itself, one with sides of 56 pixels from the next level.
     crops = ops.multiscale_roi_align(
         pyramid, [boxes], SIDE, scales, canonical_box_size=SIDE, canonical_level=0
     )  # [N, 3, 28, 28]
@@ -48,9 +49,9 @@ def masks_by_colour(image: Tensor, boxes: Tensor, colours: Tensor) -> Tensor:
 
 
 def main() -> ops.PanopticSegments:
-    """Returns the table of segments that it prints."""
+    """Prints the segments and returns their table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, default=5, help="which scene")
+    parser.add_argument("--seed", type=int, default=5, help="number of the random scene")
     parser.add_argument("--out", default="pool_and_merge.png")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -60,7 +61,7 @@ def main() -> ops.PanopticSegments:
     image, boxes = scene.image.to(args.device).float() / 255, target.boxes.to(args.device)
     clicks = [(target.instances == number + 1).nonzero() for number in range(len(boxes))]
     colours = torch.stack([image[:, y, x] for y, x in (found[len(found) // 2].tolist() for found in clicks)])
-    # Later shapes cover earlier ones, so they come first.
+    # Later shapes cover earlier ones, so they get higher scores.
     scores = torch.linspace(0.6, 0.9, len(boxes), device=args.device)
 
     panoptic, segments = ops.panoptic_merge(
@@ -84,8 +85,8 @@ def main() -> ops.PanopticSegments:
 
     palette = np.random.default_rng(0).integers(64, 256, (len(segments.id) + 1, 3)).astype(np.uint8)
     palette[0] = 0
-    pictures = [scene.image.permute(1, 2, 0).numpy(), palette[panoptic.cpu().numpy()]]
-    Image.fromarray(np.concatenate(pictures, axis=1)).save(args.out)
+    images = [scene.image.permute(1, 2, 0).numpy(), palette[panoptic.cpu().numpy()]]
+    Image.fromarray(np.concatenate(images, axis=1)).save(args.out)
     return segments
 
 

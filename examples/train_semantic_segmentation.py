@@ -1,9 +1,9 @@
-"""A plain semantic segmentation training loop whose loss and labels never need logits at the image's size.
+"""A training loop for semantic segmentation that never computes logits at the size of the image.
 
     python examples/train_semantic_segmentation.py --steps 60
 
-The network is three convolutions that predict at a quarter of the resolution; any other does as well. What differs from
-the usual loop are two lines, marked below.
+The network has three convolutions and predicts at a quarter of the resolution; any other network works too. Two lines
+differ from the usual loop. Each has a comment that shows the usual code.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ STRIDE = 4
 
 
 def make_network(classes: int) -> nn.Module:
-    """Predicts logits [N, classes, H / 4, W / 4] of images [N, 3, H, W]."""
+    """Creates a network that predicts logits [N, classes, H / 4, W / 4] from images [N, 3, H, W]."""
     return nn.Sequential(
         nn.Conv2d(3, 32, 7, stride=2, padding=3),
         nn.BatchNorm2d(32),
@@ -34,14 +34,14 @@ def make_network(classes: int) -> nn.Module:
 
 
 def batch(scenes: SyntheticDataset, numbers: range) -> tuple[Tensor, Tensor]:
-    """Images [N, 3, H, W] in 0..1, and labels uint8 [N, H, W]: 0 = any thing, 1.. = stuff, 255 = not annotated."""
+    """Returns images [N, 3, H, W] in 0..1 and labels int16 [N, H, W]: 0 = thing, 1.. = stuff, -1 = not annotated."""
     samples = [scenes.load(number) for number in numbers]
     images = torch.stack([sample.image for sample in samples]).float() / 255
     return images, torch.stack([semantic_map(sample) for sample in samples])
 
 
 def main() -> float:
-    """Trains, prints the loss as it falls, and returns the share of pixels of unseen scenes that are right."""
+    """Trains, prints the loss, and returns the share of correctly labelled pixels in unseen scenes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=4)
@@ -57,7 +57,7 @@ def main() -> float:
             x.to(args.device) for x in batch(scenes, range(step * args.batch, (step + 1) * args.batch))
         )
         logits = network(images)
-        # In place of F.cross_entropy(F.interpolate(logits, scale_factor=4, mode="bilinear"), labels.long(), ...)
+        # Replaces F.cross_entropy(F.interpolate(logits, scale_factor=4, mode="bilinear"), labels.long(), ...)
         loss = ops.upsample_cross_entropy(logits, labels, STRIDE, ignore_index=IGNORE)
         optimizer.zero_grad()
         loss.backward()
@@ -68,11 +68,11 @@ def main() -> float:
     network.eval()
     images, labels = (x.to(args.device) for x in batch(SyntheticDataset(16, seed=1), range(16)))
     with torch.no_grad():
-        # In place of F.interpolate(network(images), scale_factor=4, mode="bilinear").argmax(1)
+        # Replaces F.interpolate(network(images), scale_factor=4, mode="bilinear").argmax(1)
         found = ops.upsample_argmax(network(images), STRIDE)
     annotated = labels != IGNORE
     right = (found[annotated] == labels[annotated]).float().mean().item()
-    print(f"{right:.1%} of the pixels of 16 unseen scenes are right")
+    print(f"{right:.1%} of the pixels of 16 unseen scenes are correct")
     return right
 
 

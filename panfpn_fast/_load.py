@@ -1,36 +1,36 @@
-"""Loads the native libraries and remembers why one did not load.
+"""Loads the native libraries and keeps the errors of those that do not load.
 
-Importing panfpn_fast never fails for want of a binary. The first error is kept, and raised with its remedy by the
-first call of an op that needs the library.
+Importing panfpn_fast does not fail if a binary is missing. The error is kept, and calls of ops that need the library
+raise it with a remedy.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import platform
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 
+from panfpn_fast._version import version
+
 _PACKAGE = Path(__file__).resolve().parent
-_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def _load_cpu() -> str | None:
-    """Imports `_C`, which registers every schema and the CPU ops; returns what went wrong."""
+    """Imports `_C`, which registers all schemas and the CPU ops; returns the error, if any."""
     try:
         importlib.import_module("panfpn_fast._C")
     except ImportError as error:
-        if not any(_PACKAGE.glob("_C.*")):
+        if not any(_PACKAGE.glob("_C.*so")):
             remedy = (
-                f"{_PACKAGE} holds no binaries. If this is the source folder, leave it or run `pip install -e .` "
-                "in it; else reinstall the package."
+                f"{_PACKAGE} contains no binaries. If this is the source directory, run Python in another directory, "
+                "or run `pip install -e .` there; otherwise reinstall the package."
             )
         else:
             remedy = (
-                f"It was built for another Python or needs torch >= 2.11 (here: Python "
+                f"It was built for another Python, or torch is older than 2.11 (this is Python "
                 f"{platform.python_version()}, torch {torch.__version__}). Reinstall with: "
                 "pip install --force-reinstall --no-deps ."
             )
@@ -38,109 +38,87 @@ def _load_cpu() -> str | None:
     return None
 
 
+def _too_old_driver(driver: int, toolkit: str) -> str | None:
+    """Returns why a driver cannot run what a CUDA toolkit has compiled, with a remedy; None if it can.
+
+    A driver runs programs of all toolkits of its own major version and of older ones.
+
+    Args:
+        driver: The newest CUDA version that the driver supports, as 1000 * major + 10 * minor; 0 without a driver.
+        toolkit: Version of the toolkit, such as "13.0.88".
+    """
+    major = toolkit.partition(".")[0]
+    if driver == 0 or not major.isdecimal() or driver // 1000 >= int(major):
+        return None
+    return (
+        f"they were built with CUDA {toolkit}, but the driver supports CUDA {driver // 1000}.{driver % 1000 // 10} at "
+        f"most. Update the NVIDIA driver, or set CUDA_HOME to a toolkit of CUDA {driver // 1000} and reinstall "
+        "panfpn_fast with PANFPN_CUDA=1."
+    )
+
+
+def _driver_version() -> int:
+    """Returns the newest CUDA version that the driver supports; 0 without a driver. Does not initialize CUDA."""
+    found = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(found))
+    except (OSError, AttributeError):
+        return 0
+    return found.value
+
+
 def _load_cuda() -> str | None:
-    """Loads `_C_cuda`; returns why the CUDA ops are not there."""
+    """Loads `_C_cuda`; returns the reason if there are no CUDA ops."""
     library = _PACKAGE / "_C_cuda.so"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     if not library.is_file():
         return (
             "panfpn_fast was built without nvcc. Install the CUDA toolkit, set CUDA_HOME, and reinstall with "
-            "PANFPN_CUDA=1, which says what is missing."
+            "PANFPN_CUDA=1, which reports what is missing."
         )
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
         return f"{library.name} did not load: {error}"
-    return None
+    toolkit = importlib.import_module("panfpn_fast._C").build_info()["cuda_toolkit"]
+    return _too_old_driver(_driver_version(), toolkit)
 
 
 _cpu_error = _load_cpu()
 _cuda_error = "the CPU ops did not load" if _cpu_error is not None else _load_cuda()
 
 
-_triton_error: str | None = "they were not loaded"
+def native(device: torch.device, in_triton: bool = False) -> bool:
+    """Whether an op has an implementation for a device. On other devices the reference computes it.
 
-
-def load_triton() -> None:
-    """Imports the Triton kernels where there is a GPU for them; keeps what went wrong."""
-    global _triton_error
-    if _cpu_error is not None or not torch.cuda.is_available():
-        _triton_error = _cpu_error or "torch finds no CUDA GPU here"
-        return
-    try:
-        importlib.import_module("panfpn_fast.kernels")
-    except ImportError as error:
-        _triton_error = f"{error}\ntorch's CUDA builds bring Triton along; else: pip install triton"
-    else:
-        _triton_error = None
-
-
-def native(device: torch.device) -> bool:
-    """Whether an op on this device is native; devices that have no native ops take the reference.
+    Args:
+        device: The device of the op's tensors.
+        in_triton: Whether Triton kernels implement the op on CUDA, so that it does not need the CUDA library.
 
     Raises:
-        ImportError: The native library for the device should be there and is not; says why and what to do.
+        ImportError: If the native library for the device is missing; gives the reason and a remedy.
     """
     if _cpu_error is not None:
         raise ImportError(f"panfpn_fast: the native ops did not load: {_cpu_error}")
-    if device.type == "cuda" and _cuda_error is not None:
+    if torch.version.hip is not None and device.type == "cuda":  # torch's name for an AMD GPU
+        return False
+    if device.type == "cuda" and _cuda_error is not None and not in_triton:
         raise ImportError(f"panfpn_fast: there are no CUDA ops: {_cuda_error}")
     return device.type in ("cpu", "cuda", "meta")
 
 
-def semantic_ops(device: torch.device) -> Any:
-    """The namespace with the semantic head's ops for a device: C++ on the CPU, Triton on CUDA, or None: the reference.
-
-    Raises:
-        ImportError: The ops for the device should be there and are not; says why and what to do.
-    """
-    if device.type == "cuda":
-        if _triton_error is not None:
-            raise ImportError(f"panfpn_fast: there are no Triton kernels: {_triton_error}")
-        return torch.ops.panfpn_fast_triton
-    return torch.ops.panfpn_fast if native(device) else None
-
-
-def register_fake(op: str) -> Callable[[_F], _F]:
-    """torch.library.register_fake for an op of ours; does nothing where the ops did not load."""
-    if _cpu_error is not None:
-        return lambda function: function
-    return torch.library.register_fake(f"panfpn_fast::{op}")
-
-
-def register_autograd(
-    op: str, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None
-) -> None:
-    """torch.library.register_autograd for an op of ours; does nothing where the ops did not load."""
-    if _cpu_error is None:
-        torch.library.register_autograd(f"panfpn_fast::{op}", backward, setup_context=setup_context)
-
-
-def block_double_backward(op: str) -> None:
-    """Makes backward through `<op>_backward` an error, where torch by itself would warn and give none."""
-
-    def backward(ctx: Any, *grads: Any) -> None:
-        raise NotImplementedError(f"panfpn_fast.ops.{op} has no second derivative; detach its gradient")
-
-    register_autograd(f"{op}_backward", backward)
-
-
 def build_report() -> dict[str, str]:
-    """What is installed, what it was built with, what loaded and why the rest did not."""
-    from panfpn_fast import __version__
-
+    """Returns versions, build settings, and for each library whether it loaded or why it did not."""
     report = {
-        "panfpn_fast": __version__,
+        "panfpn_fast": version(),
         "installed in": str(_PACKAGE),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch CUDA": torch.version.cuda or "none",
     }
     if _cpu_error is None:
-        from panfpn_fast import _C
-
-        build = _C.build_info()
+        build = importlib.import_module("panfpn_fast._C").build_info()
         report["compiler"] = build["compiler"]
         report["torch headers"] = build["torch_headers"]
         report["CUDA toolkit"] = build["cuda_toolkit"] or "none: built without CUDA ops"

@@ -1,4 +1,4 @@
-"""What the benchmarks count: formulas agree with torch's own counter, and small cases with counting by hand."""
+"""Compares the operation counts of the benchmarks with torch's counter, and small cases with counts by hand."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from panfpn_fast.data.sample import Target
 from panfpn_fast.models import PanopticFPN
 from panfpn_fast.training.network import TrainingNetwork, total
 
-_FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+_FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "harness"
 
 
 def _load(name: str) -> ModuleType:
-    """A file of benchmarks/, which the package does not install, by itself: the folder needs pytest-benchmark."""
+    """Imports a file of benchmarks/harness by its path, since benchmarks/ is not installed."""
     if not _FOLDER.is_dir():
-        pytest.skip("benchmarks/ is not beside tests/")
+        pytest.skip("benchmarks/ is not next to tests/")
     spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", _FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look their annotations up
+    sys.modules[spec.name] = module  # dataclasses look up annotations in sys.modules
     spec.loader.exec_module(module)
     return module
 
@@ -76,12 +76,12 @@ def test_a_training_step(
     flops: ModuleType, tasks: tuple[str, ...], memory_format: torch.memory_format
 ) -> None:
     network = _network({"tasks": tasks}).to(memory_format=memory_format)  # type: ignore[call-overload]
-    # P2 has 1024 pixels, from which on the head's convolutions are Winograd's where the CPU is made for that.
+    # P2 has 1024 pixels and P3 256, the fewest for which `ops.conv3x3` uses 4x4 and 2x2 tiles of Winograd's algorithm.
     images = [torch.randint(0, 256, (3, 128, 128), dtype=torch.uint8)]
-    instances = torch.zeros(128, 128, dtype=torch.int32)
+    instances = torch.zeros(128, 128, dtype=torch.int16)
     instances[16:80, 8:72] = 1
     box = torch.tensor([[8.0, 16.0, 72.0, 80.0]])
-    target = Target(box, torch.tensor([1]), instances, (instances == 0).to(torch.uint8))
+    target = Target(box, torch.tensor([1]), instances, (instances == 0).to(torch.int16))
 
     def step() -> None:
         loss = total(TrainingNetwork(network)(images, [target], [0]))
@@ -115,7 +115,7 @@ def test_saved_bytes() -> None:
     activations = _load("activations")
     conv = torch.nn.Conv2d(2, 3, 3, padding=1)
     x = torch.randn(1, 2, 4, 4)
-    # The convolution keeps x, and the ReLU, twice, one result of 3 x 4 x 4.
+    # The convolution keeps x, and both ReLUs keep the same result of 3 x 4 x 4.
     assert activations.saved_bytes([conv], lambda: conv(x).relu().relu_()) == 4 * (32 + 48)
     with torch.no_grad():
         assert activations.saved_bytes([conv], lambda: conv(x).relu()) == 0
@@ -128,15 +128,17 @@ def test_convolution_outputs() -> None:
     )
     x = torch.randn(1, 2, 4, 4)
     assert activations.convolution_outputs(network, lambda: network(x)) == 3 * 16 + 64
-    assert activations.convolution_outputs(network, lambda: None) == 0  # no hook is left that counts
+    assert activations.convolution_outputs(network, lambda: None) == 0  # the hooks are removed
 
 
-def test_maps_agree_whatever_the_ids() -> None:
+def test_maps_agree_regardless_of_ids() -> None:
     agreement = _load("agreement")
     ids = torch.tensor([[0, 1, 1, 2], [0, 1, 1, 2]])
     swapped = torch.tensor([[0, 2, 2, 1], [0, 2, 2, 1]])
     assert agreement.same_share(ids, swapped) == 1
-    assert agreement.same_share(ids, torch.zeros_like(ids)) == 0.5  # 4 pixels of the largest of those joined
+    assert (
+        agreement.same_share(ids, torch.zeros_like(ids)) == 0.5
+    )  # only the 4 pixels of the largest joined segment agree
     ours = agreement.PanopticMap(ids, torch.tensor([True, False]), torch.tensor([7, 3]))
     theirs = agreement.PanopticMap(swapped, torch.tensor([False, True]), torch.tensor([3, 7]))
     agreement.same_maps(1.0)([ours], [theirs])

@@ -1,17 +1,22 @@
-"""The report, the comparison of commits, and the least ratios of CI, on invented results."""
+"""Tests of the report, the comparison of commits and the least ratios of CI, on invented results."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import itertools
 import json
-import subprocess
+import pkgutil
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-from repository import repository
+import torch
+
+from support.processes import run
+from support.repository import repository
 
 
 @pytest.fixture
@@ -59,14 +64,20 @@ def make_results(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def results(tmp_path: Path) -> Path:
     stages = {"backbone": 60.0, "merge": 5.5}
     rows = [
-        make_row("nms", "1000 boxes", "ours", 0.5),
-        make_row("nms", "1000 boxes", "torchvision", 24.0),
+        make_row("nms", "1000 boxes", "ours", 0.5, highlight=True),
+        make_row("nms", "1000 boxes", "torchvision", 24.0, highlight=True),
         make_row("nms", "1000 boxes", "a slow one", 240.0),
-        make_row("paste_masks", "large", "ours", 20.0),
+        make_row("paste_masks", "large", "ours", 20.0, highlight=False),
         make_row("paste_masks", "large", "eager", 15.0),
-        make_row("conv", "alone", "ours", 1.0),
+        make_row("conv", "alone", "ours", 1.0, highlight=True),
         make_row(
-            "shared network", "R-50", "ours", 100.0, parameters=48_000_000, saved_for_backward_bytes=[10**9]
+            "shared network",
+            "R-50",
+            "ours",
+            100.0,
+            parameters=48_000_000,
+            saved_for_backward_bytes=[10**9],
+            highlight=True,
         ),
         make_row(
             "shared network",
@@ -87,28 +98,31 @@ def results(tmp_path: Path) -> Path:
 
 
 def test_groups_and_ratios(root: Path, results: Path) -> None:
-    from benchmarks.report.results import read_runs
+    from benchmarks.scripts.report.results import read_runs
 
     [run] = read_runs(results)
     assert run.name == "device/cpu"
-    assert run.provenance == "A Processor, 2 threads, torch 2.15.0, commit 0123456789, 2026-11-21"
+    assert run.provenance == (
+        "A Processor, 2 threads, torch 2.15.0, commit 0123456789, 2026-11-21, "
+        "separate rounds, so a ratio is that of two medians"
+    )
     assert [group.op for group in run.ops] == ["nms", "paste_masks", "conv"]
     assert run.ops[0].fastest.contender == "torchvision"
     assert run.ops[0].ratio(run.ops[0].fastest) == pytest.approx(48)
     assert [(group.op, peer.contender) for group, peer in run.losses] == [("paste_masks", "eager")]
     assert [group.op for group in run.networks] == ["end to end"]
-    # Another case stands in for the one that the README shows.
-    assert [group.case for group in run.highlights] == ["1000 boxes", "large", "R-50"]
+    # "conv" has no peer to compare with.
+    assert [group.op for group in run.highlights] == ["nms", "shared network"]
 
 
 def test_page_shows_everything_and_losses_first(root: Path, results: Path) -> None:
-    from benchmarks.report.pages import performance_page, plot_names
-    from benchmarks.report.results import read_runs
+    from benchmarks.scripts.report.pages import performance_page, plot_names
+    from benchmarks.scripts.report.results import read_runs
 
     [run] = read_runs(results)
     text = performance_page([run])
     assert text == performance_page(read_runs(results))
-    assert "In 1 of the 5 comparisons the peer is faster:" in text
+    assert "The peer is faster in 1 of 5 comparisons:" in text
     assert (
         "| `nms` | 1000 boxes | float32 | 0.500 | 0.450 to 0.550 | torchvision | 24.0 | 48.0 | 2.00 | 2.00 |"
         in text
@@ -120,7 +134,7 @@ def test_page_shows_everything_and_losses_first(root: Path, results: Path) -> No
     assert "| `conv` | alone | float32 | 1.00 | 0.900 to 1.10 | none |  |  | 2.00 |  |" in text
     assert "60% of the parameters, 100% of the FLOPs, 50% of the tensors kept for backward" in text
     assert "100% of the peak memory, 50% of the time of two networks" in text
-    # No row has a stride, so there is no such column.
+    # No row has a stride, so that column is missing.
     assert (
         "| shared network | R-50 | two networks | 80.0 | 0.0100 | 2,000 | 2.00 | 200 | 0.0% | 2.00 |" in text
     )
@@ -130,23 +144,146 @@ def test_page_shows_everything_and_losses_first(root: Path, results: Path) -> No
     assert plot_names(run) == ["highlights", "ratios", "roofline", "shared", "stages"]
 
 
-def test_readme_is_changed_between_its_markers_only(root: Path, results: Path) -> None:
-    from benchmarks.report.pages import readme_with_figures
+@pytest.fixture
+def interleaved(tmp_path: Path) -> Path:
+    """Results in which the medians of all rounds suggest other ratios than the rounds."""
+    ratios = {"eager": 2.0, "engine": 0.5}
+    ends = {"eager": [1.9, 2.1], "engine": [0.45, 12.0]}
+    of_variant = {"eager": 4.0, "engine": 1.25}
+    rows = [
+        make_row(
+            "net", "R-50", "ours", 10.0, ratio_to=ratios, ratio_to_from_20_to_80_percent=ends, highlight=True
+        ),
+        make_row("net", "R-50", "ours, compiled", 9.0, ratio_to=of_variant, times_ours=0.5),
+        *(
+            make_row(
+                "net",
+                "R-50",
+                name,
+                9.5,
+                times_ours=ratios[name],
+                times_ours_from_20_to_80_percent=ends[name],
+            )
+            for name in ratios
+        ),
+    ]
+    for row in rows:
+        row["extra_info"] |= {"rounds": "interleaved", "parameters": 10**6}
+    path = tmp_path / "device" / "cpu.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(make_results(rows)))
+    return path
 
-    begin = "<!-- Figures of device/cpu.json, by python -m benchmarks.report -->"
-    text = f"before\n\n{begin}\nold\n<!-- End of figures -->\n\nafter\n"
+
+def test_ratios_of_interleaved_rounds(root: Path, interleaved: Path) -> None:
+    from benchmarks.scripts.report.pages import performance_page, readme_with_figures
+    from benchmarks.scripts.report.results import read_runs
+
+    [run] = read_runs(interleaved)
+    [group] = run.groups
+    assert run.provenance.endswith("2026-11-21, interleaved rounds")
+    assert group.fastest.contender == "engine"
+    assert [(group.ratio(peer), group.range(peer)) for peer in group.peers] == [
+        (2.0, [1.9, 2.1]),
+        (0.5, [0.45, 12.0]),
+    ]
+    text = performance_page([run])
+    assert "- net, R-50: engine takes **0.50** of our time" in text
+    lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| net |")]
+    assert [line[-2:] for line in lines] == [
+        ["", " |"],
+        ["1.25 (engine)", " |"],
+        ["2.00", "1.90 to 2.10 |"],
+        ["**0.50**", "0.45 to 12.0 |"],
+    ]
+    text = "<!-- begin figures: device/cpu.json -->\n<!-- end figures -->\n"
+    written = readme_with_figures(text, interleaved.parents[1])
+    assert "| net | R-50 | 10.0 | engine | 9.50 | **0.50** | 0.45 to 12.0 |" in written
+
+
+def test_rounds_are_interleaved(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.harness import rounds
+    from benchmarks.harness.rounds import Timing, ratio, time_interleaved
+
+    def pretend(device: torch.device, call: Any) -> tuple[int, float]:
+        call()
+        return 0, 1e-6
+
+    monkeypatch.setattr(rounds, "peak_memory", pretend)
+    called: list[str] = []
+    calls = {name: (lambda name=name: called.append(name)) for name in ("a", "b")}
+    found = time_interleaved(calls, torch.device("cpu"), max_seconds=0.0, min_rounds=4)  # type: ignore[arg-type]
+    assert all(len(timing.seconds) == 4 and timing.calls == 100 for timing in found.values())
+    turns = [name for name, _ in itertools.groupby(called[4:])]
+    assert turns == ["a", "b", "a", "b", "a"]  # the first in each round is the last of the round before
+    assert called.count("a") == called.count("b") == 402
+
+    # The machine takes twice as long in the last rounds.
+    ours = Timing((1.0, 1.0, 2.0, 2.0, 2.0), 1, None)
+    theirs = Timing((3.0, 3.0, 6.0, 6.0, 5.0), 1, None)
+    assert ratio(theirs, ours).median == 3
+    assert ratio(theirs, ours).ends == pytest.approx((2.9, 3))
+
+
+def test_benchmarks_report_the_times_of_the_rounds(root: Path) -> None:
+    from benchmarks.harness.rounds import Timing, replay, replayed
+
+    reported: list[float] = []
+
+    class Benchmark:
+        def pedantic(self, target: Any, rounds: int, iterations: int) -> None:
+            for _ in range(rounds):
+                start = replayed()
+                for _ in range(iterations):
+                    target()
+                reported.append((replayed() - start) / iterations)
+
+    replay(Benchmark(), Timing((0.25, 0.5, 0.125), 7, None))
+    assert reported == pytest.approx([0.25, 0.5, 0.125])
+
+
+def test_engines_that_cannot_run_are_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.harness import engines
+
+    cpu = torch.device("cpu")
+    for name, module in (("ONNX Runtime", "onnxruntime"), ("OpenVINO", "openvino")):
+        monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+        problem = engines.problem.__wrapped__(name, cpu)
+        assert f'{name} needs the extra [bench-engines]: pip install ".[bench-engines]"' in str(problem)
+        assert "CPU only" in str(engines.problem.__wrapped__(name, torch.device("cuda")))
+    problem = engines.problem.__wrapped__("ONNX Runtime", cpu, torch.bfloat16)
+    assert problem == "ONNX Runtime has no bfloat16 convolutions on the CPU"
+
+
+def test_close_norm(root: Path) -> None:
+    from benchmarks.harness.agreement import close_norm
+
+    ours = (torch.full((10,), 1.0), torch.full((10,), 1.001))
+    theirs = (torch.ones(10), torch.ones(10))
+    close_norm(0.0011)(ours, theirs)
+    with pytest.raises(AssertionError, match=r"result 1: relative difference 0\.001, at most 0\.0009"):
+        close_norm(0.0009)(ours, theirs)
+    with pytest.raises(AssertionError, match="shape"):
+        close_norm(1.0)(ours, (torch.ones(10), torch.ones(1)))
+
+
+def test_readme_is_changed_between_its_markers_only(root: Path, results: Path) -> None:
+    from benchmarks.scripts.report.pages import readme_with_figures
+
+    begin = "<!-- begin figures: device/cpu.json -->"
+    text = f"before\n\n{begin}\nold\n<!-- end figures -->\n\nafter\n"
     written = readme_with_figures(text, results.parents[1])
     assert written.startswith(f"before\n\n{begin}\n")
-    assert written.endswith("\n<!-- End of figures -->\n\nafter\n")
+    assert written.endswith("\n<!-- end figures -->\n\nafter\n")
     assert "old" not in written
     assert "| `nms` | 1000 boxes | 0.500 | torchvision | 24.0 | 48.0 |" in written
-    assert "In 1 of the 5 comparisons the peer is faster:" in written
+    assert "The peer is faster in 1 of 5 comparisons:" in written
     assert readme_with_figures(written, results.parents[1]) == written
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"benchmarks": [{"extra_info": {"op": "nms"}}]}'])
 def test_damaged_results_are_named(root: Path, tmp_path: Path, text: str) -> None:
-    from benchmarks.report.results import ResultsError, read_runs
+    from benchmarks.scripts.report.results import ResultsError, read_runs
 
     path = tmp_path / "damaged.json"
     path.write_text(text)
@@ -166,7 +303,7 @@ def test_damaged_results_are_named(root: Path, tmp_path: Path, text: str) -> Non
     ],
 )
 def test_significant(root: Path, value: float, text: str) -> None:
-    from benchmarks.report.pages import significant
+    from benchmarks.scripts.report.pages import significant
 
     assert significant(value) == text
 
@@ -177,24 +314,26 @@ def test_the_command_draws_every_plot_and_the_same_twice(root: Path, results: Pa
     for name in ("first", "second"):
         out = tmp_path / name
         out.mkdir()
-        subprocess.run(
-            [sys.executable, "-m", "benchmarks.report", results, "--out", out], cwd=root, check=True
-        )
+        run([sys.executable, "-m", "benchmarks.scripts.report", results, "--out", out], cwd=root)
         files.append(
             {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
         )
     assert files[0] == files[1]
-    plots = {
-        f"images/benchmarks/device/cpu/{name}-{mode}.png" for name in PLOTS for mode in ("light", "dark")
-    }
+    plots = {f"images/benchmarks/device/cpu/{name}.svg" for name in PLOTS}
     assert set(files[0]) == {"performance.md", *plots}
+
+    for name in plots:
+        svg = files[0][name].decode()
+        assert "prefers-color-scheme: dark" in svg
+        assert "sans-serif" in svg
+        assert "DejaVu" not in svg
 
 
 PLOTS = ("highlights", "ratios", "roofline", "shared", "stages")
 
 
 def test_comparison_of_two_commits(root: Path) -> None:
-    from benchmarks.compare import table
+    from benchmarks.scripts.compare import table
 
     before = {("nms: 1000 boxes (cpu)", "ours"): 0.002, ("nms: 1000 boxes (cpu)", "torchvision"): 0.004}
     after = {("nms: 1000 boxes (cpu)", "ours"): 0.001, ("merge (cpu)", "ours"): 12.0}
@@ -216,48 +355,77 @@ def load_check_ratios(root: Path) -> ModuleType:
     return module
 
 
-def test_too_small_and_missing_ratios_are_told(root: Path) -> None:
+def test_too_small_and_missing_ratios_are_reported(root: Path) -> None:
     if not (root / ".ci" / "check_ratios.py").is_file():
-        pytest.skip(".ci is not beside tests/")
+        pytest.skip(".ci is not next to tests/")
     module = load_check_ratios(root)
     row = make_row("nms", "1000 boxes", "ours", 0.5, ratio_to={"torchvision": 4.0, "broken": float("nan")})
-    found = make_results([row, make_row("nms", "1000 boxes", "torchvision", 2.0)])
+    variant = make_row("nms", "1000 boxes", "ours, compiled", 0.5, ratio_to={"torchvision": 1.0})
+    found = make_results([row, variant, make_row("nms", "1000 boxes", "torchvision", 2.0)])
     assert module.failures(found, {row["group"]: {"torchvision": 3.9}}) == []
     [line] = module.failures(found, {row["group"]: {"torchvision": 4.1}})
-    assert line == "nms: 1000 boxes (cpu): 4.00 times as fast as torchvision, at least 4.1 is expected"
+    assert line == "nms: 1000 boxes (cpu): 4.00 times as fast as torchvision, expected at least 4.1"
     assert len(module.failures(found, {row["group"]: {"broken": 1}})) == 1
     [line] = module.failures(found, {"merge": {"detectron2": 1}})
-    assert line == "merge: was not measured beside detectron2"
+    assert line == "merge: was not measured together with detectron2"
     minimal = json.loads(module.MINIMAL.read_text())
     assert all(least >= 1 for peers in minimal.values() for least in peers.values())
 
 
 @pytest.mark.parametrize(
-    ("device", "cores", "folder"),
+    ("device", "cores", "directory"),
     [
         ("Intel(R) Xeon(R) Processor @ 2.50GHz", 2, "intel-xeon-2.5ghz-2-cores"),
         ("NVIDIA H200", None, "nvidia-h200"),
         ("AMD EPYC 7763 64-Core Processor", 16, "amd-epyc-7763-64-core-16-cores"),
     ],
 )
-def test_folders_are_named_after_devices(root: Path, device: str, cores: int | None, folder: str) -> None:
-    from benchmarks.record import folder_name
+def test_directories_are_named_after_devices(
+    root: Path, device: str, cores: int | None, directory: str
+) -> None:
+    from benchmarks.scripts.record import directory_name
 
-    assert folder_name(device, cores) == folder
+    assert directory_name(device, cores) == directory
 
 
-def test_failed_benchmarks_leave_the_results_of_before(
+def test_failed_benchmarks_keep_the_previous_results(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from benchmarks import record
+    from benchmarks.scripts import record
 
     target = tmp_path / "device" / "cpu.json"
     target.parent.mkdir()
     target.write_text("before")
     monkeypatch.setattr(record, "_target", lambda options: target)
-    monkeypatch.setattr(record, "ROOT", tmp_path)  # where there are no benchmarks
+    monkeypatch.setattr(record, "ROOT", tmp_path)  # has no benchmarks
     monkeypatch.setattr(sys, "argv", ["record", "-q"])
     assert record.main() != 0
     assert target.read_text() == "before"
     assert list(target.parent.iterdir()) == [target]
-    assert "was left as it is" in capsys.readouterr().out
+    assert "cpu.json is unchanged" in capsys.readouterr().out
+
+
+def test_every_op_and_every_least_ratio_has_a_benchmark(root: Path) -> None:
+    pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
+    from benchmarks import ops as benchmarks_of_ops
+    from benchmarks.harness.comparison import OURS, Comparison
+    from benchmarks.scripts.report.ops_table import op_names
+
+    comparisons = [
+        value
+        for found in pkgutil.iter_modules(benchmarks_of_ops.__path__)
+        for value in vars(importlib.import_module(f"benchmarks.ops.{found.name}")).values()
+        if isinstance(value, Comparison)
+    ]
+    assert {comparison.op for comparison in comparisons} >= set(op_names())
+    if not (root / ".ci" / "check_ratios.py").is_file():
+        pytest.skip(".ci is not next to tests/")
+    minimal = json.loads(load_check_ratios(root).MINIMAL.read_text())
+    timed = {
+        (f"{comparison.op}: {case.name} (cpu)", contender)
+        for comparison in comparisons
+        for case in comparison.cases
+        for contender in (OURS, *(peer.name for peer in comparison.peers if peer.sample is None))
+        if not case.full
+    }
+    assert timed >= {(group, peer) for group, peers in minimal.items() for peer in peers}

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,32 +12,35 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from ranks import run_ranks
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 import panfpn_fast
-from panfpn_fast import PanopticFPN
-from panfpn_fast.checkpoints.own import content_of
-from panfpn_fast.cli import DEFAULT_WEIGHTS, main
+from panfpn_fast import DEFAULT_WEIGHTS, PanopticFPN
+from panfpn_fast.checkpoints.native import content_of
+from panfpn_fast.cli._annotations import KINDS
+from panfpn_fast.cli.main import main
 from panfpn_fast.data import get_categories
 from panfpn_fast.inference import Instances, Predictor, decode_panoptic
 from panfpn_fast.training.config import get_train_preset
+from support.processes import run
+from support.ranks import run_ranks
 
 Loaded = dict[str, Any]
 
 
 class OneDogModel(nn.Module):
-    """Stands in for a network: every image is one dog."""
+    """Stands in for a network that finds one dog in every image, as large as the image."""
 
     def __init__(self, failure: Callable[[Sequence[Tensor]], None] = lambda images: None) -> None:
         super().__init__()
-        self.config = SimpleNamespace(
-            dataset="coco_panoptic", num_things=80, num_stuff=53, score_threshold=0.05
-        )
+        self.config = SimpleNamespace(categories=get_categories("coco_panoptic"), score_threshold=0.05)
         self.failure = failure
 
-    def forward(self, images: Sequence[Tensor], output_sizes: Sequence[tuple[int, int]]) -> list[Any]:
+    def forward(
+        self, images: Sequence[Tensor], output_sizes: Sequence[tuple[int, int]], instances: str
+    ) -> list[Any]:
+        assert instances == "panoptic"  # nobody looks at the others
         self.failure(images)
         return [_one_dog(*size) for size in output_sizes]
 
@@ -51,6 +52,7 @@ def _one_dog(height: int, width: int) -> SimpleNamespace:
         label=torch.tensor([16]),
         score=torch.tensor([0.9]),
         area=torch.tensor([height * width]),
+        instance=torch.tensor([0]),
     )
     found = Instances(
         torch.tensor([[0.0, 0.0, width, height]]),
@@ -66,7 +68,7 @@ def _one_dog(height: int, width: int) -> SimpleNamespace:
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> Loaded:
-    """Replaces `panfpn_fast.load`; shows what it was asked for, and `model` may be set to another network."""
+    """Replaces `panfpn_fast.load`, and records its arguments. Tests may set `model` to another network."""
     seen: Loaded = {"model": OneDogModel()}
 
     def load(weights: str, **overrides: Any) -> nn.Module:
@@ -111,7 +113,11 @@ def test_one_image(loaded: Loaded, tmp_path: Path, capsys: pytest.CaptureFixture
     assert (panoptic == annotation["segments_info"][0]["id"]).all()
     assert annotation["segments_info"][0]["category_id"] == 18
     captured = capsys.readouterr()
-    assert captured.out.startswith(f"000000000042.jpg: 1 dog -> {out / '000000000042_overlay.png'} (")
+    said, line = captured.out.splitlines()
+    assert said.startswith(
+        f"{DEFAULT_WEIGHTS}: shorter edge 32, longer edge at most 1333 pixels; Categories('coco"
+    )
+    assert line.startswith(f"000000000042.jpg: 1 dog -> {out / '000000000042_overlay.png'} (")
     assert captured.err == ""
     assert loaded["weights"] == DEFAULT_WEIGHTS
     assert loaded["overrides"] == {}
@@ -121,7 +127,7 @@ def test_folder_and_progress(loaded: Loaded, tmp_path: Path, capsys: pytest.Capt
     folder = tmp_path / "photos"
     for name in ("b.JPG", "a.png", ".hidden.png", "sub/c.png"):
         photo(folder / name)
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("not an image")
     assert predict(folder, "--batch-size", "2", out=tmp_path / "out") == 0
     assert [a["image_id"] for a in read_annotations(tmp_path / "out")] == ["a", "b"]
     captured = capsys.readouterr()
@@ -133,7 +139,7 @@ def test_unreadable_image_among_good_ones(
     loaded: Loaded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = tmp_path / "broken.jpg"
-    broken.write_bytes(b"\xff\xd8\xff\xe0 no picture")
+    broken.write_bytes(b"\xff\xd8\xff\xe0 not an image")
     images = [photo(tmp_path / "first.png"), broken, photo(tmp_path / "last.png")]
     for batch_size in ("1", "3"):
         out = tmp_path / f"out{batch_size}"
@@ -141,7 +147,7 @@ def test_unreadable_image_among_good_ones(
         assert [a["image_id"] for a in read_annotations(out)] == ["first", "last"]
         assert "broken_overlay.png" not in written(out)
         captured = capsys.readouterr()
-        assert "cannot read image" in captured.err
+        assert "cannot be decoded" in captured.err
         assert str(broken) in captured.err
         assert "1 of 3 images failed" in captured.err
         assert "Traceback" not in captured.err
@@ -175,7 +181,7 @@ def test_same_names_do_not_overwrite_each_other(loaded: Loaded, tmp_path: Path) 
         photo(tmp_path / "c" / "x_2.png", 50),
     ]
     out = tmp_path / "out"
-    assert predict(*images, images[0], out=out) == 0  # the last is a repetition and counts once
+    assert predict(*images, images[0], out=out) == 0  # the last is a duplicate and counts once
     sizes = {
         a["image_id"]: Image.open(out / "predictions" / a["file_name"]).height for a in read_annotations(out)
     }
@@ -197,11 +203,11 @@ def test_images_are_never_overwritten(loaded: Loaded, tmp_path: Path) -> None:
     assert len(read_annotations(tmp_path)) == 4
 
 
-def test_ctrl_c_keeps_what_is_done(
+def test_ctrl_c_keeps_finished_images(
     loaded: Loaded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt(images: Sequence[Tensor]) -> None:
-        if images[0].shape[2] == 32:  # the square one
+        if images[0].shape[2] == 32:  # the square image
             raise KeyboardInterrupt
 
     loaded["model"] = OneDogModel(interrupt)
@@ -213,7 +219,7 @@ def test_ctrl_c_keeps_what_is_done(
     assert "Traceback" not in captured.err
 
 
-def test_a_bug_keeps_its_traceback_and_what_is_done(loaded: Loaded, tmp_path: Path) -> None:
+def test_a_bug_keeps_its_traceback_and_finished_images(loaded: Loaded, tmp_path: Path) -> None:
     def fail(images: Sequence[Tensor]) -> None:
         if images[0].shape[2] == 32:
             raise RuntimeError("a bug")
@@ -224,7 +230,7 @@ def test_a_bug_keeps_its_traceback_and_what_is_done(loaded: Loaded, tmp_path: Pa
     assert [a["image_id"] for a in read_annotations(tmp_path / "out")] == ["a"]
 
 
-def test_too_little_memory_for_a_batch_goes_on_one_by_one(
+def test_too_little_memory_for_a_batch_retries_one_by_one(
     loaded: Loaded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(images: Sequence[Tensor]) -> None:
@@ -262,10 +268,18 @@ def test_settings_reach_the_model_and_predictor(
     assert loaded["weights"] == "w.pkl"
     assert loaded["overrides"] == {"instance_score_threshold": 0.3}
     device = torch.device("cpu")
-    assert settings == {"device": device, "dtype": torch.bfloat16, "short_edge": 64, "max_edge": 96}
+    assert settings == {
+        "device": device,
+        "dtype": torch.bfloat16,
+        "short_edge": 64,
+        "max_edge": 96,
+        "instances": "panoptic",
+    }
+    del arguments[-4:]
     assert main([*arguments, "--score-threshold", "0.01"]) == 0
+    assert settings["short_edge"] is settings["max_edge"] is None  # the network's own
     assert loaded["overrides"] == {"instance_score_threshold": 0.01, "score_threshold": 0.01}
-    loaded["model"].config.score_threshold = 0.6  # as mmdetection's networks have it
+    loaded["model"].config.score_threshold = 0.6  # as in mmdetection's networks
     assert main([*arguments, "--score-threshold", "0.3"]) == 0
     assert loaded["overrides"] == {"instance_score_threshold": 0.3, "score_threshold": 0.3}
 
@@ -303,17 +317,17 @@ def test_unknown_device(loaded: Loaded, tmp_path: Path, capsys: pytest.CaptureFi
     assert err.count("\n") == 1
 
 
-def test_output_folder_that_cannot_be_made(
+def test_output_directory_that_cannot_be_created(
     loaded: Loaded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
     assert predict(photo(tmp_path / "a.png"), out=tmp_path / "file" / "out") == 2
-    assert "cannot make the folder" in capsys.readouterr().err
+    assert "--out: cannot write to the folder" in capsys.readouterr().err
     assert "weights" not in loaded
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "predictions").write_text("in the way")
     assert predict(photo(tmp_path / "a.png"), out=tmp_path / "out") == 2
-    assert "cannot write to" in capsys.readouterr().err
+    assert "--out: expected a folder, got the file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -339,6 +353,10 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, expected in (
         (["--help"], ("predict", "info")),
         (["predict", "--help"], ("--weights", DEFAULT_WEIGHTS, "predictions.json", "exit status")),
+        (
+            ["train", "--help"],
+            ("data.kind", ", ".join(KINDS), "data.categories=''", 'pip install ".[train]"'),
+        ),
         (["convert", "--help"], ("mmdetection", "IN", "OUT")),
         (["info", "--help"], ("built",)),
     ):
@@ -374,7 +392,7 @@ def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
 
 def test_a_real_network(loaded: Loaded, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    # Untrained and narrow; low thresholds, so that it finds something.
+    # The network is narrow and untrained, so it finds something only with low thresholds.
     loaded["model"] = panfpn_fast.PanopticFPN(
         fpn_channels=32,
         box_head_channels=32,
@@ -396,14 +414,14 @@ def test_a_real_network(loaded: Loaded, tmp_path: Path) -> None:
         assert sum(info["area"] for info in annotation["segments_info"]) == (panoptic != 0).sum()
 
 
-def test_two_processes_write_what_one_writes(loaded: Loaded, tmp_path: Path) -> None:
+def test_two_processes_write_the_same_as_one(loaded: Loaded, tmp_path: Path) -> None:
     names = ["1.png", "01.png", "b.png", "c.png", "a/b.png"]
     images = [photo(tmp_path / "in" / name, 20 + number) for number, name in enumerate(names)]
-    (tmp_path / "in" / "broken.png").write_text("no picture")
+    (tmp_path / "in" / "broken.png").write_text("not an image")
     images.insert(1, tmp_path / "in" / "broken.png")
     assert predict(*images, out=tmp_path / "one") == 1
     (tmp_path / "two").mkdir()
-    (tmp_path / "two" / "predictions.rank5.json").write_text("of a run that was interrupted")
+    (tmp_path / "two" / "predictions.rank5.json").write_text("left by an interrupted run")
 
     run_ranks(2, lambda rank: sys.exit(predict(*images, out=tmp_path / "two") - (rank == 0)))
     assert written(tmp_path / "two") == written(tmp_path / "one")
@@ -426,7 +444,7 @@ def test_one_of_two_processes_is_interrupted(loaded: Loaded, tmp_path: Path) -> 
             loaded["model"] = OneDogModel(interrupt)
         sys.exit(predict(*images, out=tmp_path / "out"))
 
-    # Whose end is seen first is open: the other's, because it lost its partner, or the one's own.
+    # The first process that is seen to end can be rank 1, or rank 0, which fails because it lost rank 1.
     with pytest.raises((ProcessExitedException, ProcessRaisedException)):
         run_ranks(2, run)
     content = json.loads((tmp_path / "out" / "predictions.rank1.json").read_text())
@@ -435,34 +453,31 @@ def test_one_of_two_processes_is_interrupted(loaded: Loaded, tmp_path: Path) -> 
 
 def test_torchrun(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = PanopticFPN(
-        **{**get_train_preset("tiny").model, "dataset": "synthetic", "num_things": 4, "num_stuff": 4}
-    )
+    model = PanopticFPN(**get_train_preset("tiny").model, categories="synthetic")
     weights = tmp_path / "model.pth"
-    torch.save(
-        content_of(model.state_dict(), dataclasses.asdict(model.config), get_categories("synthetic")), weights
-    )
+    torch.save(content_of(model.state_dict(), model.config), weights)
     images = [photo(tmp_path / f"{name}.png", 20 + number) for number, name in enumerate("abc")]
     arguments = ["predict", *images, "--out", tmp_path / "out", "--weights", weights, "--short-edge", "64"]
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-            *("-m", "panfpn_fast.cli", *map(str, arguments), "--device", "cpu"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = run([*torchrun, "-m", "panfpn_fast.cli", *arguments, "--device", "cpu"])
     assert [a["image_id"] for a in read_annotations(tmp_path / "out")] == ["a", "b", "c"]
     assert done.stdout.count(" -> ") == 3
 
 
-def test_module_can_be_run() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "panfpn_fast.cli", "predict", "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
+def test_output_that_cannot_be_written() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    script = (
+        "import os, sys; os.dup2(os.open('/dev/full', os.O_WRONLY), 1); "
+        "from panfpn_fast.cli.main import main; sys.exit(main(['info']))"
     )
+    done = run([sys.executable, "-c", script], check=False)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "panfpn-fast: cannot write the output: [Errno 28] No space left on device\n",
+    )
+
+
+def test_module_can_be_run() -> None:
+    done = run([sys.executable, "-m", "panfpn_fast.cli", "predict", "--help"])
     assert "IMAGE_OR_FOLDER" in done.stdout

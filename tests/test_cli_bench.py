@@ -1,4 +1,4 @@
-"""`panfpn-fast bench` runs a network and prints what it should; how long that takes is not looked at."""
+"""`panfpn-fast bench` runs a network and prints the expected lines; the measured times are not checked."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
-from training_samples import small_model
 
-from panfpn_fast.cli import main
+import panfpn_fast
+from panfpn_fast.cli.main import main
+from support.training_samples import small_model
 
 
-def test_prints_the_parts_and_the_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small_model().save(tmp_path / "model.pth")
+def test_prints_each_part_and_the_total(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    panfpn_fast.save(small_model(), tmp_path / "model.pth")
     arguments = ["--weights", str(tmp_path / "model.pth"), "--size", "50", "70", "--batch", "2"]
     for runs in ("1", "3"):
         assert main(["bench", *arguments, "--runs", runs, "--device", "cpu"]) == 0
@@ -27,8 +28,6 @@ def test_prints_the_parts_and_the_whole(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batch", "0"], "--batch: expected positive whole numbers, got 0"),
-        (["--size", "64", "-1"], "--size: expected positive whole numbers, got -1"),
         (["--preset", "r50"], "unknown preset 'r50'; known presets: panoptic_fpn_r50"),
         (["--weights", "missing.pth"], "missing.pth"),
     ],

@@ -1,21 +1,22 @@
-"""run_op_checks finds what it is there to find."""
+"""Tests that run_op_checks detects faulty ops."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import op_checks
 import pytest
 import torch
-from op_checks import Op, Sample, Tolerance
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
+
+from support import op_checks
+from support.op_checks import Op, Sample, Tolerance
 
 
 @dataclass(frozen=True)
 class Stub(Op):
-    """An op made of two functions."""
+    """An op that is defined by two functions."""
 
     native: Callable[..., Tensor] = torch.neg
     twin: Callable[..., Tensor] = torch.neg
@@ -55,7 +56,7 @@ def test_a_good_op_passes() -> None:
     ],
     ids=["value", "dtype", "shape", "ignores strides", "loses precision under autocast"],
 )
-def test_a_result_unlike_the_references_fails(native: Callable[..., Tensor]) -> None:
+def test_a_result_that_differs_from_the_reference_fails(native: Callable[..., Tensor]) -> None:
     with pytest.raises(AssertionError, match="bad"):
         op_checks.check_forward(Stub("bad", native=native), SAMPLES[0])
 
@@ -70,7 +71,7 @@ def test_only_undecided_elements_may_differ() -> None:
     op_checks.check_forward(op, Sample((x,), tolerance=Tolerance("rounding", undecided=undecided)))
 
 
-def test_an_op_that_is_compiled_for_each_size_fails() -> None:
+def test_an_op_that_recompiles_for_each_size_fails() -> None:
     def specialised(x: Tensor) -> Tensor:
         return -x if x.shape[0] % 2 else -x * 1
 
@@ -98,7 +99,7 @@ class _WrongGradient(torch.autograd.Function):
         return grad
 
 
-def test_gradients_are_compared_where_the_op_has_them() -> None:
+def test_gradients_are_compared_if_the_op_has_them() -> None:
     sample = Sample((torch.rand(2, 3, dtype=torch.float64),))
 
     def wrong(x: Tensor) -> Tensor:

@@ -1,14 +1,14 @@
-// Labels come in runs: a row of a segment has one pair. So a run is counted in a register, and the hash table
-// is only asked where the pair changes.
+// Labels occur in runs: a row of a segment has one pair of labels. So the length of a run is counted in a
+// register, and the hash table is accessed only when the pair changes.
 #include "metrics/label_pairs.h"
 
 #include <algorithm>
 #include <cstring>
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 namespace {
 
-// Counts by key, open addressing; at most half full.
+// Counts by key, in a hash table with open addressing that is at most half full.
 class PairCounts {
  public:
   void add(uint64_t key, int64_t count) {
@@ -38,7 +38,7 @@ class PairCounts {
  private:
   struct Slot {
     uint64_t key;
-    int64_t count;  // 0: free
+    int64_t count;  // 0 if the slot is free
   };
 
   Slot& find(uint64_t key) {
@@ -98,4 +98,4 @@ std::vector<LabelPair> count_label_pairs(LabelMap first, LabelMap second, int64_
   return count_first(Int32{static_cast<const int32_t*>(first.data)}, second, pixels);
 }
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

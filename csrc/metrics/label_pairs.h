@@ -1,17 +1,20 @@
-// How often each pair of labels meets in two maps: all that panoptic quality needs to know of the pixels.
+// Counts how often each pair of labels coincides in two maps. Panoptic quality needs nothing else from the
+// pixels.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
-namespace panfpn {
+#include "arithmetic.h"
+
+namespace panfpn::inline PANFPN_ARITHMETIC {
 
 struct LabelPair {
   uint32_t first, second;
   int64_t count;
 };
 
-// A map of `pixels` labels: int32, or COCO's colours, 3 bytes a pixel with label = R + 256 G + 65536 B.
+// A label map: int32, or COCO's colours with 3 bytes per pixel, label = R + 256 G + 65536 B.
 struct LabelMap {
   const void* data;
   bool is_rgb;
@@ -20,4 +23,4 @@ struct LabelMap {
 // The pairs that occur, in ascending order of (first, second).
 std::vector<LabelPair> count_label_pairs(LabelMap first, LabelMap second, int64_t pixels);
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

@@ -1,23 +1,38 @@
-// conv3x3: what guards memory.
+// Checks of conv3x3, conv3x3_prepare and conv3x3_prepared that guard memory.
 #pragma once
+
+#include <optional>
 
 #include "stable_compat.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 
-inline void check_conv3x3_inputs(const Tensor& input, const Tensor& weight) {
-  const char* op = "conv3x3";
-  STD_TORCH_CHECK(input.dim() == 4, op, ": input must be [N, C, H, W]");
-  STD_TORCH_CHECK(
-      weight.dim() == 4 && weight.size(1) == input.size(1) && weight.size(2) == 3 && weight.size(3) == 3, op,
-      ": weight must be [K, C, 3, 3]");
-  // Whole registers only.
-  STD_TORCH_CHECK(
-      weight.size(0) > 0 && weight.size(0) % 16 == 0 && weight.size(1) > 0 && weight.size(1) % 16 == 0, op,
-      ": takes multiples of 16 channels only");
-  STD_TORCH_CHECK(input.scalar_type() == ScalarType::Float && weight.scalar_type() == ScalarType::Float, op,
-                  ": takes float32 only");
-  STD_TORCH_CHECK(weight.device() == input.device(), op, ": input and weight must be on one device");
+inline void check_conv3x3_weight(const Tensor& weight, const char* op) {
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 && weight.size(0) > 0 &&
+                      weight.size(1) > 0,
+                  op, ": weight must be [K, C, 3, 3]");
+  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float, op, ": weight must be float32");
 }
 
-}  // namespace panfpn
+// Checks everything but the weights, whose numbers of outputs and input channels are given.
+inline void check_conv3x3_inputs(const Tensor& input, int64_t outputs, int64_t channels,
+                                 const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                                 const char* op) {
+  STD_TORCH_CHECK(input.dim() == 4 && input.size(1) == channels, op, ": input must be [N, ", channels,
+                  ", H, W] for these weights");
+  STD_TORCH_CHECK(input.scalar_type() == ScalarType::Float, op, ": input must be float32");
+  if (bias.has_value()) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == outputs && bias->scalar_type() == ScalarType::Float,
+                    op, ": bias must be float32 [K]");
+    STD_TORCH_CHECK(bias->device() == input.device(), op, ": bias and input must be on one device");
+  }
+  if (residual.has_value()) {
+    STD_TORCH_CHECK(residual->dim() == 4 && residual->size(0) == input.size(0) &&
+                        residual->size(1) == outputs && residual->size(2) == input.size(2) &&
+                        residual->size(3) == input.size(3) && residual->scalar_type() == ScalarType::Float,
+                    op, ": residual must be float32 in the shape of the output");
+    STD_TORCH_CHECK(residual->device() == input.device(), op, ": residual and input must be on one device");
+  }
+}
+
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

@@ -1,11 +1,11 @@
-// GroupNorm with the ReLU, the upsampling and the predictor that follow it: what their ops check.
+// Checks of the ops for GroupNorm and for the ReLU, upsampling and prediction that follow it.
 #pragma once
 
 #include <cstdint>
 
 #include "stable_compat.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 
 inline ScalarType accumulate_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -15,11 +15,11 @@ inline void check_group_norm_statistics_inputs(const Tensor& input, int64_t num_
   const char* op = "group_norm_statistics";
   STD_TORCH_CHECK(input.dim() == 4, op, ": input must be [N, C, H, W]");
   STD_TORCH_CHECK(num_groups >= 1 && input.size(1) % num_groups == 0, op,
-                  ": num_groups must divide the number of channels");
-  STD_TORCH_CHECK(eps > 0, op, ": eps must be above 0");
+                  ": num_groups must divide the number of channels, ", input.size(1), ", got ", num_groups);
+  STD_TORCH_CHECK(eps > 0, op, ": eps must be above 0, got ", eps);
 }
 
-// Every op that normalises with given statistics.
+// Checks the inputs of every op that normalises with given statistics.
 inline void check_group_norm_inputs(const Tensor& input, const Tensor& mean, const Tensor& rstd,
                                     const Tensor& weight, const Tensor& bias, const char* op) {
   STD_TORCH_CHECK(input.dim() == 4, op, ": input must be [N, C, H, W]");
@@ -36,20 +36,20 @@ inline void check_group_norm_inputs(const Tensor& input, const Tensor& mean, con
     STD_TORCH_CHECK(parameter->dim() == 1 && parameter->size(0) == input.size(1), op,
                     ": weight and bias must be [C]");
     STD_TORCH_CHECK(parameter->scalar_type() == weight.scalar_type(), op,
-                    ": weight and bias must agree in dtype");
+                    ": weight and bias must have the same dtype");
     STD_TORCH_CHECK(parameter->device() == input.device(), op, ": all tensors must be on one device");
   }
 }
 
-// Beyond all use, and small enough that no size overflows.
+// Larger than any factor in use, and small enough that no size overflows.
 constexpr int64_t kMaxScaleFactor = int64_t{1} << 16;
 
 inline void check_scale_factor(int64_t scale_factor, const char* op) {
   STD_TORCH_CHECK(scale_factor >= 1 && scale_factor <= kMaxScaleFactor, op, ": scale_factor must be 1 to ",
-                  kMaxScaleFactor);
+                  kMaxScaleFactor, ", got ", scale_factor);
 }
 
-// `large` is the residual or the gradient of what `small` is upsampled to.
+// Checks `large`, a residual or a gradient that has the size of `small` after upsampling.
 inline void check_upsampled(const Tensor& large, const Tensor& small, int64_t scale_factor, const char* name,
                             const char* op) {
   check_scale_factor(scale_factor, op);
@@ -61,4 +61,4 @@ inline void check_upsampled(const Tensor& large, const Tensor& small, int64_t sc
                   name, " must have the dtype and device of input");
 }
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

@@ -1,9 +1,9 @@
-// group_norm_relu_project: what its matrix and its residual must be.
+// Checks of group_norm_relu_project that guard memory.
 #pragma once
 
 #include "ops/group_norm.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 
 inline void check_group_norm_relu_project_inputs(const Tensor& input, const Tensor& mean, const Tensor& rstd,
                                                  const Tensor& weight, const Tensor& bias,
@@ -25,14 +25,14 @@ inline void check_group_norm_relu_project_inputs(const Tensor& input, const Tens
   if (residual.has_value()) {
     STD_TORCH_CHECK(
         residual->dim() == 4 && residual->size(0) == input.size(0) && residual->size(1) == outputs, op,
-        ": residual must be [N, K, H, W] or half as high and wide");
+        ": residual must be [N, K, H, W] or [N, K, H / 2, W / 2]");
     const int64_t height = residual->size(2), width = residual->size(3);
     STD_TORCH_CHECK((height == input.size(2) && width == input.size(3)) ||
                         (2 * height == input.size(2) && 2 * width == input.size(3)),
-                    op, ": residual must be [N, K, H, W] or half as high and wide");
+                    op, ": residual must be [N, K, H, W] or [N, K, H / 2, W / 2]");
     STD_TORCH_CHECK(residual->scalar_type() == input.scalar_type() && residual->device() == input.device(),
                     op, ": residual must have the dtype and device of input");
   }
 }
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

@@ -1,11 +1,13 @@
-// Marks the maths that the C++ compiler (CPU ops), nvcc (CUDA ops) and the host run of the CUDA kernels
-// share.
+// Marks mathematics that is compiled by the C++ compiler (CPU ops, the host run of the CUDA kernels) and by
+// nvcc (CUDA ops).
 #pragma once
+
+#include "arithmetic.h"
 
 #if defined(__CUDACC__)
 #define PANFPN_HOST_DEVICE __host__ __device__ __forceinline__
 #elif defined(__GNUC__)
-// Always, as on the device: the callers that are compiled for several instruction sets need it
+// always_inline, as on the device: callers that are compiled for several instruction sets need it
 // (ops/cpu/simd.h).
 #define PANFPN_HOST_DEVICE inline __attribute__((always_inline))
 #else

@@ -1,4 +1,4 @@
-// Greedy non-maximum suppression: what both devices share.
+// Greedy non-maximum suppression: mathematics and checks that both devices share.
 #pragma once
 
 #include <bit>
@@ -11,7 +11,7 @@
 #include "ops/host_device.h"
 #include "stable_compat.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 
 template <typename T>
 struct Box {
@@ -23,7 +23,7 @@ PANFPN_HOST_DEVICE T box_area(const Box<T>& b) {
   return (b.x2 - b.x1) * (b.y2 - b.y1);
 }
 
-// Zero for boxes that do not meet.
+// Zero for disjoint boxes.
 template <typename T>
 PANFPN_HOST_DEVICE T intersection(const Box<T>& a, const Box<T>& b) {
   const T left = a.x1 > b.x1 ? a.x1 : b.x1, right = a.x2 < b.x2 ? a.x2 : b.x2;
@@ -33,9 +33,10 @@ PANFPN_HOST_DEVICE T intersection(const Box<T>& a, const Box<T>& b) {
   return width * height;
 }
 
-// Intersection over union above the threshold; 0/0 is NaN and compares false, so empty boxes never suppress.
-// The quotient is rounded before it is compared, as in the peer, but mostly needs no division: where a
-// quotient of positive numbers is above the threshold, the intersection is at or above the rounded product.
+// Returns whether the intersection over union exceeds the threshold. 0/0 is NaN and compares false, so empty
+// boxes never suppress. As in the peer, the quotient is rounded before it is compared. Most pairs need no
+// division: if a quotient of positive numbers exceeds the threshold, the intersection is at least the rounded
+// product.
 template <typename T>
 PANFPN_HOST_DEVICE bool iou_above(const Box<T>& a, T a_area, const Box<T>& b, T b_area, T threshold) {
   const T inter = intersection(a, b);
@@ -44,8 +45,8 @@ PANFPN_HOST_DEVICE bool iou_above(const Box<T>& a, T a_area, const Box<T>& b, T 
   return inter / both > threshold;
 }
 
-// Sorts as a stable torch.sort has scores in descending order: smaller for larger scores, smallest for NaN;
-// both zeros are equal.
+// A key that sorts as a stable torch.sort sorts scores in descending order: smaller for larger scores,
+// smallest for NaN, and equal for both zeros.
 template <typename T>
 using sort_key_t = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
 
@@ -71,7 +72,7 @@ inline void check_batched_nms_inputs(const Tensor& boxes, const Tensor& scores, 
   STD_TORCH_CHECK(idxs.device() == boxes.device(), "batched_nms: boxes and idxs must be on one device");
 }
 
-// `idxs` may be null. All with a batch dimension in front, or none.
+// `idxs` may be null. Either all tensors have a batch dimension in front, or none has.
 inline void check_nms_padded_inputs(const Tensor& boxes, const Tensor& scores, const Tensor* idxs,
                                     int64_t max_output) {
   const int64_t dims = boxes.dim();
@@ -81,13 +82,14 @@ inline void check_nms_padded_inputs(const Tensor& boxes, const Tensor& scores, c
     return t.dim() == dims - 1 && t.size(0) == boxes.size(0) && t.size(dims - 2) == boxes.size(dims - 2) &&
            t.device() == boxes.device();
   };
-  STD_TORCH_CHECK(one_per_box(scores), "nms_padded: scores must have one value for each box, on its device");
+  STD_TORCH_CHECK(one_per_box(scores), "nms_padded: scores must be [N] or [B, N], on the device of boxes");
   STD_TORCH_CHECK(idxs == nullptr || (one_per_box(*idxs) && idxs->scalar_type() == ScalarType::Long),
-                  "nms_padded: idxs must have one int64 for each box, on its device");
-  STD_TORCH_CHECK(max_output >= 0, "nms_padded: max_output must not be negative");
+                  "nms_padded: idxs must be int64 [N] or [B, N], on the device of boxes");
+  STD_TORCH_CHECK(max_output >= 0, "nms_padded: max_output must be at least 0, got ", max_output);
 }
 
-// Uninitialised outputs of nms_padded: keep [max_output] and count [], each with the boxes' batch dimension.
+// The uninitialised outputs of nms_padded: keep [max_output] and count [], each with the batch dimension of
+// the boxes if they have one.
 inline std::pair<Tensor, Tensor> empty_padded(const Tensor& boxes, int64_t max_output) {
   if (boxes.dim() == 2) {
     return {empty({max_output}, ScalarType::Long, boxes), empty({}, ScalarType::Long, boxes)};
@@ -96,4 +98,4 @@ inline std::pair<Tensor, Tensor> empty_padded(const Tensor& boxes, int64_t max_o
           empty({boxes.size(0)}, ScalarType::Long, boxes)};
 }
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

@@ -1,32 +1,30 @@
-// Pasting: where a pixel of the image falls on an M x M mask and how it is interpolated there.
+// Pasting: where a pixel of the image falls on an M x M mask, and how the mask is interpolated there. A
+// "cell" is one of the M x M values of the mask.
 //
-// A pixel on the rim of an object is decided by one rounding, so the float operations and their order are
-// those of detectron2's paste_masks_in_image followed by torch's grid_sample (bilinear, zeros outside,
-// align_corners=False). For the same reason the sources that include this are compiled without contraction
-// into fused multiply-adds.
+// One rounding decides a pixel on the edge of an object. So the float operations and their order are those of
+// detectron2's paste_masks_in_image followed by torch's grid_sample (bilinear, zeros outside,
+// align_corners=False). For the same reason, sources that include this file are compiled without fused
+// multiply-adds.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
 #include "ops/host_device.h"
+#include "ops/range.h"
 #include "stable_compat.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 
-// For `low` of a pixel where the mask is not: neither it nor the next is a cell.
+// The value of `low` for a pixel outside of the mask: neither this index nor the next is a cell.
 constexpr int32_t kOutside = -2;
 
-// Interpolation along one axis: between mask cells `low` and `low + 1`, either of which may be just outside.
+// Interpolation along one axis between the cells `low` and `low + 1`. One of them may be just outside of the
+// mask.
 template <typename A>
 struct PasteTaps {
   int32_t low;
   A low_weight, high_weight;
-};
-
-// Half-open range of pixels.
-struct PixelRange {
-  int64_t begin, end;
 };
 
 // One axis of one box.
@@ -47,8 +45,8 @@ struct PasteAxis {
     return {static_cast<int32_t>(floor), floor + A(1) - position, position - floor};
   }
 
-  // The pixels of an image of `size` that can fall on the mask, with two to spare for rounding.
-  PANFPN_HOST_DEVICE PixelRange window(int64_t size) const {
+  // The pixels of an image of `size` that can fall on the mask, with a margin of two for rounding.
+  PANFPN_HOST_DEVICE Range window(int64_t size) const {
     if (degenerate() || mask_size == 0) return {0, 0};
     const double extent = static_cast<double>(high) - static_cast<double>(low);
     const double rim = std::fabs(extent) * 0.5 / static_cast<double>(mask_size);
@@ -68,7 +66,8 @@ PANFPN_HOST_DEVICE A interpolate(A top_left, A top_right, A bottom_left, A botto
          bottom_left * (x.low_weight * y.high_weight) + bottom_right * (x.high_weight * y.high_weight);
 }
 
-// A pasted value as a pixel: for a threshold in 0..1 whether it reaches it, for a negative one 0..255.
+// Converts a pasted value to a pixel. For a threshold from 0 to 1, returns whether the value reaches it; for
+// a negative threshold, returns the value scaled to 0 to 255.
 template <typename A>
 PANFPN_HOST_DEVICE uint8_t paste_pixel(A value, A threshold) {
   if (threshold >= A(0)) return value >= threshold;
@@ -77,23 +76,27 @@ PANFPN_HOST_DEVICE uint8_t paste_pixel(A value, A threshold) {
   return scaled < A(255) ? static_cast<uint8_t>(scaled) : uint8_t{255};
 }
 
-// Rows and columns of masks and images are counted in 32 bits, with room for sums.
+// Rows and columns of masks and images are counted in 32 bits; this limit leaves room for sums.
 constexpr int64_t kSideLimit = int64_t{1} << 30;
 
 inline void check_mask_boxes(const Tensor& masks, const Tensor& boxes, const char* op) {
   STD_TORCH_CHECK(masks.dim() == 3, op, ": masks must be [N, M, M]");
-  STD_TORCH_CHECK(masks.size(1) < kSideLimit && masks.size(2) < kSideLimit, op, ": masks are too large");
+  STD_TORCH_CHECK(masks.size(1) < kSideLimit && masks.size(2) < kSideLimit, op,
+                  ": masks must have fewer than 2^30 rows and columns");
   STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(0) == masks.size(0) && boxes.size(1) == 4, op,
                   ": boxes must be [N, 4]");
-  STD_TORCH_CHECK(boxes.scalar_type() == masks.scalar_type(), op, ": masks and boxes must agree in dtype");
+  STD_TORCH_CHECK(boxes.scalar_type() == masks.scalar_type(), op,
+                  ": masks and boxes must have the same dtype");
   STD_TORCH_CHECK(boxes.device() == masks.device(), op, ": masks and boxes must be on one device");
 }
 
 inline void check_paste_masks_inputs(const Tensor& masks, const Tensor& boxes, int64_t height,
                                      int64_t width) {
   check_mask_boxes(masks, boxes, "paste_masks");
-  STD_TORCH_CHECK(height >= 0 && width >= 0, "paste_masks: the image size must not be negative");
-  STD_TORCH_CHECK(height < kSideLimit && width < kSideLimit, "paste_masks: the image is too large");
+  STD_TORCH_CHECK(height >= 0 && width >= 0, "paste_masks: height and width must be at least 0, got ", height,
+                  " and ", width);
+  STD_TORCH_CHECK(height < kSideLimit && width < kSideLimit,
+                  "paste_masks: height and width must be below 2^30");
 }
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

@@ -1,33 +1,35 @@
-// ROIAlign: the geometry of boxes, cells and samples that both devices share.
+// ROIAlign: the geometry of boxes, bins and samples that both devices share.
 //
-// A box is cut into pooled_height x pooled_width cells; a cell is the mean of grid_h x grid_w bilinear
-// samples spread evenly over it. The semantics, edge cases included, are torchvision.ops.roi_align's.
+// A box is divided into pooled_height x pooled_width bins; a bin is the mean of grid_h x grid_w bilinear
+// samples that are evenly spaced in it. The semantics, including edge cases, are those of
+// torchvision.ops.roi_align.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
 #include "ops/host_device.h"
+#include "ops/range.h"
 #include "stable_compat.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 
-// One axis of one box: where its cells lie in feature pixels and how many samples each takes.
+// One axis of one box: the position of its bins in pixels of the feature map, and the number of samples in
+// each.
 template <typename A>
 struct RoiAxis {
-  A start;       // of the first cell
-  A cell;        // extent of a cell
-  int64_t grid;  // samples per cell; 0 where nothing can contribute
+  A start;       // of the first bin
+  A bin;         // extent of a bin
+  int64_t grid;  // samples per bin; 0 if no sample can contribute
 
-  PANFPN_HOST_DEVICE A sample(int64_t cell_index, int64_t i) const {
-    return start + static_cast<A>(cell_index) * cell +
-           (static_cast<A>(i) + A(0.5)) * cell / static_cast<A>(grid);
+  PANFPN_HOST_DEVICE A sample(int64_t bin_index, int64_t i) const {
+    return start + static_cast<A>(bin_index) * bin +
+           (static_cast<A>(i) + A(0.5)) * bin / static_cast<A>(grid);
   }
 };
 
-// More samples along one axis than this are as good as infinitely many: at most a few thousand of them can
-// lie on a feature map, so the mean over all of them is below half precision's resolution and taken to be
-// zero.
+// Grids with more samples along one axis are treated as empty: at most a few thousand of the samples can fall
+// on a feature map, so their share in the mean is below the resolution of half precision.
 constexpr int64_t kMaxGrid = int64_t{1} << 31;
 
 template <typename A>
@@ -36,7 +38,7 @@ PANFPN_HOST_DEVICE RoiAxis<A> make_roi_axis(A low, A high, A scale, int64_t pool
   const A offset = aligned ? A(0.5) : A(0);
   const A start = low * scale - offset;
   A extent = high * scale - offset - start;
-  const bool finite = std::isfinite(start) && std::isfinite(extent);  // before -inf is made 1
+  const bool finite = std::isfinite(start) && std::isfinite(extent);  // before an extent of -inf becomes 1
   if (!aligned && extent < A(1)) extent = A(1);
   RoiAxis<A> axis{start, extent / static_cast<A>(pooled), sampling_ratio};
   if (sampling_ratio <= 0) {
@@ -47,18 +49,13 @@ PANFPN_HOST_DEVICE RoiAxis<A> make_roi_axis(A low, A high, A scale, int64_t pool
   return axis;
 }
 
-// Half-open range of the samples of a cell that may lie between two coordinates (a superset by at most two at
-// either end): it bounds the loop for boxes that are far larger than the map.
-struct SampleRange {
-  int64_t begin, end;
-};
-
+// The samples of a bin that may be between two coordinates, with up to two more at each end. This limits the
+// loop for boxes that are much larger than the map.
 template <typename A>
-PANFPN_HOST_DEVICE SampleRange samples_between(const RoiAxis<A>& axis, int64_t cell_index, double low,
-                                               double high) {
-  const double step = static_cast<double>(axis.cell) / static_cast<double>(axis.grid);
+PANFPN_HOST_DEVICE Range samples_between(const RoiAxis<A>& axis, int64_t bin_index, double low, double high) {
+  const double step = static_cast<double>(axis.bin) / static_cast<double>(axis.grid);
   if (!(step > 0)) return {0, axis.grid};
-  const double base = static_cast<double>(axis.start) + static_cast<double>(cell_index) * axis.cell;
+  const double base = static_cast<double>(axis.start) + static_cast<double>(bin_index) * axis.bin;
   const double grid = static_cast<double>(axis.grid);
   double begin = std::floor((low - base) / step) - 2.0, end = std::ceil((high - base) / step) + 2.0;
   begin = begin < 0 ? 0 : (begin > grid ? grid : begin);
@@ -67,8 +64,8 @@ PANFPN_HOST_DEVICE SampleRange samples_between(const RoiAxis<A>& axis, int64_t c
 }
 
 template <typename A>
-PANFPN_HOST_DEVICE SampleRange samples_on_map(const RoiAxis<A>& axis, int64_t cell_index, int64_t size) {
-  return samples_between(axis, cell_index, -1.0, static_cast<double>(size));
+PANFPN_HOST_DEVICE Range samples_on_map(const RoiAxis<A>& axis, int64_t bin_index, int64_t size) {
+  return samples_between(axis, bin_index, -1.0, static_cast<double>(size));
 }
 
 // The two pixels that a sample at `x` interpolates between, and their weights.
@@ -99,14 +96,14 @@ struct PyramidShape {
   int64_t batch, channels;
 };
 
-// Feature maps (const T), or their gradients, as both devices hand them to their kernels.
+// Feature maps (const T) or their gradients, as kernels on both devices take them.
 template <typename T>
 struct Pyramid : PyramidShape {
   T* data[kMaxLevels];
 };
 
-// How a box chooses its level: Lin et al. 2017 (Feature Pyramid Networks), equation 1, with detectron2's
-// epsilon.
+// How the size of a box selects its level: Lin et al. 2017 (Feature Pyramid Networks), equation 1, with
+// detectron2's epsilon.
 struct LevelRule {
   float canonical_box_size, canonical_level, epsilon;
   int64_t min_level;  // of the finest map: -log2 of its scale
@@ -143,16 +140,17 @@ inline void check_multiscale_roi_align_inputs(const std::vector<Tensor>& feature
                                               int64_t pooled_width) {
   const char* op = "multiscale_roi_align";
   STD_TORCH_CHECK(!features.empty() && features.size() <= kMaxLevels, op, ": takes 1 to ", kMaxLevels,
-                  " feature maps");
-  STD_TORCH_CHECK(scales.size() == features.size(), op, ": takes one spatial scale per feature map");
+                  " feature maps, got ", features.size());
+  STD_TORCH_CHECK(scales.size() == features.size(), op, ": takes one spatial scale for each of the ",
+                  features.size(), " feature maps, got ", scales.size());
   STD_TORCH_CHECK(pooled_height > 0 && pooled_width > 0, op, ": the output size must be positive");
   for (const Tensor& feature : features) {
     STD_TORCH_CHECK(feature.dim() == 4, op, ": feature maps must be [N, C, H, W]");
     STD_TORCH_CHECK(feature.size(0) == features[0].size(0) && feature.size(1) == features[0].size(1), op,
-                    ": feature maps must agree in N and C");
+                    ": feature maps must have the same N and C");
     STD_TORCH_CHECK(
         feature.scalar_type() == features[0].scalar_type() && feature.device() == features[0].device(), op,
-        ": feature maps must agree in dtype and device");
+        ": feature maps must have the same dtype and device");
   }
   check_roi_boxes(boxes, features[0], op);
 }
@@ -164,7 +162,7 @@ inline void check_roi_align_inputs(const Tensor& input, const Tensor& boxes, int
   check_roi_boxes(boxes, input, "roi_align");
 }
 
-// What the backward ops are told about the maps; their other arguments are those of forward.
+// The sizes of the feature maps, which the backward ops take in addition to the arguments of forward.
 struct MapSizes {
   int64_t batch;
   std::vector<int64_t> heights, widths;
@@ -173,19 +171,20 @@ struct MapSizes {
 inline void check_roi_backward_inputs(const Tensor& grad, const Tensor& boxes, const MapSizes& sizes,
                                       size_t levels, const char* op) {
   STD_TORCH_CHECK(grad.dim() == 4 && grad.size(0) == boxes.size(0), op, ": grad must be [K, C, H, W]");
-  STD_TORCH_CHECK(grad.size(2) > 0 && grad.size(3) > 0, op, ": grad must have cells");
-  STD_TORCH_CHECK(levels >= 1 && levels <= kMaxLevels, op, ": takes 1 to ", kMaxLevels, " feature maps");
+  STD_TORCH_CHECK(grad.size(2) > 0 && grad.size(3) > 0, op, ": grad must have at least one bin");
+  STD_TORCH_CHECK(levels >= 1 && levels <= kMaxLevels, op, ": takes 1 to ", kMaxLevels, " feature maps, got ",
+                  levels);
   STD_TORCH_CHECK(sizes.heights.size() == levels && sizes.widths.size() == levels, op,
-                  ": takes one height and width per feature map");
-  STD_TORCH_CHECK(sizes.batch >= 0, op, ": sizes must not be negative");
+                  ": takes one height and one width for each feature map");
+  STD_TORCH_CHECK(sizes.batch >= 0, op, ": batch, heights and widths must be at least 0");
   for (size_t level = 0; level < levels; ++level) {
     STD_TORCH_CHECK(sizes.heights[level] >= 0 && sizes.widths[level] >= 0, op,
-                    ": sizes must not be negative");
+                    ": batch, heights and widths must be at least 0");
   }
   check_roi_boxes(boxes, grad, op);
 }
 
-// Describes `features`, which must be alive, dense and all in one memory layout.
+// Describes `features`, which must stay alive, be dense, and share one memory layout.
 template <typename T>
 Pyramid<const T> make_pyramid(const std::vector<Tensor>& features, const std::vector<double>& scales) {
   Pyramid<const T> pyramid{};
@@ -201,7 +200,7 @@ Pyramid<const T> make_pyramid(const std::vector<Tensor>& features, const std::ve
   return pyramid;
 }
 
-// The same for gradients, which are to be written.
+// The same for gradients, which the kernel writes.
 template <typename T>
 Pyramid<T> make_grad_pyramid(const std::vector<Tensor>& grads, const std::vector<double>& scales) {
   const Pyramid<const T> read = make_pyramid<T>(grads, scales);
@@ -213,7 +212,7 @@ Pyramid<T> make_grad_pyramid(const std::vector<Tensor>& grads, const std::vector
   return pyramid;
 }
 
-// Feature maps that a kernel can read in one layout: channels-last where all of them lie so, else NCHW.
+// Feature maps in a layout that a kernel can read: channels-last if all of them are, otherwise NCHW.
 struct DenseFeatures {
   std::vector<Tensor> maps;
   bool channels_last = true;
@@ -228,7 +227,7 @@ inline DenseFeatures dense_features(const std::vector<Tensor>& features) {
   return dense;
 }
 
-// One tensor in a layout that a kernel can read.
+// Returns the tensor in a layout that a kernel can read.
 inline Tensor dense_grad(const Tensor& grad) {
   return is_channels_last(grad) ? grad : torch::stable::contiguous(grad);
 }
@@ -239,4 +238,4 @@ struct RoiAlignParams {
   LevelRule rule;
 };
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

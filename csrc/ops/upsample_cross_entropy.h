@@ -1,4 +1,4 @@
-// Cross-entropy of upsampled logits: what both directions share.
+// Cross-entropy of upsampled logits: definitions and checks that both directions share.
 #pragma once
 
 #include <limits>
@@ -8,18 +8,18 @@
 #include "ops/upsample.h"
 #include "stable_compat.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 
 enum class Reduction { mean, sum, none };
 
 inline Reduction loss_reduction(const std::string& name) {
   if (name == "mean") return Reduction::mean;
   if (name == "sum") return Reduction::sum;
-  STD_TORCH_CHECK(name == "none", "upsample_cross_entropy: unknown reduction ", name);
+  STD_TORCH_CHECK(name == "none", "upsample_cross_entropy: reduction must be mean, sum or none, got ", name);
   return Reduction::none;
 }
 
-// The dtype of the loss, of what is saved for backward, and of the class weights.
+// The dtype of the loss, of the tensors saved for backward, and of the class weights.
 inline ScalarType loss_dtype(const Tensor& logits) {
   return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -29,9 +29,9 @@ inline void check_upsample_cross_entropy_inputs(const Tensor& logits, const Tens
   const char* op = "upsample_cross_entropy";
   STD_TORCH_CHECK(logits.dim() == 4, op, ": logits must be [N, C, H, W]");
   STD_TORCH_CHECK(logits.size(1) > 0 && logits.size(1) <= std::numeric_limits<int32_t>::max(), op,
-                  ": logits must have classes");
+                  ": logits must have at least one class");
   STD_TORCH_CHECK(scale_factor > 0 && scale_factor <= std::numeric_limits<int32_t>::max(), op,
-                  ": scale_factor must be positive");
+                  ": scale_factor must be between 1 and 2^31 - 1, got ", scale_factor);
   STD_TORCH_CHECK(target.dim() == 3 && target.size(0) == logits.size(0) &&
                       target.size(1) == logits.size(2) * scale_factor &&
                       target.size(2) == logits.size(3) * scale_factor,
@@ -44,7 +44,8 @@ inline void check_upsample_cross_entropy_inputs(const Tensor& logits, const Tens
   if (weight.has_value()) {
     STD_TORCH_CHECK(weight->dim() == 1 && weight->size(0) == logits.size(1) &&
                         weight->scalar_type() == loss_dtype(logits) && weight->device() == logits.device(),
-                    op, ": weight must be float32 (float64 for float64 logits) [C], on the logits' device");
+                    op,
+                    ": weight must be [C], float32 (float64 for float64 logits), on the device of logits");
   }
 }
 
@@ -54,17 +55,19 @@ inline void check_upsample_cross_entropy_backward_inputs(
   const char* op = "upsample_cross_entropy_backward";
   check_upsample_cross_entropy_inputs(logits, target, weight, scale_factor);
   for (const Tensor* saved : {&grad, &log_sum_exp, &total_weight}) {
-    STD_TORCH_CHECK(saved->scalar_type() == loss_dtype(logits) && saved->device() == logits.device(), op,
-                    ": grad and what forward saved must have the loss's dtype and device");
+    STD_TORCH_CHECK(
+        saved->scalar_type() == loss_dtype(logits) && saved->device() == logits.device(), op,
+        ": grad, log_sum_exp and total_weight must have the dtype of the loss and the device of logits");
     const bool scalar = saved == &total_weight || (saved == &grad && reduction != Reduction::none);
     if (scalar) {
-      STD_TORCH_CHECK(saved->dim() == 0, op, ": total_weight and a reduced loss's grad must be scalars");
+      STD_TORCH_CHECK(saved->dim() == 0, op,
+                      ": total_weight, and grad for reduction mean or sum, must be scalars");
     } else {
       STD_TORCH_CHECK(saved->dim() == 3 && saved->size(0) == target.size(0) &&
                           saved->size(1) == target.size(1) && saved->size(2) == target.size(2),
-                      op, ": log_sum_exp and each pixel's grad must be of the target's shape");
+                      op, ": log_sum_exp, and grad for reduction none, must have the shape of target");
     }
   }
 }
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

@@ -1,6 +1,6 @@
-// Lets g++ compile our .cu files as ordinary C++ and run their kernels on the host, so that kernels are
-// tested where there is no GPU. Compile with `-x c++ -std=c++20 -DPANFPN_CUDA_ON_HOST -I csrc` and link
-// csrc/testing/*.cpp. Kernels reach it through ops/cuda/launch.cuh only.
+// Runs CUDA kernels on the host, so that they can be tested without a GPU: g++ compiles our .cu files as
+// ordinary C++. Compile with `-x c++ -std=c++20 -DPANFPN_CUDA_ON_HOST -I csrc` and link csrc/testing/*.cpp.
+// Kernels include this header only through ops/cuda/launch.cuh.
 #pragma once
 
 #include <cstddef>
@@ -10,6 +10,7 @@
 
 #include "testing/cuda_types.h"
 #include "testing/device_functions.h"
+#include "testing/gpu_limits.h"
 #include "testing/scheduler.h"
 #include "testing/sync_functions.h"
 
@@ -32,10 +33,11 @@ template <typename... Parameters, typename... Arguments>
 void launch(const char* name, bool cooperative, void (*kernel)(Parameters...), dim3 grid, dim3 block,
             size_t shared_bytes, cudaStream_t, Arguments&&... arguments) {
   static_assert(sizeof...(Parameters) == sizeof...(Arguments),
-                "a kernel takes no default arguments at its launch");
-  static_assert((std::is_trivially_copyable_v<Parameters> && ...), "kernel parameters are copied as bytes");
-  static_assert(!(std::is_reference_v<Parameters> || ...), "a kernel cannot take references");
-  static_assert((sizeof(Parameters) + ... + 0) <= 4096, "a kernel takes at most 4096 bytes of parameters");
+                "a launch must pass every parameter of the kernel: default arguments are not supported");
+  static_assert((std::is_trivially_copyable_v<Parameters> && ...),
+                "kernel parameters are copied bytewise, so they must be trivially copyable");
+  static_assert(!(std::is_reference_v<Parameters> || ...), "kernel parameters cannot be references");
+  static_assert((sizeof(Parameters) + ... + 0) <= 4096, "kernel parameters take at most 4096 bytes");
   const Call<Parameters...> call{kernel, {std::forward<Arguments>(arguments)...}};
   run_grid({name, grid, block, shared_bytes, cooperative}, call_kernel<Parameters...>, &call);
 }

@@ -7,6 +7,8 @@
 #include <cstring>
 #include <new>
 
+#include "testing/race_check.h"
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -21,14 +23,16 @@ namespace panfpn::cuda_on_host {
 namespace {
 
 #if defined(__SANITIZE_ADDRESS__)
-constexpr size_t kStackBytes = 512 * 1024;  // redzones make frames several times larger
+constexpr size_t kStackBytes = 512 * 1024;  // red zones make stack frames several times larger
 #else
 constexpr size_t kStackBytes = 128 * 1024;
 #endif
 constexpr size_t kFibresPerMapping = 64;
+// The race check finds all races of launches with at most so many threads.
+constexpr size_t kCheckedThreads = 2048;
 
-// The context that the running switch came from: enter_fibre needs it to learn the bounds of the thread's own
-// stack.
+// The context that the last switch suspended. AddressSanitizer reports the bounds of its stack after the
+// switch.
 Context* switched_from = nullptr;
 
 }  // namespace
@@ -53,8 +57,8 @@ void prepare_machine(Context& context, char* stack, size_t bytes, FibreMain main
 
 #else
 
-// Saves what a called function must preserve (System V ABI) on the old stack and takes it from the new one.
-// Rounding and exception flags of the floating-point unit are left alone: no kernel changes them.
+// Saves the callee-saved registers (System V ABI) on the old stack and restores them from the new one. The
+// rounding mode and exception masks of the floating-point unit are not saved, because no kernel changes them.
 extern "C" void panfpn_switch_stack(void** save, void* load);
 asm(R"(
 .text
@@ -86,8 +90,9 @@ void switch_machine(Context& from, Context& to) {
   panfpn_switch_stack(&from.stack_pointer, to.stack_pointer);
 }
 void prepare_machine(Context& context, char* stack, size_t bytes, FibreMain main) {
-  // Six zeroed registers, the address to "return" to, and a zero where main's own return address would be:
-  // unwinders stop there, and the stack pointer is 8 below a multiple of 16, as at the entry of any function.
+  // The initial stack holds six zeroed registers, the address of `main` as the return address of the switch,
+  // and a zero as the return address of `main`, where unwinders stop. On entry to `main` the stack pointer is
+  // then 8 below a multiple of 16, as the ABI requires.
   auto* top = reinterpret_cast<uintptr_t*>(stack + bytes);
   uintptr_t* start = top - 8;
   std::memset(start, 0, 8 * sizeof(uintptr_t));
@@ -103,6 +108,7 @@ void switch_context(Context& from, Context& to) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&from.fake_stack, to.bottom, to.bytes);
 #endif
+  race_check::switch_to(to.checked);
   switch_machine(from, to);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(from.fake_stack, &switched_from->bottom, &switched_from->bytes);
@@ -116,13 +122,15 @@ void enter_fibre() {
 }
 
 Fibre* FibrePool::take() {
-  if (free_.empty()) grow();
-  Fibre* fibre = free_.back();
-  free_.pop_back();
+  if (free_.empty() || (race_check::kEnabled && fibres_.size() < kCheckedThreads)) grow();
+  Fibre* fibre = race_check::kEnabled ? free_.front() : free_.back();
+  race_check::kEnabled ? free_.pop_front() : free_.pop_back();
+  if (fibre->context.checked == nullptr) fibre->context.checked = race_check::make_fibre();
   return fibre;
 }
 
 void FibrePool::abandon(Fibre* fibre) {
+  fibre->context.checked = nullptr;  // it may be in a race_check::Pause
   prepare(*fibre);
   free_.push_back(fibre);
 }
@@ -142,7 +150,7 @@ void FibrePool::grow() {
     prepare(*fibre);
     fibres_.push_back(std::move(fibre));
   }
-  // The free list is a stack: the lowest fibre comes first.
+  // take() pops from the back, so push in descending order to hand out the lowest index first.
   for (size_t i = 0; i < kFibresPerMapping; ++i) free_.push_back(fibres_[fibres_.size() - 1 - i].get());
 }
 
@@ -150,8 +158,8 @@ void FibrePool::prepare(Fibre& fibre) {
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(fibre.stack, kStackBytes);
 #endif
-  // Stacks lie whole pages apart; without an offset all of them would fight for the same few sets of the
-  // cache.
+  // Stacks are a whole number of pages apart. Without an offset their tops would map to the same few cache
+  // sets.
   const size_t colour = (fibre.index % 32) * 128;
   const size_t bytes = kStackBytes - colour;
   fibre.context.bottom = fibre.stack;

@@ -1,23 +1,26 @@
-// Fibres: stacks that the scheduler switches between by hand, one per running CUDA thread of the host run.
+// Fibres (user-level threads). Each running CUDA thread of the host run has one, and the scheduler switches
+// between them.
 #pragma once
 
 #include <cstddef>
+#include <deque>
 #include <memory>
 #include <vector>
 
 namespace panfpn::cuda_on_host {
 
-// Saved state of a suspended stack. `bottom` and `bytes` are what AddressSanitizer wants to know of the stack
-// that is switched to, `fake_stack` what it keeps for a stack that is left.
+// Saved state of a suspended stack. AddressSanitizer needs `bottom` and `bytes` of a stack to switch to it,
+// and stores `fake_stack` for a stack when it is suspended.
 struct Context {
   void* stack_pointer = nullptr;
-  void* machine = nullptr;  // ucontext_t, where there is no assembly for the processor
+  void* machine = nullptr;  // ucontext_t, on processors for which there is no assembly
   const void* bottom = nullptr;
   size_t bytes = 0;
   void* fake_stack = nullptr;
+  void* checked = nullptr;  // the fibre as ThreadSanitizer knows it
 };
 
-// Leaves `from` (the running one) and continues `to`; returns when somebody switches back to `from`.
+// Suspends the running context `from` and resumes `to`. Returns when another context switches back to `from`.
 void switch_context(Context& from, Context& to);
 
 using FibreMain = void (*)();
@@ -28,18 +31,20 @@ struct Fibre {
   size_t index = 0;
 };
 
-// Stacks are mapped once and reused; below each lies a page without access, so that an overflow faults.
+// Owns the fibres. Stacks are mapped once and reused. The page below each stack is inaccessible, so that a
+// stack overflow faults.
 class FibrePool {
  public:
   explicit FibrePool(FibreMain main) : main_(main) {}
   FibrePool(const FibrePool&) = delete;
   FibrePool& operator=(const FibrePool&) = delete;
 
-  // The fibre given back last: its stack is still in the cache.
+  // Returns the fibre that was given back last, because its stack is still in the cache. The race check gets
+  // the one that was given back first: it does not find races between threads that ran on one fibre.
   Fibre* take();
-  // A fibre that is suspended in its main loop, ready for another thread.
+  // Takes back a fibre that is suspended in its main loop and ready for another thread.
   void give_back(Fibre* fibre) { free_.push_back(fibre); }
-  // A fibre that was left in the middle of a kernel: it starts afresh.
+  // Takes back a fibre that is suspended inside a kernel and resets it to the start of its main function.
   void abandon(Fibre* fibre);
 
  private:
@@ -48,10 +53,10 @@ class FibrePool {
 
   FibreMain main_;
   std::vector<std::unique_ptr<Fibre>> fibres_;
-  std::vector<Fibre*> free_;
+  std::deque<Fibre*> free_;
 };
 
-// To be called first thing by the fibre's main function.
+// The main function of a fibre must call this first.
 void enter_fibre();
 
 }  // namespace panfpn::cuda_on_host

@@ -1,4 +1,4 @@
-// The words in which misuse is reported.
+// Texts of the messages that report misuse.
 #include <sstream>
 #include <string_view>
 
@@ -6,24 +6,10 @@
 
 namespace panfpn::cuda_on_host {
 
-const char* name_of(BarrierKind kind) {
-  switch (kind) {
-    case BarrierKind::sync:
-      return "__syncthreads";
-    case BarrierKind::sync_or:
-      return "__syncthreads_or";
-    case BarrierKind::sync_and:
-      return "__syncthreads_and";
-    case BarrierKind::sync_count:
-      return "__syncthreads_count";
-  }
-  return "?";
-}
-
 const char* name_of(WarpOp op) {
-  constexpr const char* kNames[] = {
-      "__syncwarp",     "__ballot_sync",    "__any_sync",      "__all_sync",       "__shfl_sync",
-      "__shfl_up_sync", "__shfl_down_sync", "__shfl_xor_sync", "__match_any_sync", "__reduce_*_sync"};
+  constexpr const char* kNames[] = {"__syncwarp",      "__ballot_sync",   "__shfl_sync",
+                                    "__shfl_up_sync",  "__shfl_xor_sync", "__reduce_add_sync",
+                                    "__reduce_or_sync"};
   return kNames[static_cast<size_t>(op)];
 }
 
@@ -49,7 +35,7 @@ std::string hex(uint32_t mask) {
 std::string deadlock_report(const char* kernel, const std::vector<Thread>& threads) {
   std::ostringstream out;
   out << "kernel " << kernel << ": deadlock, no thread can run:";
-  // One line per place where threads wait, with the first of them.
+  // One line for each place where threads wait, with the first thread that waits there.
   struct Place {
     const Thread* first;
     size_t count;
@@ -71,16 +57,16 @@ std::string deadlock_report(const char* kernel, const std::vector<Thread>& threa
   constexpr size_t kShown = 8;
   for (size_t i = 0; i < places.size() && i < kShown; ++i) {
     const Thread& thread = *places[i].first;
-    out << "\n  block " << text(thread.block->index) << ": " << places[i].count << " from thread "
-        << text(thread.index) << " on wait at " << text(thread.where) << " in ";
+    out << "\n  block " << text(thread.block->index) << ": " << places[i].count << " threads, the first is "
+        << text(thread.index) << ", wait at " << text(thread.where) << " in ";
     if (thread.wait == Wait::warp) {
       out << name_of(thread.group->op) << " with mask " << hex(thread.group->mask) << " for lanes "
           << hex(thread.group->mask & ~thread.group->arrived);
     } else {
-      out << (thread.wait == Wait::grid ? "grid_sync" : name_of(thread.block->kind));
+      out << (thread.wait == Wait::grid ? "grid_sync" : "__syncthreads");
     }
   }
-  if (places.size() > kShown) out << "\n  and at " << places.size() - kShown << " more places";
+  if (places.size() > kShown) out << "\n  and at " << places.size() - kShown << " other places";
   return out.str();
 }
 

@@ -1,7 +1,7 @@
-// Runs a grid on one host thread. Every CUDA thread is a fibre that runs until it waits (barrier, warp
-// function), exits or has done its share of atomics; then the scheduler continues the first runnable one in
-// the chosen order. A thread goes as far as it can before the next one starts, so where a barrier is missing,
-// the order decides what is read.
+// Runs a grid on one host thread. Every CUDA thread is a fibre. It runs until it waits at a barrier or warp
+// function, exits, or has used its budget of atomics. The scheduler then resumes the first runnable thread in
+// the chosen order. Each thread runs as far as it can before the next one starts, so if a barrier is missing,
+// the order decides which values are read.
 #include "testing/scheduler.h"
 
 #include <cstdlib>
@@ -15,6 +15,8 @@
 #include <vector>
 
 #include "testing/fibre.h"
+#include "testing/gpu_limits.h"
+#include "testing/race_check.h"
 #include "testing/scheduler_state.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -26,7 +28,6 @@ dim3 gridDim;
 dim3 blockDim;
 uint3 blockIdx;
 uint3 threadIdx;
-const int warpSize = 32;
 
 namespace panfpn::cuda_on_host {
 
@@ -36,10 +37,10 @@ uint64_t running_block_serial = 0;
 namespace {
 
 constexpr int64_t kAtomicsPerTurn = 1 << 16;
-// So many atomics without an exit or a completed barrier mean that all threads spin.
+// After this many atomics without an exit or a completed barrier, all threads are taken to be spinning.
 constexpr int64_t kAtomicsWithoutProgress = int64_t{1} << 24;
 
-// Never destroyed: a host thread may still launch while the process exits.
+// Never destroyed, because a host thread may still launch a kernel while the process exits.
 Scheduler& scheduler() {
   static Scheduler* const instance = new Scheduler;
   return *instance;
@@ -56,12 +57,13 @@ void fibre_main() {
   enter_fibre();
   for (;;) {
     scheduler().run_body();
+    const race_check::Pause pause;
     scheduler().exit_thread();
   }
 }
 
 #if defined(__SANITIZE_ADDRESS__)
-static void tell_running_thread() {
+static void print_running_thread() {
   if (scheduler().inside())
     std::fprintf(stderr, "panfpn: while running %s\n", scheduler().describe_running().c_str());
 }
@@ -91,7 +93,7 @@ void Scheduler::read_environment() {
   }
 }
 
-// splitmix64 (Steele, Lea, Flood 2014): any seed is a good one.
+// splitmix64 (Steele, Lea, Flood 2014), which is good for any seed.
 uint64_t Scheduler::random() {
   uint64_t z = (random_state_ += 0x9E3779B97F4A7C15ull);
   z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
@@ -107,20 +109,21 @@ void Scheduler::check(const LaunchShape& shape) const {
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (threads == 0) refuse("the block has no threads");
   if (block.x > 1024 || block.y > 1024 || block.z > 64 || threads > 1024) {
-    refuse("a block has at most 1024 threads and (1024, 1024, 64) along the axes, got " + text(block));
+    refuse("a block has at most 1024 threads and at most (1024, 1024, 64) along the axes, got " +
+           text(block));
   }
   if (grid.x > 0x7FFFFFFFu || grid.y > 65535 || grid.z > 65535) {
     refuse("a grid has at most (2147483647, 65535, 65535) blocks, got " + text(grid));
   }
-  if (shape.shared_bytes > kMaxSharedBytes) {
-    refuse(std::to_string(shape.shared_bytes) + " bytes of dynamic shared memory");
+  if (shape.shared_bytes > most_shared_bytes()) {
+    refuse("a block has at most " + std::to_string(most_shared_bytes()) +
+           " bytes of dynamic shared memory, got " + std::to_string(shape.shared_bytes));
   }
   if (shape.cooperative) {
     const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-    if (blocks > uint64_t{kMultiprocessors} * kBlocksPerMultiprocessor) {
-      refuse("a cooperative grid must be resident as a whole: at most " +
-             std::to_string(kMultiprocessors * kBlocksPerMultiprocessor) + " blocks here, got " +
-             std::to_string(blocks));
+    if (blocks > static_cast<uint64_t>(resident_blocks())) {
+      refuse("a cooperative grid must be resident as a whole, which allows at most " +
+             std::to_string(resident_blocks()) + " blocks here, got " + std::to_string(blocks));
     }
   }
 }
@@ -136,16 +139,18 @@ void Scheduler::run(const LaunchShape& shape, void (*thread_main)(const void*), 
   call_ = call;
   threads_per_block_ = size_t{shape.block.x} * shape.block.y * shape.block.z;
   random_state_ = seed_;
+  host_.checked = race_check::running_fibre();
+  race_check::before_all(&begins_);
   gridDim = shape.grid;
   blockDim = shape.block;
   prepare(shape.cooperative ? blocks : 1);
   if (shape.cooperative) {
     for (size_t b = 0; b < blocks; ++b) start_block(*blocks_[b], b);
     run_resident();
+    race_check::after_all(&ends_);
     return;
   }
-  // Random order: i -> i * step + offset modulo the number of blocks visits each block once if they share no
-  // factor.
+  // Random order: i -> (i * step + offset) % blocks visits each block once if step and blocks are coprime.
   uint64_t step = 1, offset = 0;
   if (order_ == Order::random) {
     offset = random() % blocks;
@@ -162,6 +167,7 @@ void Scheduler::run(const LaunchShape& shape, void (*thread_main)(const void*), 
     start_block(*blocks_[0], ordinal);
     run_resident();
   }
+  race_check::after_all(&ends_);
 }
 
 void Scheduler::prepare(size_t resident_blocks) {
@@ -186,7 +192,7 @@ void Scheduler::start_block(Block& block, uint64_t ordinal) {
                       static_cast<uint32_t>(ordinal / (x * y))};
   block.serial = ++block_serial_;
   block.live = static_cast<int>(threads_per_block_);
-  block.arrived = block.trues = 0;
+  block.arrived = 0;
   for (size_t w = 0; w < block.warps.size(); ++w) {
     const size_t lanes = std::min<size_t>(32, threads_per_block_ - w * 32);
     block.warps[w].lanes = lanes == 32 ? ~0u : (1u << lanes) - 1;
@@ -214,8 +220,13 @@ void Scheduler::run_resident() {
       abandon_all();
       throw std::runtime_error(report);
     }
-    if (thread->fibre == nullptr) thread->fibre = fibres_.take();
     running_ = thread;
+    if (thread->fibre == nullptr) {
+      thread->fibre = fibres_.take();
+      if constexpr (race_check::kEnabled) {
+        race_check::name_fibre(thread->fibre->context.checked, describe_running().c_str());
+      }
+    }
     threadIdx = thread->index;
     blockIdx = thread->block->index;
     running_block_serial = thread->block->serial;
@@ -235,7 +246,7 @@ void Scheduler::run_resident() {
   for (size_t b = 0; b < resident_; ++b) {
     if (const auto array = blocks_[b]->arena.damaged()) {
       throw std::runtime_error(std::string("kernel ") + shape_.kernel + ", block " + text(blocks_[b]->index) +
-                               ": something was written outside the bounds of " + *array);
+                               ": a write outside the bounds of " + *array);
     }
   }
 }
@@ -259,10 +270,10 @@ void Scheduler::set_budget() {
 void Scheduler::yield() {
   atomics_without_progress_ += atomics_granted_;
   if (atomics_without_progress_ > kAtomicsWithoutProgress) {
-    fail("all threads spin on atomics or memory fences and none gets on", nullptr);
+    fail("all threads spin on atomics and none makes progress", nullptr);
   }
-  // In random order the thread stays runnable; else all others go first, or a spinning thread would be picked
-  // for ever.
+  // In random order the thread stays runnable. In the other orders all other threads run first; otherwise a
+  // spinning thread would be chosen forever.
   if (order_ != Order::random) {
     ready_.erase(position(index_of(*running_)));
     yielded_.push_back(index_of(*running_));
@@ -283,6 +294,7 @@ void Scheduler::wait(Wait kind, const Location& where, const WarpGroup* group) {
 }
 
 void Scheduler::run_body() {
+  race_check::after_all(&begins_);
   std::string thrown;
   try {
     thread_main_(call_);
@@ -302,13 +314,13 @@ void Scheduler::exit_thread() {
   const uint32_t bit = 1u << (thread.linear % 32);
   for (const WarpGroup* group : warp.pending) {
     if (group->mask & bit) {
-      fail(std::string("exits, but lanes ") + hex(group->arrived) + " wait for it in " + name_of(group->op) +
-               " with mask " + hex(group->mask),
+      fail(std::string("the thread exits while lanes ") + hex(group->arrived) + " wait for it in " +
+               name_of(group->op) + " with mask " + hex(group->mask),
            &group->where);
     }
   }
   if (grid_waiting_ > 0) {
-    fail("exits, but other threads wait for it in grid_sync", &grid_where_);
+    fail("the thread exits while other threads wait for it in grid_sync", &grid_where_);
   }
   warp.exited |= bit;
   thread.finished = true;
@@ -317,34 +329,31 @@ void Scheduler::exit_thread() {
   --block.live;
   progress();
   if (block.arrived > 0 && block.arrived == block.live) release_block(block);
+  race_check::before_all(&ends_);
   suspend();
 }
 
-int Scheduler::block_barrier(BarrierKind kind, bool predicate, const Location& where, int* live) {
+void Scheduler::block_barrier(const Location& where) {
   Block& block = *running_->block;
   if (block.arrived == 0) {
-    block.kind = kind;
     block.where = where;
-  } else if (block.kind != kind || block.where.line() != where.line() ||
+  } else if (block.where.line() != where.line() ||
              std::string_view(block.where.file_name()) != where.file_name()) {
-    fail(std::string("divergent barrier: arrives at ") + name_of(kind) + " while " +
-             std::to_string(block.arrived) + " other threads of the block wait at " + name_of(block.kind) +
-             " (" + text(block.where) + ")",
+    fail("divergent barrier: the thread arrives at __syncthreads here while " +
+             std::to_string(block.arrived) + " other threads of the block wait at __syncthreads in " +
+             text(block.where),
          &where);
   }
+  void* const token = block.barrier.arrive(block.arrived == 0);
   ++block.arrived;
-  block.trues += predicate ? 1 : 0;
   wait(Wait::block, where, nullptr);
   if (block.arrived == block.live) release_block(block);
   suspend();
-  *live = block.result_live;
-  return block.result_trues;
+  race_check::after_all(token);
 }
 
 void Scheduler::release_block(Block& block) {
-  block.result_live = block.arrived;
-  block.result_trues = block.trues;
-  block.arrived = block.trues = 0;
+  block.arrived = 0;
   for (size_t i = 0; i < threads_per_block_; ++i) {
     if (threads_[block.first_thread + i].wait == Wait::block) set_ready(block.first_thread + i);
   }
@@ -352,12 +361,13 @@ void Scheduler::release_block(Block& block) {
 }
 
 void Scheduler::grid_barrier(const Location& where) {
-  if (!shape_.cooperative) fail("grid_sync needs PANFPN_LAUNCH_COOPERATIVE", &where);
+  if (!shape_.cooperative) fail("grid_sync needs a launch by PANFPN_LAUNCH_COOPERATIVE", &where);
   if (live_ != threads_.size()) {
     fail("grid_sync waits for all threads of the grid, but " + std::to_string(threads_.size() - live_) +
              " have exited",
          &where);
   }
+  void* const token = grid_sync_.arrive(grid_waiting_ == 0);
   wait(Wait::grid, where, nullptr);
   grid_where_ = where;
   if (++grid_waiting_ == threads_.size()) {
@@ -366,6 +376,7 @@ void Scheduler::grid_barrier(const Location& where) {
     progress();
   }
   suspend();
+  race_check::after_all(token);
 }
 
 const WarpGroup* Scheduler::warp_arrive(WarpOp op, uint32_t mask, uint64_t payload, const Location& where) {
@@ -374,18 +385,18 @@ const WarpGroup* Scheduler::warp_arrive(WarpOp op, uint32_t mask, uint64_t paylo
   Warp& warp = thread.block->warps[warp_index];
   const uint32_t lane = thread.linear % 32, bit = 1u << lane;
   if ((mask & bit) == 0) {
-    fail(std::string(name_of(op)) + ": mask " + hex(mask) + " does not name the calling lane " +
+    fail(std::string(name_of(op)) + ": mask " + hex(mask) + " does not include the calling lane " +
              std::to_string(lane),
          &where);
   }
   if ((mask & warp.exited) != 0) {
     fail(std::string(name_of(op)) + ": mask " + hex(mask) +
-             " names lanes that have exited: " + hex(mask & warp.exited),
+             " includes lanes that have exited: " + hex(mask & warp.exited),
          &where);
   }
   if ((mask & ~warp.lanes) != 0) {
     fail(std::string(name_of(op)) + ": mask " + hex(mask) +
-             " names lanes that the block does not have: " + hex(mask & ~warp.lanes),
+             " includes lanes that the block does not have: " + hex(mask & ~warp.lanes),
          &where);
   }
   size_t g = 0;
@@ -406,11 +417,13 @@ const WarpGroup* Scheduler::warp_arrive(WarpOp op, uint32_t mask, uint64_t paylo
     warp.pending.push_back(fresh);
   }
   WarpGroup* group = warp.pending[g];
+  void* const token = op == WarpOp::sync ? group->barrier.arrive(group->arrived == 0) : nullptr;
   group->payload[lane] = payload;
   group->arrived |= bit;
   wait(Wait::warp, where, group);
   if (group->arrived == mask) release_group(*thread.block, warp, warp_index, g);
   suspend();
+  if (op == WarpOp::sync) race_check::after_all(token);
   return group;
 }
 
@@ -425,8 +438,8 @@ void Scheduler::release_group(Block& block, Warp& warp, size_t warp_index, size_
 }
 
 void Scheduler::warp_leave(const WarpGroup* group) {
-  auto* own = const_cast<WarpGroup*>(group);
-  if (--own->readers == 0) free_groups_.push_back(own);
+  auto* writable = const_cast<WarpGroup*>(group);
+  if (--writable->readers == 0) free_groups_.push_back(writable);
 }
 
 void* Scheduler::place_shared(SharedSite& site, size_t bytes, size_t alignment) {
@@ -434,13 +447,13 @@ void* Scheduler::place_shared(SharedSite& site, size_t bytes, size_t alignment) 
   site.address = arena.place(site, bytes, alignment);
   site.block_serial = running_block_serial;
   if (arena.static_bytes() > kDefaultSharedBytes) {
-    fail(std::string("static shared memory with array ") + site.name + " takes " +
+    fail("static shared memory including array " + std::string(site.name) + " takes " +
              std::to_string(arena.static_bytes()) + " bytes; at most " + std::to_string(kDefaultSharedBytes) +
              " are allowed",
          nullptr);
   }
-  // The launcher opts in to more than 48 KiB by the size of the dynamic part alone (launch.cuh).
-  const size_t limit = shape_.shared_bytes > kOptInBytes ? kMaxSharedBytes : kDefaultSharedBytes;
+  // launch.cuh opts in to more than 48 KiB depending on the size of the dynamic part alone.
+  const size_t limit = shape_.shared_bytes > kOptInBytes ? most_shared_bytes() : kDefaultSharedBytes;
   if (arena.static_bytes() + shape_.shared_bytes > limit) {
     fail("static and dynamic shared memory take " +
              std::to_string(arena.static_bytes() + shape_.shared_bytes) + " bytes together; at most " +
@@ -451,7 +464,9 @@ void* Scheduler::place_shared(SharedSite& site, size_t bytes, size_t alignment) 
 }
 
 void* Scheduler::dynamic_shared(size_t alignment) {
-  if (alignment > 16) fail("dynamic shared memory is aligned to 16 bytes only", nullptr);
+  if (alignment > 16)
+    fail("dynamic shared memory is aligned to 16 bytes only; the type needs " + std::to_string(alignment),
+         nullptr);
   return running_->block->arena.dynamic();
 }
 
@@ -464,7 +479,7 @@ void Scheduler::fail(const std::string& message, const Location* where) {
   failure_ = describe_running() + (where == nullptr ? "" : ", " + text(*where)) + ": " + message;
   failed_ = true;
   suspend();
-  // abandon_all() starts this fibre afresh, so nobody comes back here.
+  // abandon_all() resets this fibre, so execution never returns here.
   std::abort();
 }
 
@@ -490,11 +505,12 @@ uint64_t launch_count() {
 
 void run_grid(const LaunchShape& shape, void (*thread_main)(const void* call), const void* call) {
   thread_local bool launching = false;
-  if (launching) throw std::runtime_error("a kernel cannot launch another one");
+  if (launching) throw std::runtime_error("a kernel cannot launch another kernel");
   const std::lock_guard lock(launch_mutex());
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_set_death_callback(tell_running_thread);
+  __sanitizer_set_death_callback(print_running_thread);
 #endif
+  const race_check::Pause pause;
   launching = true;
   try {
     scheduler().run(shape, thread_main, call);
@@ -505,37 +521,45 @@ void run_grid(const LaunchShape& shape, void (*thread_main)(const void* call), c
   launching = false;
 }
 
-int block_barrier(BarrierKind kind, bool predicate, const Location& where, int* live) {
-  return scheduler().block_barrier(kind, predicate, where, live);
+void block_barrier(const Location& where) {
+  const race_check::Pause pause;
+  scheduler().block_barrier(where);
 }
 void grid_barrier(const Location& where) {
+  const race_check::Pause pause;
   scheduler().grid_barrier(where);
 }
 const WarpGroup* warp_arrive(WarpOp op, uint32_t mask, uint64_t payload, const Location& where) {
+  const race_check::Pause pause;
   return scheduler().warp_arrive(op, mask, payload, where);
 }
 void warp_leave(const WarpGroup* group) {
+  const race_check::Pause pause;
   scheduler().warp_leave(group);
 }
 unsigned int lane_of_this_thread() {
   return scheduler().lane();
 }
 void fail(const std::string& message, const Location& where) {
+  const race_check::Pause pause;
   scheduler().fail(message, &where);
 }
 void yield_thread() {
+  const race_check::Pause pause;
   scheduler().yield();
 }
 void* place_shared(SharedSite& site, size_t bytes, size_t alignment) {
+  const race_check::Pause pause;
   return scheduler().place_shared(site, bytes, alignment);
 }
 void* dynamic_shared(size_t alignment) {
+  const race_check::Pause pause;
   return scheduler().dynamic_shared(alignment);
 }
 
 }  // namespace panfpn::cuda_on_host
 
-// For callers without C++ headers (ctypes).
+// C interface for ctypes.
 extern "C" __attribute__((visibility("default"))) void panfpn_host_set_order(int order,
                                                                              unsigned long long seed) {
   panfpn::cuda_on_host::set_order(static_cast<panfpn::cuda_on_host::Order>(order), seed);

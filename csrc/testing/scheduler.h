@@ -1,5 +1,5 @@
-// What the intrinsics and the launch macro need of the host run of CUDA kernels; scheduler.cpp says how it
-// works.
+// Interface of the scheduler of the host run for the CUDA functions and the launch macro. scheduler.cpp
+// explains how it works.
 #pragma once
 
 #include <array>
@@ -9,20 +9,21 @@
 #include <string>
 
 #include "testing/cuda_types.h"
+#include "testing/race_check.h"
 
 namespace panfpn::cuda_on_host {
 
 using Location = std::source_location;
 
-// Which runnable thread goes next, and in which order blocks run. A kernel that is right gives the same
-// result under each of them; one that lacks a barrier differs between `forward` and `reverse`.
+// Order in which runnable threads and blocks run. A correct kernel gives the same result in each order. A
+// kernel that lacks a barrier gives different results in `forward` and `reverse` order.
 enum class Order { forward = 0, reverse = 1, random = 2 };
 
-// Process-wide; the environment variable PANFPN_HOST_ORDER (forward, reverse, random or random:<seed>) is the
-// default.
+// Sets the order for the whole process. The default is the environment variable PANFPN_HOST_ORDER (forward,
+// reverse, random or random:<seed>).
 void set_order(Order order, uint64_t seed = 0);
 
-// Kernel launches (that ran at least one block) since the library was loaded.
+// Number of launches that ran at least one block since the library was loaded.
 uint64_t launch_count();
 
 struct LaunchShape {
@@ -30,22 +31,21 @@ struct LaunchShape {
   dim3 grid;
   dim3 block;
   size_t shared_bytes;
-  bool cooperative;  // all blocks are resident together and may meet in grid_sync()
+  bool cooperative;  // all blocks are resident at once and may call grid_sync()
 };
 
-// Runs `thread_main(call)` once per thread of the grid. Throws std::runtime_error with kernel, block and
-// thread when the launch is not a valid one or when the kernel misuses a barrier or a warp function.
+// Runs `thread_main(call)` once per thread of the grid. Throws std::runtime_error if the launch is invalid or
+// if the kernel misuses a barrier or a warp function; the message names the kernel, block and thread.
 void run_grid(const LaunchShape& shape, void (*thread_main)(const void* call), const void* call);
 
-enum class BarrierKind : uint8_t { sync, sync_or, sync_and, sync_count };
-
-// Waits for all live threads of the block; how many of them gave a true predicate.
-int block_barrier(BarrierKind kind, bool predicate, const Location& where, int* live);
+// Waits for all live threads of the block.
+void block_barrier(const Location& where);
+// Waits for all threads of the grid.
 void grid_barrier(const Location& where);
 
-enum class WarpOp : uint8_t { sync, ballot, any, all, shfl, shfl_up, shfl_down, shfl_xor, match_any, reduce };
+enum class WarpOp : uint8_t { sync, ballot, shfl, shfl_up, shfl_xor, reduce_add, reduce_or };
 
-// What the lanes of one warp function brought: its payload per lane of `mask`.
+// The lanes that call one warp function together, with a payload for each lane of `mask`.
 struct WarpGroup {
   std::array<uint64_t, 32> payload;
   uint32_t mask;
@@ -53,33 +53,35 @@ struct WarpGroup {
   uint32_t readers;
   WarpOp op;
   Location where;
+  race_check::MeetingPoint barrier;  // of __syncwarp
 };
 
-// Waits until every lane of `mask` has arrived at the same operation with the same mask.
+// Waits until every lane of `mask` has called the same operation with the same mask.
 const WarpGroup* warp_arrive(WarpOp op, uint32_t mask, uint64_t payload, const Location& where);
 void warp_leave(const WarpGroup* group);
 
 unsigned int lane_of_this_thread();
 
-// Reports misuse by the running thread: the launch stops and throws.
+// Reports misuse by the running thread: the launch is aborted and throws.
 [[noreturn]] void fail(const std::string& message, const Location& where);
 
-// Lets other threads run first when the budget is spent: so that a thread that spins on an atomic does not
-// hang, and so that random order also interleaves between atomics.
+// Number of atomics that the running thread may still execute before other threads run. This keeps a thread
+// that spins on an atomic from hanging the launch, and lets the random order interleave threads between
+// atomics.
 extern int64_t atomics_before_yield;
 void yield_thread();
-inline void count_atomic() {
+PANFPN_UNCHECKED inline void count_atomic() {
   if (--atomics_before_yield <= 0) yield_thread();
 }
 
-// One declaration of shared memory in the source (per template instantiation). Constant-initialised, so the
-// `static` one in each kernel needs no guard.
+// One declaration of shared memory in the source, per template instantiation. It is constant-initialised, so
+// that the `static` variable in each kernel needs no guard.
 struct SharedSite {
   const char* name;
   uint64_t block_serial = 0;
   void* address = nullptr;
 };
-// The site's memory in the running block, filled with 0xFF at first use.
+// Returns the site's memory in the running block. The first call fills it with 0xFF bytes.
 void* place_shared(SharedSite& site, size_t bytes, size_t alignment);
 void* dynamic_shared(size_t alignment);
 
@@ -92,16 +94,15 @@ using SharedArray = T[N];
 template <typename T, size_t N>
 SharedArray<T, N>& shared_array(SharedSite& site) {
   static_assert(__is_trivially_constructible(T),
-                "shared memory is not initialised: no constructor may be needed");
+                "shared memory is not initialised, so its type must be trivially constructible");
   if (site.block_serial != running_block_serial) place_shared(site, sizeof(T) * N, alignof(T));
   return *static_cast<SharedArray<T, N>*>(site.address);
 }
 
 }  // namespace panfpn::cuda_on_host
 
-// Set before a thread runs; the kernel must not write to them.
+// The scheduler sets these before it runs a thread. Kernels must not write to them.
 extern dim3 gridDim;
 extern dim3 blockDim;
 extern uint3 blockIdx;
 extern uint3 threadIdx;
-extern const int warpSize;

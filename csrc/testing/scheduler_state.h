@@ -1,4 +1,4 @@
-// The threads, warps and blocks of a running grid, as the scheduler and its reports see them.
+// The threads, warps and blocks of a running grid: state of the scheduler and input of its reports.
 #pragma once
 
 #include <algorithm>
@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "testing/fibre.h"
+#include "testing/race_check.h"
 #include "testing/scheduler.h"
 #include "testing/shared_arena.h"
 
@@ -30,7 +31,7 @@ struct Thread {
 };
 
 struct Warp {
-  uint32_t lanes;  // that exist: the last warp of a block may be partial
+  uint32_t lanes;  // mask of the lanes that exist: the last warp of a block may be partial
   uint32_t exited;
   std::vector<WarpGroup*> pending;
 };
@@ -41,16 +42,13 @@ struct Block {
   size_t first_thread;
   int live;
   int arrived;
-  int trues;
-  BarrierKind kind;
   Location where;
-  int result_live;
-  int result_trues;
+  race_check::MeetingPoint barrier;
   std::vector<Warp> warps;
   SharedArena arena;
 };
 
-// Threads that may run now, as bits: the next one is found in a few instructions.
+// Set of runnable threads as a bit set, so that finding the next one takes a few instructions.
 class ReadySet {
  public:
   void fill(size_t size) {
@@ -65,13 +63,13 @@ class ReadySet {
   }
   void erase(size_t i) { words_[i / 64] &= ~(uint64_t{1} << (i % 64)); }
 
-  // The first member; size() when there is none.
+  // Returns the first member, or size() if the set is empty.
   size_t first() {
     while (first_word_ < words_.size() && words_[first_word_] == 0) ++first_word_;
     if (first_word_ == words_.size()) return size_;
     return first_word_ * 64 + static_cast<size_t>(__builtin_ctzll(words_[first_word_]));
   }
-  // The first member from `start` on, and round the end.
+  // Returns the first member at or after `start`, or else the first one of all.
   size_t first_from(size_t start) {
     const uint64_t rest = words_[start / 64] & (~uint64_t{0} << (start % 64));
     if (rest != 0) return start / 64 * 64 + static_cast<size_t>(__builtin_ctzll(rest));
@@ -88,17 +86,16 @@ class ReadySet {
   size_t first_word_ = 0;
 };
 
-// What messages call a barrier, a warp function, an index, a place in the source, a set of lanes.
-const char* name_of(BarrierKind kind);
+// Texts for messages: a warp function, an index, a location in the source, a set of lanes.
 const char* name_of(WarpOp op);
 std::string text(uint3 v);
 std::string text(const Location& where);
 std::string hex(uint32_t mask);
 
-// Where the threads that have not finished wait.
+// Message that lists where the unfinished threads wait.
 std::string deadlock_report(const char* kernel, const std::vector<Thread>& threads);
 
-// What every fibre runs: one thread after another.
+// Main function of all fibres: runs one thread after another.
 void fibre_main();
 
 class Scheduler {
@@ -107,10 +104,10 @@ class Scheduler {
   void set_order(Order order, uint64_t seed);
   uint64_t launches() const { return launches_; }
 
-  // From here on: called by the fibres.
+  // The functions from here on are called by the fibres.
   void run_body();
   void exit_thread();
-  int block_barrier(BarrierKind kind, bool predicate, const Location& where, int* live);
+  void block_barrier(const Location& where);
   void grid_barrier(const Location& where);
   const WarpGroup* warp_arrive(WarpOp op, uint32_t mask, uint64_t payload, const Location& where);
   void warp_leave(const WarpGroup* group);
@@ -166,6 +163,8 @@ class Scheduler {
   std::vector<WarpGroup*> free_groups_;
   size_t live_ = 0;
   size_t grid_waiting_ = 0;
+  race_check::MeetingPoint grid_sync_;
+  char begins_ = 0, ends_ = 0;  // tokens for what happened before a launch, and for what its threads did
   Location grid_where_;
   int64_t atomics_granted_ = 0;
   int64_t atomics_without_progress_ = 0;

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <new>
 
+#include "testing/race_check.h"
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #endif
@@ -26,7 +28,7 @@ void make_guard([[maybe_unused]] char* begin, [[maybe_unused]] char* end) {
 #endif
 }
 
-bool guard_is_whole([[maybe_unused]] const char* begin, [[maybe_unused]] const char* end) {
+bool guard_is_intact([[maybe_unused]] const char* begin, [[maybe_unused]] const char* end) {
 #if defined(__SANITIZE_ADDRESS__)
   return true;
 #else
@@ -34,15 +36,17 @@ bool guard_is_whole([[maybe_unused]] const char* begin, [[maybe_unused]] const c
 #endif
 }
 
+// Maps memory, in place of the mapping at `address` unless it is null.
+char* map_memory(char* address) {
+  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | (address == nullptr ? 0 : MAP_FIXED);
+  void* const mapping = mmap(address, SharedArena::kArenaBytes, PROT_READ | PROT_WRITE, flags, -1, 0);
+  if (mapping == MAP_FAILED) throw std::bad_alloc();
+  return static_cast<char*>(mapping);
+}
+
 }  // namespace
 
-SharedArena::SharedArena() {
-  void* mapping =
-      mmap(nullptr, kArenaBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (mapping == MAP_FAILED) throw std::bad_alloc();
-  base_ = static_cast<char*>(mapping);
-  cursor_ = base_;
-}
+SharedArena::SharedArena() : base_(map_memory(nullptr)), cursor_(base_) {}
 
 SharedArena::~SharedArena() {
 #if defined(__SANITIZE_ADDRESS__)
@@ -52,6 +56,8 @@ SharedArena::~SharedArena() {
 }
 
 void SharedArena::reset(size_t dynamic_bytes) {
+  // For ThreadSanitizer, newly mapped memory has not been accessed.
+  if constexpr (race_check::kEnabled) map_memory(base_);
   arrays_.clear();
   static_bytes_ = 0;
   cursor_ = base_;
@@ -72,8 +78,8 @@ void* SharedArena::place(const SharedSite& site, size_t bytes, size_t alignment)
 
 void SharedArena::add(const SharedSite* site, char* begin, size_t bytes) {
   char* end = begin + bytes;
-  // A kernel may declare more than a block can have before the caller finds that out: then memory must still
-  // suffice.
+  // A kernel may declare more shared memory than a block can have. The caller reports that only afterwards,
+  // so the arena must be large enough until then.
   if (end + kGuardBytes > base_ + kArenaBytes) throw std::bad_alloc();
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(begin, bytes);
@@ -89,7 +95,7 @@ std::optional<std::string> SharedArena::damaged() const {
   const char* guard = base_;
   for (const Array& array : arrays_) {
     const char* end = array.begin + array.bytes;
-    if (!guard_is_whole(guard, array.begin) || !guard_is_whole(end, end + kGuardBytes)) {
+    if (!guard_is_intact(guard, array.begin) || !guard_is_intact(end, end + kGuardBytes)) {
       return array.site == nullptr ? "the dynamic shared memory"
                                    : std::string("shared array ") + array.site->name;
     }

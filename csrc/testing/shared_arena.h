@@ -1,4 +1,4 @@
-// The shared memory of one block in the host run.
+// Shared memory of one block in the host run.
 #pragma once
 
 #include <cstddef>
@@ -11,29 +11,30 @@
 
 namespace panfpn::cuda_on_host {
 
-// Arrays lie between guard zones, each at the least alignment that its type asks for, and start as 0xFF
-// bytes: a NaN for floats, -1 for integers. AddressSanitizer reports any access to a guard zone where it
-// happens; without it, a write is found when the block ends.
+// Each array is placed between guard zones at exactly the alignment that its type requires, and is filled
+// with 0xFF bytes: NaN for floats, -1 for integers. AddressSanitizer reports any access to a guard zone when
+// it happens. Without AddressSanitizer, a write to a guard zone is found when the block ends.
 class SharedArena {
  public:
+  static constexpr size_t kArenaBytes = 1024 * 1024;
+
   SharedArena();
   ~SharedArena();
   SharedArena(const SharedArena&) = delete;
   SharedArena& operator=(const SharedArena&) = delete;
 
-  // Forgets the last block's arrays.
+  // Removes the arrays of the previous block.
   void reset(size_t dynamic_bytes);
   void* dynamic() const { return base_ + kDynamicOffset; }
-  // Where the site's array lies in this block; placed at the first call.
+  // Returns the address of the site's array in this block. The first call allocates the array.
   void* place(const SharedSite& site, size_t bytes, size_t alignment);
   size_t static_bytes() const { return static_bytes_; }
-  // Name of an array beyond whose bounds something was written.
+  // Name of an array outside of whose bounds a write happened; nullopt if there was no such write.
   std::optional<std::string> damaged() const;
 
  private:
   static constexpr size_t kGuardBytes = 128;
-  static constexpr size_t kArenaBytes = 1024 * 1024;
-  // 16 bytes is all that dynamic shared memory promises, so it lies at no multiple of 32.
+  // Dynamic shared memory is aligned to 16 bytes only, so it must not be at a multiple of 32.
   static constexpr size_t kDynamicOffset = kGuardBytes + 16;
 
   struct Array {
@@ -42,7 +43,7 @@ class SharedArena {
     size_t bytes;
   };
 
-  // Makes [cursor_, begin) and the guard zone after the array unusable.
+  // Appends an array and turns [cursor_, begin) and the bytes after the array into guard zones.
   void add(const SharedSite* site, char* begin, size_t bytes);
 
   char* base_;

@@ -1,4 +1,4 @@
-"""detectron2's Panoptic FPN checkpoints: how to know one, what network it is for, which tensor goes where."""
+"""Reads and writes the tensors of detectron2's Panoptic FPN checkpoints."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LAYOUT = Layout(
         (r"mask_head\.convs\.(\d+)\.(\w+)", r"roi_heads.mask_head.mask_fcn{1+1}.\2"),
         (r"mask_head\.deconv\.(\w+)", r"roi_heads.mask_head.deconv.\1"),
         (r"mask_head\.logits\.(\w+)", r"roi_heads.mask_head.predictor.\1"),
-        # There an upsampling sits between two convolutions and takes a number.
+        # In detectron2 the upsampling between two convolutions has an index, too.
         (r"semantic_head\.levels\.(p\d)\.(\d+)\.conv\.(\w+)", r"sem_seg_head.\1.{2*2}.\3"),
         (r"semantic_head\.levels\.(p\d)\.(\d+)\.norm\.(\w+)", r"sem_seg_head.\1.{2*2}.norm.\3"),
         (r"semantic_head\.logits\.(\w+)", r"sem_seg_head.predictor.\1"),
@@ -46,24 +46,24 @@ LAYOUT = Layout(
     block=r"backbone\.bottom_up\.res(\d)\.(\d+)\.",
     first_stage=2,
     branches={"instance": ("proposal_generator.", "roi_heads."), "semantic": ("sem_seg_head.",)},
-    # Counters, and what old versions stored although the settings determine it.
+    # Counters, and tensors that the settings determine but old versions stored.
     ignored=r"\.num_batches_tracked$|^pixel_(mean|std)$|^proposal_generator\.anchor_generator\.",
 )
 
 key = LAYOUT.key
-"""Returns detectron2's name of one of our tensors; see :meth:`Layout.key`."""
+"""Converts our name of a tensor to detectron2's name; see `Layout.key`."""
 
 
 def is_detectron2(weights: Collection[str]) -> bool:
-    """Returns whether these tensor names are those of a detectron2 FPN network."""
+    """Returns whether the tensor names are those of a detectron2 network with an FPN."""
     return bool({"backbone.bottom_up.stem.conv1.weight", "backbone.fpn_lateral2.weight"} & set(weights))
 
 
 def settings(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads off the tensors what network they belong to; see :meth:`Layout.settings`.
+    """Derives the settings of a network from its tensors; see `Layout.settings`.
 
-    Where the stride of a bottleneck is cannot be seen; detectron2's published COCO models have it in the 1x1
-    convolution, the default.
+    The tensors do not show which convolution of a bottleneck has the stride. In detectron2's published COCO models it
+    is the first 1x1 convolution, which is the default here.
     """
     found = LAYOUT.settings(weights)
     for field in ("pixel_mean", "pixel_std"):
@@ -73,19 +73,19 @@ def settings(weights: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fill(model: PanopticFPN, weights: Mapping[str, Any]) -> None:
-    """Puts a checkpoint's tensors into a network, replacing its own; see :meth:`Layout.fill`."""
+    """Replaces the tensors of a network by those of a checkpoint; see `Layout.fill`."""
     LAYOUT.fill(model, weights)
     if "instance" in model.config.tasks:
         _check_anchors(model, weights)
 
 
 def tensors(model: PanopticFPN) -> dict[str, Tensor]:
-    """Returns a network's tensors by detectron2's names; see :meth:`Layout.tensors`."""
+    """Returns the tensors of a network by detectron2's names; see `Layout.tensors`."""
     return LAYOUT.tensors(model)
 
 
 def _check_anchors(model: PanopticFPN, weights: Mapping[str, Any]) -> None:
-    """Old checkpoints carry their anchors; other ones than ours would give wrong boxes without any error."""
+    """Compares the anchors in old checkpoints with ours; unequal anchors would give wrong boxes without an error."""
     for level, ours in enumerate(model.rpn.cells.cpu()):
         name = f"proposal_generator.anchor_generator.cell_anchors.{level}"
         if name not in weights:
@@ -93,5 +93,6 @@ def _check_anchors(model: PanopticFPN, weights: Mapping[str, Any]) -> None:
         theirs = float32(weights[name], name)
         if theirs.shape != ours.shape or not torch.allclose(theirs, ours, atol=1e-2):
             raise CheckpointError(
-                f"{name} is {theirs.tolist()}, but anchor_sizes and anchor_ratios give {ours.tolist()}"
+                f"{name} is {theirs.tolist()}, but anchor_sizes and anchor_ratios give {ours.tolist()}; "
+                "set these two fields to the values that the network was trained with"
             )

@@ -1,26 +1,24 @@
-"""Published checkpoints by name: downloaded once, checked, kept."""
+"""Downloads published checkpoints by name, checks them and keeps them in a cache directory."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import http.client
 import os
 import re
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-from tqdm import tqdm
+import pooch
+from filelock import FileLock
 
-from panfpn_fast._cache import cache_dir
+from panfpn_fast._errors import similar
+from panfpn_fast._files import cache_dir
+from panfpn_fast.models.config import presets
 
 BASE_URLS = {
     "detectron2": "https://dl.fbaipublicfiles.com/detectron2",
     "mmdetection": "https://download.openmmlab.com/mmdetection",
 }
-"""Where each framework's files are, by what its checkpoints' names begin with."""
+"""Address of each framework's files; the keys are the prefixes of its checkpoint names."""
 
 _MMDETECTION = {
     "panoptic_fpn_r50_fpn_1x_coco": "20210821_101153-9668fd13",
@@ -40,146 +38,138 @@ PUBLISHED: dict[str, str] = {
     f"mmdetection://{name}": f"v2.0/panoptic_fpn/{name}/{name}_{version}.pth"
     for name, version in _MMDETECTION.items()
 }
-"""Names, and their files' paths below :data:`BASE_URLS`. A file's name ends in the beginning of its sha256."""
+"""Maps names to paths below `BASE_URLS`. The first digits of a file's SHA-256 are the end of its stem."""
 
 BACKBONES: dict[str, str] = {
     f"detectron2://{path}": path
     for path in ("ImageNetPretrained/MSRA/R-50.pkl", "ImageNetPretrained/MSRA/R-101.pkl")
 }
-"""The same for ResNets trained on ImageNet, which training begins with; their names have no check sum."""
+"""Maps names of ImageNet-trained ResNets, from which training starts, to paths. Their file names have no checksum."""
 
 _CHUNK = 1 << 20
 _TIMEOUT_S = 30.0
+_RETRIES = 2
 
 
 class DownloadError(OSError):
-    """A checkpoint could not be downloaded; the message names the address, the reason and what to do."""
+    """A checkpoint could not be downloaded; the message names the address, the reason and a remedy."""
+
+
+def find(path_or_name: str | os.PathLike[str]) -> Path:
+    """Returns the file of a checkpoint; a name, which has "://", is passed to `fetch`.
+
+    Args:
+        path_or_name: A file, or a name for `fetch`. A leading `~` is the home directory.
+
+    Raises:
+        TypeError: If the argument is not a string or path.
+        FileNotFoundError: If the file does not exist.
+        IsADirectoryError: If the path is a folder.
+        ValueError, DownloadError: See `fetch`.
+    """
+    name = os.fspath(path_or_name)
+    if not isinstance(name, str):
+        raise TypeError(f"path_or_name: expected a string or path, got {type(name).__name__}")
+    if "://" in name:
+        return fetch(name)
+    path = Path(os.path.expanduser(name))
+    if path.is_dir():
+        [inside] = sorted(path.glob("*.pth"))[:1] or [path / "model.pth"]
+        raise IsADirectoryError(f"{name or '.'}: expected a checkpoint file, such as {inside}, got a folder")
+    if path.exists():
+        return path
+    if name in presets:
+        raise FileNotFoundError(
+            f"{name}: no such file. This is the name of a preset, which has no trained weights; "
+            f"PanopticFPN.from_config({name!r}) makes the network"
+        )
+    raise FileNotFoundError(
+        f"{name}: no such file; a published checkpoint has a name such as {similar(name, PUBLISHED, 1)}"
+    )
 
 
 def fetch(name: str, cache: str | os.PathLike[str] | None = None, base_url: str | None = None) -> Path:
-    """Returns a published checkpoint's file, downloading it if it is not there yet.
+    """Returns the file of a published checkpoint; downloads it unless it is in the cache.
 
-    An interrupted download goes on where it stopped. A file whose name has digits of its sha256, as all in
-    :data:`PUBLISHED` have, gets that name only if it begins with them.
+    The file appears in the cache only when it is complete and, for the names in `PUBLISHED`, when its SHA-256 begins
+    with the digits in its file name. Processes that ask for the same file at the same time download it once.
 
     Args:
-        name: a key of :data:`PUBLISHED` or :data:`BACKBONES`, for example
-            ``"detectron2://COCO-PanopticSegmentation/panoptic_fpn_R_50_3x"``.
-        cache: the folder to keep it in; None: :func:`panfpn_fast._cache.cache_dir`.
-        base_url: where the framework's files are; None: ``$PANFPN_DETECTRON2_URL`` or ``$PANFPN_MMDETECTION_URL``
-            (a mirror), else :data:`BASE_URLS`.
+        name: A key of `PUBLISHED` or `BACKBONES`, for example
+            `"detectron2://COCO-PanopticSegmentation/panoptic_fpn_R_50_3x"`.
+        cache: Cache directory; None selects `$PANFPN_CACHE`, else `$XDG_CACHE_HOME/panfpn_fast`, else
+            `~/.cache/panfpn_fast`.
+        base_url: Address of the framework's files; None selects the mirror in `$PANFPN_DETECTRON2_URL` or
+            `$PANFPN_MMDETECTION_URL`, else `BASE_URLS`.
 
     Returns:
-        The file's path.
+        The path of the file.
 
     Raises:
-        ValueError: no checkpoint has that name; the message lists those there are.
-        DownloadError: the server could not be reached or lacks the file, the connection broke, or the file
-            that came is not the published one.
+        ValueError: If no checkpoint has that name; the message has similar names.
+        DownloadError: If there is no writable cache directory, the server cannot be reached or does not have the file,
+            the connection breaks, or the downloaded file is not the published one. Each download is tried three times.
     """
     known = PUBLISHED | BACKBONES
     if name not in known:
-        raise ValueError(f"unknown checkpoint {name!r}; known checkpoints: {', '.join(known)}")
+        if name.startswith(("http://", "https://", "ftp://", "s3://", "file://")):
+            raise ValueError(f"{name}: an address, not a name; download the file and pass its path")
+        raise ValueError(f"unknown checkpoint {name!r}; similar names: {similar(name, known, 2)}")
     path = known[name]
     framework = name.partition("://")[0]
     base_url = base_url or os.environ.get(f"PANFPN_{framework.upper()}_URL") or BASE_URLS[framework]
     url = f"{base_url.rstrip('/')}/{path}"
-    target = (Path(cache) if cache is not None else cache_dir()) / framework / path
-    if target.is_file():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".part")
-    with _locked(target.with_name(target.name + ".lock")):
-        if not target.is_file():  # another process may have fetched it meanwhile
-            _download(url, part, target)
-            if name in PUBLISHED:
-                _verify(url, part)
-            part.replace(target)
+    remedy = "or download the file by hand and pass its path."
+    try:
+        target = (Path(cache) if cache is not None else cache_dir()) / framework / path
+        if target.is_file():
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
+        raise DownloadError(
+            f"{url}: no cache directory ({error}). Set PANFPN_CACHE to a writable directory, {remedy}"
+        ) from error
+    files = pooch.create(
+        target.parent, url.removesuffix(target.name), registry={target.name: None}, retry_if_failed=_RETRIES
+    )
+    try:
+        with FileLock(f"{target}.lock"):
+            files.fetch(target.name, downloader=_downloader(_digits(target) if name in PUBLISHED else ""))
+    # NotImplementedError: the file system has no locks.
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise DownloadError(
+            f"{url}: the download to {target} failed ({_reason(error)}). Try again, {remedy}"
+        ) from error
     return target
 
 
-def _download(url: str, part: Path, target: Path) -> None:
-    """Completes ``part``: what it holds already is asked for no more if the server can leave it out."""
-    have = part.stat().st_size if part.exists() else 0
-    headers = {"User-Agent": "panfpn_fast"}
-    if have:
-        headers["Range"] = f"bytes={have}-"
-    try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_S)
-    except urllib.error.HTTPError as error:
-        error.close()
-        if error.code == 416 and have:  # nothing lies beyond what we have
-            if error.headers.get("Content-Range") != f"bytes */{have}":
-                part.unlink()
-                _download(url, part, target)
-            return
-        raise DownloadError(f"{url}: the server answered {error.code} {error.reason}") from error
-    except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        raise DownloadError(
-            f"{url}: could not be reached ({reason}). Without a connection, put the file at {target} by hand."
-        ) from error
-    with response:
-        resumed = response.status == 206
-        if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            part.unlink()
-            raise DownloadError(f"{url}: the server answered with another part than asked for; try again")
-        length = response.headers.get("Content-Length")
-        _receive(url, response, part, have if resumed else 0, int(length) if length else None)
-
-
-def _receive(
-    url: str, response: http.client.HTTPResponse, part: Path, start: int, length: int | None
-) -> None:
-    total = start + length if length is not None else None
-    with (
-        part.open("ab" if start else "wb") as file,
-        tqdm(desc=url.rsplit("/", 1)[-1], initial=start, total=total, unit="B", unit_scale=True) as bar,
-    ):
-        reason = ""
-        while True:
-            try:
-                chunk = response.read(_CHUNK)
-            except (OSError, http.client.HTTPException) as error:
-                # What did arrive with a broken connection is good; the next attempt goes on behind it.
-                chunk = getattr(error, "partial", b"")
-                reason = f" ({error})"
-            file.write(chunk)
-            bar.update(len(chunk))
-            if not chunk or reason:
-                break
-        received = file.tell()
-    if reason or (total is not None and received != total):
-        raise DownloadError(
-            f"{url}: the connection broke after {received} of {total or 'unknown'} bytes{reason}. "
-            f"They are kept in {part}; the next attempt goes on from there."
-        )
-
-
-def _verify(url: str, part: Path) -> None:
-    match = re.search(r"[-_]([0-9a-f]{6,})\.\w+$", url)
+def _digits(path: Path) -> str:
+    """Returns the digits of the SHA-256 at the end of a file's stem."""
+    match = re.search(r"[-_]([0-9a-f]{6,})$", path.stem)
     if match is None:
-        raise ValueError(f"{url}: the file's name ends in no check sum")
-    digest = hashlib.sha256()
-    with part.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    if not digest.hexdigest().startswith(match[1]):
-        part.unlink()
-        raise DownloadError(
-            f"{url}: what came is not the published file: its sha256 {digest.hexdigest()} does not begin "
-            f"with {match[1]}. It has been removed; try again."
-        )
+        raise ValueError(f"{path.name}: the file name does not end in digits of a SHA-256")
+    return match[1]
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Lets one process at a time download a file (several start at once under torchrun)."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: two downloads at once would be caught by the check sum
-        yield
-        return
-    with path.open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _downloader(digits: str) -> Callable[[str, str, object], None]:
+    """Returns a downloader for pooch, which itself compares whole checksums only."""
+    http = pooch.HTTPDownloader(progressbar=True, chunk_size=_CHUNK, timeout=_TIMEOUT_S)
+
+    def download(url: str, output: str, files: object) -> None:
+        http(url, output, files)
+        digest = pooch.file_hash(output)
+        if not digest.startswith(digits):
+            raise ValueError(f"SHA-256 {digest} does not begin with {digits}, so the file was deleted")
+        # pooch's temporary file is readable only by its owner, but users can share a cache directory.
+        os.chmod(output, 0o644)
+
+    return download
+
+
+def _reason(error: BaseException) -> str:
+    """Returns the message of the first cause, which requests and urllib3 wrap several times."""
+    if error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error)

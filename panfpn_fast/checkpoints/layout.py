@@ -1,4 +1,4 @@
-"""What detectron2's and mmdetection's checkpoints have in common: names that stand for ours, and shapes that tell."""
+"""Maps the tensor names of detectron2 and mmdetection to ours, and derives settings from the shapes of tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from panfpn_fast.checkpoints.reader import CheckpointError
-from panfpn_fast.models.config import BACKBONES, TASKS
+from panfpn_fast.models.config import BACKBONES, CITYSCAPES, TASKS
 from panfpn_fast.models.panoptic_fpn import PanopticFPN
 
 _NUMBER = re.compile(r"\{(\d)([-+*])(\d)\}")
@@ -24,12 +24,14 @@ class Layout:
     """A framework's names for the tensors of a Panoptic FPN.
 
     Attributes:
-        framework: whose.
-        rules: our name, as a pattern, and theirs, as a template, in which ``{1+1}`` is one more than the first group.
-        block: a pattern of their names that begins with a block of the backbone; its groups are stage and block.
-        first_stage: their number of C2's.
-        branches: where the tensors of each branch are.
-        ignored: a pattern of what is no weight.
+        framework: Name of the framework.
+        rules: Pairs of a pattern for our names and a template for the framework's name. `{1+1}` in a template is the
+            number in the first group plus 1.
+        block: Pattern for the beginning of the framework's names in the backbone; its groups are the numbers of the
+            stage and the block.
+        first_stage: The framework's number of the stage that outputs C2.
+        branches: Prefixes of the framework's names in each branch.
+        ignored: Pattern for the framework's names of tensors that are not weights.
     """
 
     framework: str
@@ -40,16 +42,16 @@ class Layout:
     ignored: str
 
     def key(self, name: str) -> str:
-        """Returns their name of one of our tensors.
+        """Converts our name of a tensor to the framework's name.
 
         Args:
-            name: a key of ``PanopticFPN.state_dict()``, for example ``"fpn.lateral.p2.weight"``.
+            name: A key of `PanopticFPN.state_dict()`, for example `"fpn.lateral.p2.weight"`.
 
         Returns:
-            Their name of it.
+            The framework's name of the tensor.
 
         Raises:
-            KeyError: their network has no such tensor.
+            KeyError: If the framework's network has no such tensor.
         """
         for pattern, template in self.rules:
             match = re.fullmatch(pattern, name)
@@ -58,16 +60,16 @@ class Layout:
         raise KeyError(name)
 
     def settings(self, weights: Mapping[str, Any]) -> dict[str, Any]:
-        """Reads off the tensors what network they belong to.
+        """Derives the settings of a network from the names and shapes of its tensors.
 
         Args:
-            weights: tensors or arrays by their names.
+            weights: Tensors or arrays by the framework's names.
 
         Returns:
-            Fields of ``PanopticFPNConfig``, as far as the tensors tell.
+            The fields of `PanopticFPNConfig` that names and shapes determine.
 
         Raises:
-            CheckpointError: the backbone has a depth that no known ResNet has.
+            CheckpointError: If the depth of the backbone is not that of a known ResNet.
         """
         found: dict[str, Any] = {"backbone": self._backbone(weights), "tasks": self._tasks(weights)}
         for field, name, axis, extra in (
@@ -85,15 +87,15 @@ class Layout:
             ("class_agnostic_boxes", "box_head.box_deltas.weight", 4),
             ("class_agnostic_masks", "mask_head.logits.weight", 1),
         ):
-            # Of a single class, both are the same.
+            # With one class, class-agnostic and class-specific heads have equal shapes.
             if self.key(name) in weights and found.get("num_things", 1) > 1:
                 found[field] = np.shape(weights[self.key(name)])[:1] == (rows,)
         if (found.get("num_things"), found.get("num_stuff")) == (8, 11):
-            found["dataset"] = "cityscapes"
+            found |= CITYSCAPES
         return found
 
     def _tasks(self, weights: Collection[str]) -> tuple[str, ...]:
-        """The branches that the tensors belong to; both where they belong to neither, which is told later."""
+        """Returns the branches that have tensors, or both if there are none, so that `fill` reports them as missing."""
         found = tuple(task for task in TASKS if any(name.startswith(self.branches[task]) for name in weights))
         return found or TASKS
 
@@ -107,30 +109,30 @@ class Layout:
         third = self.key("backbone.layer1.0.conv3.weight").removesuffix("weight")
         bottleneck = any(name.startswith(third) for name in weights)
         published = {name: layout for name, layout in BACKBONES.items() if layout.width == 64}
-        # A convolution's weight has as many columns as one of its groups has channels.
+        # Axis 1 of a convolution's weight is the number of input channels per group.
         columns = np.shape(weights.get(self.key("backbone.layer1.0.conv2.weight"), ()))[1:2]
         for name, layout in published.items():
             fits = (depth, bottleneck) == (layout.blocks, layout.bottleneck)
             if fits and (not bottleneck or columns in ((), (layout.group_width,))):
                 return name
         raise CheckpointError(
-            f"a backbone of {depth} {'bottlenecks' if bottleneck else 'basic blocks'} per stage; known are "
-            + ", ".join(f"{name} {layout.blocks}" for name, layout in published.items())
+            f"unknown backbone with {depth} {'bottlenecks' if bottleneck else 'basic blocks'} per stage; the known "
+            "backbones are " + ", ".join(f"{name} {layout.blocks}" for name, layout in published.items())
         )
 
     def fill(self, model: PanopticFPN, weights: Mapping[str, Any]) -> None:
-        """Puts a checkpoint's tensors into a network, replacing its own.
+        """Replaces the tensors of a network by those of a checkpoint.
 
         Args:
-            model: a network; it may be on the meta device, and lack a branch.
-            weights: tensors or arrays by their names.
+            model: The network. It may be on the meta device and may have only one branch.
+            weights: Tensors or arrays by the framework's names.
 
         Raises:
-            CheckpointError: tensors are missing, unknown, or of another shape; the message lists them all.
+            CheckpointError: If tensors are missing, unexpected or of another shape; the message lists all of them.
         """
-        own = model.state_dict()
-        names, foreign = self._names(own)
-        # A batch norm that is trained counts its batches; here it begins anew.
+        state = model.state_dict()
+        names, unmatched = self._names(state)
+        # Trained batch norms have a counter of batches, which starts at 0.
         counters = [names.pop(name) for name in list(names) if re.search(self.ignored, name)]
         absent = tuple(p for task in TASKS if task not in model.config.tasks for p in self.branches[task])
         unexpected = [
@@ -139,20 +141,20 @@ class Layout:
             if name not in names and not re.search(self.ignored, name) and not name.startswith(absent)
         ]
         problems = [
-            f"missing: {name} {list(own[name].shape)}, of which {self.framework} has no like"
-            for name in foreign
+            f"missing: {name} {list(state[name].shape)} has no counterpart in {self.framework}"
+            for name in unmatched
         ]
         problems += [
-            f"missing: {theirs} {list(own[ours].shape)}"
+            f"missing: {theirs} {list(state[ours].shape)}"
             for theirs, ours in names.items()
             if theirs not in weights
         ]
         problems += [f"unexpected: {name} {list(np.shape(weights[name]))}" for name in unexpected]
         for theirs, ours in names.items():
-            if theirs in weights and tuple(np.shape(weights[theirs])) != tuple(own[ours].shape):
+            if theirs in weights and tuple(np.shape(weights[theirs])) != tuple(state[ours].shape):
                 problems.append(
                     f"wrong shape: {theirs} is {list(np.shape(weights[theirs]))}, "
-                    f"this network needs {list(own[ours].shape)}"
+                    f"this network needs {list(state[ours].shape)}"
                 )
         if problems:
             raise CheckpointError(
@@ -160,52 +162,55 @@ class Layout:
                 f"{model.config.num_things} thing and {model.config.num_stuff} stuff classes:\n  "
                 + "\n  ".join(problems)
             )
-        state = {ours: float32(weights[theirs], theirs) for theirs, ours in names.items()}
-        model.load_state_dict({**state, **{name: torch.tensor(0) for name in counters}}, assign=True)
+        filled = {ours: float32(weights[theirs], theirs) for theirs, ours in names.items()}
+        model.load_state_dict(
+            {**filled, **{name: torch.tensor(0, device="cpu") for name in counters}}, assign=True
+        )
 
     def tensors(self, model: PanopticFPN) -> dict[str, Tensor]:
-        """Returns a network's tensors by their names, in float32 on the CPU.
+        """Returns the tensors of a network by the framework's names, in float32 on the CPU.
 
         Raises:
-            ValueError: the framework has no such network.
+            ValueError: If a part of the network has no counterpart in the framework.
         """
-        own = model.state_dict()
-        names, foreign = self._names(own)
+        state = model.state_dict()
+        names, unmatched = self._names(state)
         if model.config.semantic_fusion != "sum" and "semantic" in model.config.tasks:
-            foreign = ["the levels' concatenation (semantic_fusion)", *foreign]
-        if foreign:
-            more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+            unmatched = [f"semantic_fusion={model.config.semantic_fusion!r}", *unmatched]
+        if unmatched:
+            more = f" and {len(unmatched) - 3} more" if len(unmatched) > 3 else ""
             raise ValueError(
-                f"this network is none of {self.framework}'s, which has no like of {', '.join(foreign[:3])}{more}"
+                f"the {self.framework} layout cannot hold this network, because {self.framework} has no counterpart of "
+                f"{', '.join(unmatched[:3])}{more}; save it in the native layout"
             )
         return {
-            theirs: float32(own[ours].cpu(), theirs)
+            theirs: float32(state[ours].cpu(), theirs)
             for theirs, ours in names.items()
             if not re.search(self.ignored, theirs)
         }
 
-    def _names(self, own: Collection[str]) -> tuple[dict[str, str], list[str]]:
-        """Our names by theirs, and those of ours that they have not."""
-        names, foreign = {}, []
-        for name in own:
+    def _names(self, state: Collection[str]) -> tuple[dict[str, str], list[str]]:
+        """Returns our names by the framework's names, and the list of our names that have no counterpart."""
+        names, unmatched = {}, []
+        for name in state:
             try:
                 names[self.key(name)] = name
             except KeyError:
-                foreign.append(name)
-        return names, foreign
+                unmatched.append(name)
+        return names, unmatched
 
 
 def _number(groups: re.Match[str], found: re.Match[str]) -> str:
-    """Computes ``{1+1}``, found in a template, for what a name's pattern matched."""
+    """Returns the value of an expression such as `{1+1}` in a template, given the groups of the matched name."""
     value, operand = int(groups[int(found[1])]), int(found[3])
     return str({"+": value + operand, "-": value - operand, "*": value * operand}[found[2]])
 
 
 def float32(value: object, name: str) -> Tensor:
-    """Returns a contiguous float32 copy, which nothing else holds.
+    """Returns a contiguous float32 copy.
 
     Raises:
-        CheckpointError: it is no tensor of floating-point numbers.
+        CheckpointError: If `value` is not a floating-point tensor or array.
     """
     if isinstance(value, np.ndarray) and value.dtype.kind == "f":
         return torch.from_numpy(np.array(value, dtype=np.float32, order="C"))

@@ -1,6 +1,6 @@
-"""mmdetection's Panoptic FPN checkpoints: how to know one, how its network runs, which tensor goes where.
+"""Reads and writes the tensors of mmdetection's Panoptic FPN checkpoints, and sets its preprocessing and rules.
 
-The semantics are those of mmdetection 3.3.0, ``configs/panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py``.
+The semantics are those of mmdetection 3.3.0, `configs/panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from panfpn_fast.checkpoints.layout import Layout, float32
+from panfpn_fast.data.categories import Categories, get_categories, numbered_categories
 from panfpn_fast.models.panoptic_fpn import PanopticFPN
 
 LAYOUT = Layout(
@@ -49,7 +50,8 @@ LAYOUT = Layout(
     block=r"backbone\.layer(\d)\.(\d+)\.",
     first_stage=1,
     branches={"instance": ("rpn_head.", "roi_head."), "semantic": ("semantic_head.",)},
-    ignored=r"\.num_batches_tracked$",
+    # Counters, and what the EMA hook of mmcv 1 swaps with the averages: those have the names of the network's tensors.
+    ignored=r"\.num_batches_tracked$|^ema_",
 )
 
 SETTINGS: dict[str, Any] = {
@@ -63,51 +65,84 @@ SETTINGS: dict[str, Any] = {
     "fusion_rule": "mmdetection",
     "instance_score_threshold": 0.0,
 }
-"""How mmdetection runs its networks."""
+"""Settings of all networks of mmdetection."""
 
 PANOPTIC_SETTINGS: dict[str, Any] = {"score_threshold": 0.6, "class_agnostic_nms": True}
-"""What its panoptic configurations have otherwise than its Mask R-CNN."""
+"""Settings in which mmdetection's panoptic configurations differ from its Mask R-CNN."""
 
 _PREDICTOR = ("semantic_head.conv_logits.weight", "semantic_head.conv_logits.bias")
 
 
 def is_mmdetection(weights: Collection[str]) -> bool:
-    """Returns whether these tensor names are those of an mmdetection FPN network."""
+    """Returns whether the tensor names are those of an mmdetection network with an FPN."""
     return "neck.lateral_convs.0.conv.weight" in weights
 
 
 def settings(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads off the tensors what network they belong to, and adds how mmdetection runs it.
+    """Derives the settings of a network from its tensors, and adds those that mmdetection uses for all networks.
 
     Args:
-        weights: tensors or arrays by mmdetection's names.
+        weights: Tensors or arrays by mmdetection's names.
 
     Returns:
-        Fields of ``PanopticFPNConfig``.
+        Fields of `PanopticFPNConfig`.
 
     Raises:
-        CheckpointError: the backbone has a depth that no known ResNet has.
+        CheckpointError: If the depth of the backbone is not that of a known ResNet.
     """
     found = {**LAYOUT.settings(weights), **SETTINGS}
     return {**found, **PANOPTIC_SETTINGS} if "semantic" in found["tasks"] else found
 
 
+def categories(content: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads the class names that mmdetection's training writes into a checkpoint.
+
+    Args:
+        content: The checkpoint.
+        found: The settings that `settings` derives from its tensors.
+
+    Returns:
+        The field `categories` of `PanopticFPNConfig`: the built-in set with these names, or else classes with these
+        names and ids from 1. A network with one branch (a Mask R-CNN) has only the names of that branch. Empty if the
+        number of names differs from the number of classes of the network.
+    """
+    meta = content.get("meta")
+    meta = meta.get("dataset_meta", meta) if isinstance(meta, Mapping) else None
+    if not isinstance(meta, Mapping):
+        return {}
+    names = meta.get("classes", meta.get("CLASSES"))  # in mmdetection 3 and in mmdetection 2
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
+        return {}
+    things, stuff = found.get("num_things", 0), found.get("num_stuff", 0)
+    for known in (get_categories("coco_panoptic"), get_categories("cityscapes")):
+        fits = things in (0, len(known.things)) and stuff in (0, len(known.stuff))
+        if fits and list(names) in [[c.name for c in group] for group in (known.all, known.things)]:
+            return {"categories": known}
+    if not names or len(names) != things + stuff:
+        return {}
+    numbered = numbered_categories(things, stuff).all
+    rows = [category._replace(name=name) for category, name in zip(numbered, names, strict=True)]
+    return {"categories": Categories("mmdetection", tuple(rows[:things]), tuple(rows[things:]))}
+
+
 def fill(model: PanopticFPN, weights: Mapping[str, Any]) -> None:
-    """Puts a checkpoint's tensors into a network, replacing its own; see :meth:`Layout.fill`."""
+    """Replaces the tensors of a network by those of a checkpoint; see `Layout.fill`."""
     LAYOUT.fill(model, things_first(weights))
 
 
 def things_first(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Moves the semantic head's last channel, which has the things, to the front, where ours has them."""
+    """Moves the channel of all things, the last one of mmdetection's semantic head, to the front, as in ours."""
     present = [name for name in _PREDICTOR if np.ndim(weights.get(name, 0)) > 0]
     return {**weights, **{name: float32(weights[name], name).roll(1, 0) for name in present}}
 
 
 def tensors(model: PanopticFPN) -> dict[str, Tensor]:
-    """Returns a network's tensors by mmdetection's names; see :meth:`Layout.tensors`."""
+    """Returns the tensors of a network by mmdetection's names; see `Layout.tensors`."""
     found = LAYOUT.tensors(model)
     found.update({name: found[name].roll(-1, 0) for name in _PREDICTOR if name in found})
-    # Its batch norms count their batches; nothing uses that number.
+    # mmdetection's batch norms have counters of batches, which its networks do not use.
     counted = [name for name in found if re.search(r"^backbone.*\.running_mean$", name)]
-    counters = {name.replace("running_mean", "num_batches_tracked"): torch.tensor(0) for name in counted}
+    counters = {
+        name.replace("running_mean", "num_batches_tracked"): torch.tensor(0, device="cpu") for name in counted
+    }
     return {**found, **counters}

@@ -1,8 +1,7 @@
-"""Writes checkpoints: our own, and those of detectron2 and mmdetection where they have such a network."""
+"""Writes checkpoints in the native format and in the layouts of detectron2 and mmdetection."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import pickle
@@ -12,65 +11,89 @@ from typing import Any
 
 import torch
 
-from panfpn_fast.checkpoints import detectron2, mmdetection, own
+from panfpn_fast._files import atomic_write, prepare_file
+from panfpn_fast.checkpoints import detectron2, mmdetection, native
 from panfpn_fast.checkpoints.reader import KEY
-from panfpn_fast.data.categories import Categories, get_categories
-from panfpn_fast.inference.coco_format import atomic_write
-from panfpn_fast.models.config import PanopticFPNConfig
+from panfpn_fast.data.categories import Categories
 from panfpn_fast.models.panoptic_fpn import PanopticFPN
 
 SUFFIXES: dict[str, tuple[str, ...]] = {
-    "own": (".safetensors", ".pth"),
+    "native": (".safetensors", ".pth"),
     "detectron2": (".pkl", ".pth"),
     "mmdetection": (".pth",),
 }
-"""What files of each layout end in."""
+"""Allowed file name suffixes of each layout."""
 
 
 def save(model: PanopticFPN, path: str | os.PathLike[str], layout: str | None = None) -> None:
-    """Writes a checkpoint, complete or not at all; ``panfpn_fast.load`` reads it and needs nothing else.
+    """Saves a network to a checkpoint that `panfpn_fast.load` reads without further arguments.
+
+    The file appears under its name only when it is complete. Missing folders of its path are made.
 
     Args:
-        model: a network.
-        path: where to; a file that is there is replaced. ``.safetensors``, ``.pth`` or ``.pkl``.
-        layout: ``"own"``, ``"detectron2"`` or ``"mmdetection"``; None: detectron2's for ``.pkl``, else our own.
+        model: The network.
+        path: The file, with suffix `.safetensors`, `.pth` or `.pkl`. An existing file is replaced.
+        layout: `"native"`, `"detectron2"` or `"mmdetection"`. None selects detectron2 for `.pkl`, else native.
 
     Raises:
-        TypeError: ``model`` is something else.
-        ValueError: no such layout, it has no files of this kind, or its framework has no such network.
-        ImportError: ``.safetensors`` without the package safetensors.
-        OSError: the file cannot be written.
+        TypeError: If `model` is not a `PanopticFPN`.
+        ValueError: If the layout is unknown, does not allow the suffix, or cannot hold this network.
+        ImportError: If the suffix is `.safetensors` and the package safetensors is not installed.
+        OSError: If the file cannot be written.
 
     Note:
-        Our own format keeps the dtype, the others get float32. Settings (preprocessing among them), class names and
-        colours are in every file, though only we read them in the other frameworks' files: to these, their own
-        configurations say how a network runs.
+        The native format keeps the dtype; the other layouts are written in float32. Every file contains the settings
+        (including preprocessing) and the names and colors of the classes. detectron2 and mmdetection ignore them and
+        take theirs from their own configurations.
+
+    Example:
+        >>> panfpn_fast.save(model, "model.safetensors")  # doctest: +SKIP
     """
     if not isinstance(model, PanopticFPN):
         raise TypeError(f"model: expected a PanopticFPN, got {type(model).__name__}")
     path = Path(path)
-    if layout is None:
-        layout = "detectron2" if path.suffix == ".pkl" else "own"
-    if layout not in SUFFIXES:
-        raise ValueError(f"layout: expected one of {', '.join(SUFFIXES)}, got {layout!r}")
-    if path.suffix not in SUFFIXES[layout]:
-        kind = "our own" if layout == "own" else f"{layout}'s"
-        raise ValueError(f"{path}: {kind} checkpoints end in {' or '.join(SUFFIXES[layout])}")
-    categories = categories_of(model.config)
-    description = own.description_of(dataclasses.asdict(model.config), categories)
-    if layout == "own":
-        content = own.content_of(model.state_dict(), dataclasses.asdict(model.config), categories)
+    layout = prepare(path, layout)
+    description = native.description_of(model.config)
+    if layout == "native":
+        content = native.content_of(model.state_dict(), model.config)
     elif layout == "detectron2":
-        # It takes a .pkl for one of its own by the author.
+        # detectron2 takes a .pkl file without an author for a Caffe2 model and renames its tensors.
         content = {
             "model": detectron2.tensors(model),
             "__author__": "panfpn_fast",
-            **own.attach(description),
+            **native.attach(description),
         }
     else:
-        meta = {**_dataset_meta(categories), **own.attach(description)}
+        meta = {**_dataset_meta(model.config.categories), **native.attach(description)}
         content = {"state_dict": mmdetection.tensors(model), "meta": meta}
     _write(path, content)
+
+
+def prepare(path: Path, layout: str | None, name: str = "path") -> str:
+    """Checks that a checkpoint can be written, and makes the folder of its path.
+
+    Args:
+        path: The file.
+        layout: See `save`.
+        name: Name of the argument `path` in error messages.
+
+    Returns:
+        The layout that `save` writes.
+
+    Raises:
+        ValueError: If the layout is unknown or does not allow the suffix.
+        OSError: If the path is a folder, or its folder cannot be made or written to.
+    """
+    if layout is None:
+        layout = "detectron2" if path.suffix == ".pkl" else "native"
+    if layout not in SUFFIXES:
+        raise ValueError(f"layout: expected one of {', '.join(SUFFIXES)}, got {layout!r}")
+    if path.suffix not in SUFFIXES[layout]:
+        raise ValueError(
+            f"{path}: a checkpoint in the {layout} layout needs the suffix {' or '.join(SUFFIXES[layout])}"
+        )
+    prepare_file(path, name)
+    return layout
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
@@ -78,9 +101,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
         try:
             from safetensors.torch import save as to_bytes
         except ImportError as error:
-            raise ImportError(
-                f'{path}: {error}. Such files need: pip install "panfpn_fast[safetensors]"'
-            ) from error
+            raise ImportError(f"{path}: {error}. Install the package: pip install safetensors") from error
         metadata = {KEY: json.dumps({name: value for name, value in content.items() if name != "model"})}
         data = to_bytes(content["model"], {"format": "pt", **metadata})
         with atomic_write(path) as file:
@@ -94,20 +115,8 @@ def _write(path: Path, content: dict[str, Any]) -> None:
             torch.save(content, file)
 
 
-def categories_of(config: PanopticFPNConfig) -> Categories | None:
-    """The classes of the data set, if it has as many as the network."""
-    try:
-        found = get_categories(config.dataset)
-    except ValueError:
-        return None
-    counts = (len(found.things), len(found.stuff))
-    return found if counts == (config.num_things, config.num_stuff) else None
-
-
-def _dataset_meta(categories: Categories | None) -> Mapping[str, Any]:
-    """How mmdetection 3 names classes in a checkpoint."""
-    if categories is None:
-        return {}
+def _dataset_meta(categories: Categories) -> Mapping[str, Any]:
+    """Returns the classes as mmdetection 3 stores them in a checkpoint."""
     names = {
         "classes": [c.name for c in categories.all],
         "thing_classes": [c.name for c in categories.things],

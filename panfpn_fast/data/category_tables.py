@@ -1,8 +1,8 @@
-"""The label sets as plain facts: (id, name, colour as R, G, B), in ascending id order.
+"""Tables of classes: rows of (id, name, color as R, G, B), in ascending order of ids.
 
 COCO panoptic: `panoptic_coco_categories.json` of the COCO panoptic API (github.com/cocodataset/panopticapi).
-Cityscapes: the classes that count in the benchmark, from the label definitions of cityscapesScripts
-(github.com/mcordts/cityscapesScripts, helpers/labels.py); `id` is its column of that name, not the train id.
+Cityscapes: the evaluated classes, from the label definitions of cityscapesScripts
+(github.com/mcordts/cityscapesScripts, helpers/labels.py); `id` is the column of that name, not the train id.
 """
 
 from __future__ import annotations

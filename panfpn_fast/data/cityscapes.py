@@ -1,4 +1,4 @@
-"""Cityscapes: street scenes with gtFine annotations, in the folders that they are distributed in."""
+"""Reads Cityscapes, street scenes with gtFine annotations, in the directory layout of its archives."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from panfpn_fast.data.categories import get_categories
-from panfpn_fast.data.files import DataError, MissingFileError, check_same_size, read_grey, read_rgb
+from panfpn_fast.data.files import DataError, check_folder, check_same_size, read_label_map
+from panfpn_fast.data.images import read_image
 from panfpn_fast.data.sample import Sample
 
-# Labels are 0..33; those that are no category are not evaluated.
+# Labels are 0..33; labels without a category are not evaluated.
 _LABELS = 34
 _IMAGE_END, _TRUTH_END = "_leftImg8bit.png", "_gtFine_instanceIds.png"
 
@@ -21,19 +22,19 @@ class CityscapesDataset:
     """The images of one split and their fine annotations.
 
     Args:
-        root: The folder that holds leftImg8bit and gtFine.
-        split: "train", "val", or any other folder's name.
+        root: The directory that contains leftImg8bit and gtFine.
+        split: "train", "val", or the name of another subdirectory.
 
     Raises:
-        MissingFileError: There is no such folder.
-        DataError: There are no images in it.
+        MissingFileError: If the directory of the images or of the annotations does not exist.
+        DataError: If the directory has no images.
 
     Note:
-        Read are `leftImg8bit/<split>/<city>/<name>_leftImg8bit.png` and
-        `gtFine/<split>/<city>/<name>_gtFine_instanceIds.png`, of which the image id is `<name>`. The rules are those of
-        cityscapesScripts (preparation/createPanopticImgs.py): a number from 1000 is an instance of the label
-        number // 1000; one below is a label, which is a crowd region where the label is a thing; labels that are not
-        evaluated, such as "parking", are void.
+        Reads `leftImg8bit/<split>/<city>/<name>_leftImg8bit.png` and
+        `gtFine/<split>/<city>/<name>_gtFine_instanceIds.png`; the image id is `<name>`. The rules are those of
+        cityscapesScripts (preparation/createPanopticImgs.py). A value of at least 1000 is an instance of the label
+        value // 1000. A smaller value is a label, and marks a crowd region if the label is a thing. Labels that are
+        not evaluated, such as "parking", are void.
     """
 
     def __init__(self, root: str | os.PathLike[str], split: str) -> None:
@@ -42,32 +43,31 @@ class CityscapesDataset:
         self._stuff = {category.id: i + 1 for i, category in enumerate(self.categories.stuff)}
         self._truth = Path(root) / "gtFine" / split
         folder = Path(root) / "leftImg8bit" / split
-        for needed in (folder, self._truth):
-            if not needed.is_dir():
-                raise MissingFileError(f"{needed}: no such folder")
+        check_folder(folder, "images")
+        check_folder(self._truth, "annotations")
         self._images = sorted(folder.glob(f"*/*{_IMAGE_END}"))
         if not self._images:
-            raise DataError(f"{folder}: has no images named <city>/<name>{_IMAGE_END}")
+            raise DataError(f"{folder}: no image is named <city>/<name>{_IMAGE_END}")
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Returns the number of images."""
         return len(self._images)
 
     def load(self, index: int) -> Sample:
         """Reads one image and its annotation.
 
         Raises:
-            MissingFileError: The annotation is missing.
-            DataError: A file is damaged, sizes differ, or a label is unknown.
+            MissingFileError: If the annotation does not exist.
+            DataError: If a file is damaged, sizes differ, or a label is unknown.
         """
         path = self._images[index]
         name = path.name.removesuffix(_IMAGE_END)
         truth_path = self._truth / path.parent.name / f"{name}{_TRUTH_END}"
-        image, numbers = read_rgb(path), read_grey(truth_path)
+        image, numbers = read_image(path), read_label_map(truth_path)
         check_same_size(image, path, numbers, truth_path)
         if numbers.size and not 0 <= int(numbers.min()) <= int(numbers.max()) < _LABELS * 1000:
             raise DataError(
-                f"{truth_path}: expected numbers from 0 to {_LABELS * 1000 - 1}, got {numbers.min()}..{numbers.max()}"
+                f"{truth_path}: expected values from 0 to {_LABELS * 1000 - 1}, got {numbers.min()}..{numbers.max()}"
             )
         counts = np.bincount(numbers.ravel())
         row_of = np.zeros(len(counts), np.int32)
@@ -76,7 +76,7 @@ class CityscapesDataset:
             of = number if number < 1000 else number // 1000
             if of >= _LABELS:
                 raise DataError(
-                    f"{truth_path}: has the number {number}, whose label {of} Cityscapes does not know"
+                    f"{truth_path}: the value {number} has label {of}, which Cityscapes does not define"
                 )
             if of not in self._things and of not in self._stuff:
                 continue
@@ -88,10 +88,10 @@ class CityscapesDataset:
         return Sample(
             image=torch.from_numpy(image).permute(2, 0, 1).contiguous(),
             segments=torch.from_numpy(row_of[numbers]),
-            isthing=torch.tensor(isthing, dtype=torch.bool),
-            label=torch.tensor(label, dtype=torch.int64),
-            crowd=torch.tensor(crowd, dtype=torch.bool),
-            area=torch.tensor(area, dtype=torch.int64),
+            isthing=torch.tensor(isthing, dtype=torch.bool, device="cpu"),
+            label=torch.tensor(label, dtype=torch.int64, device="cpu"),
+            crowd=torch.tensor(crowd, dtype=torch.bool, device="cpu"),
+            area=torch.tensor(area, dtype=torch.int64, device="cpu"),
             image_id=name,
             file_name=str(path),
         )

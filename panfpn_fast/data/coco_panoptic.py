@@ -1,17 +1,19 @@
-"""Data sets in COCO's panoptic format: images, a PNG of segment ids for each, and a JSON that names the segments."""
+"""Reads datasets in COCO's panoptic format: images, a PNG of segment ids per image, and a JSON of all segments."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from panfpn_fast.data.categories import Categories, Category, get_categories, register_categories
-from panfpn_fast.data.files import DataError, check_same_size, read_panoptic_json, read_rgb
+from panfpn_fast.data.categories import Categories, to_categories
+from panfpn_fast.data.coco_ids import decode_panoptic
+from panfpn_fast.data.files import DataError, check_same_size, read_segment_ids
+from panfpn_fast.data.images import read_image
+from panfpn_fast.data.panoptic_json import Annotation, PanopticJson, Segment, check_area
 from panfpn_fast.data.sample import Sample, runs_of
 
 _PathLike = str | os.PathLike[str]
@@ -21,18 +23,22 @@ class CocoPanopticDataset:
     """Images with panoptic annotations.
 
     Args:
-        image_folder: Where the images are.
-        annotation_json: The JSON: `images`, `annotations`, `categories`.
-        annotation_folder: Where the PNGs are; by default the JSON's name without its suffix.
-        categories: Name of a known data set, or None: those that the JSON lists.
+        image_folder: Directory of the images.
+        annotation_json: The JSON file with `images`, `annotations` and `categories`.
+        annotation_folder: Directory of the PNGs; None selects the path of the JSON file without its suffix.
+        categories: The classes, or a name for `get_categories`; None selects the classes in the JSON file.
 
     Raises:
-        MissingFileError: There is no such JSON.
-        DataError: It is damaged or lacks a part.
+        MissingFileError: If the JSON does not exist.
+        DataError: If the JSON is damaged, lacks a field or has one with a wrong value, or gives a class of `categories`
+            another name or kind. The message names the file, the entry and the field.
+        ValueError: If `categories` is anything else.
 
     Note:
-        A sample's segments are checked against its PNG when it is loaded: both must have the same ids, and every
-        category must be known. The format: cocodataset.org/#format-data, "Panoptic Segmentation".
+        A sample's segments are checked when it is loaded. They must have the same ids as its PNG, and every category
+        must be known. An area may not be below the segment's number of pixels, which would give qualities above 1. The
+        PNG must fit the upright image, because the Exif orientation of images is applied. The format:
+        cocodataset.org/#format-data, "Panoptic Segmentation".
     """
 
     def __init__(
@@ -40,117 +46,74 @@ class CocoPanopticDataset:
         image_folder: _PathLike,
         annotation_json: _PathLike,
         annotation_folder: _PathLike | None = None,
-        categories: str | None = None,
+        categories: Categories | str | None = None,
     ) -> None:
         self.image_folder = Path(image_folder)
         self.annotation_json = Path(annotation_json)
         self.annotation_folder = (
             self.annotation_json.with_suffix("") if annotation_folder is None else Path(annotation_folder)
         )
-        content = read_panoptic_json(self.annotation_json)
-        if not isinstance(content.get("images"), list):
-            raise DataError(f"{self.annotation_json}: lists no 'images'")
-        self.categories = (
-            categories_of(content, self.annotation_json) if categories is None else get_categories(categories)
-        )
-        register_categories(self.categories)
+        self._json = PanopticJson(self.annotation_json)
+        self._image_names = self._json.image_names()
+        if categories is None:
+            self.categories = self._json.categories()
+        else:
+            self.categories = to_categories(categories)
+            self._json.check_categories(self.categories)
         self._things = {category.id: i for i, category in enumerate(self.categories.things)}
         self._stuff = {category.id: i + 1 for i, category in enumerate(self.categories.stuff)}
-        self._annotations: list[dict[str, Any]] = content["annotations"]
-        _check_keys(content["images"], ("id", "file_name"), "an image", self.annotation_json)
-        _check_keys(
-            self._annotations,
-            ("image_id", "file_name", "segments_info"),
-            "an annotation",
-            self.annotation_json,
-        )
-        names = {image["id"]: image["file_name"] for image in content["images"]}
-        for annotation in self._annotations:
-            if annotation["image_id"] not in names:
-                raise DataError(f"{self.annotation_json}: 'images' lacks image {annotation['image_id']}")
-        self._image_names = [names[annotation["image_id"]] for annotation in self._annotations]
 
     def __len__(self) -> int:
-        """Number of annotated images."""
-        return len(self._annotations)
+        """Returns the number of annotated images."""
+        return len(self._image_names)
 
     def load(self, index: int) -> Sample:
         """Reads one image and its annotation.
 
         Raises:
-            MissingFileError: A file is missing; named.
-            DataError: A file is damaged, sizes differ, or an id or a category is unknown.
+            MissingFileError: If the image or its PNG does not exist.
+            DataError: If a file is damaged, sizes differ, an id or a category is unknown, or an area is too small.
         """
-        annotation = self._annotations[index]
+        annotation = self._json.annotations[index]
         image_path = self.image_folder / self._image_names[index]
-        png_path = self.annotation_folder / annotation["file_name"]
-        image, colours = read_rgb(image_path), read_rgb(png_path)
-        check_same_size(image, image_path, colours, png_path)
-        red, green, blue = (colours[..., channel].astype(np.int32) for channel in range(3))
-        ids = red + 256 * green + 65536 * blue
-        table = annotation["segments_info"]
-        of = f"a segment of image {annotation['image_id']}"
-        _check_keys(table, ("id", "category_id", "area"), of, self.annotation_json)
+        png_path = self.annotation_folder / annotation.file_name
+        image, colors = read_image(image_path), read_segment_ids(png_path)
+        check_same_size(image, image_path, colors, png_path)
+        table = self._json.segments(annotation, self._things.keys() | self._stuff.keys())
         isthing, label, crowd, area = [], [], [], []
         for segment in table:
-            category = segment["category_id"]
-            if category not in self._things and category not in self._stuff:
-                raise DataError(
-                    f"{self.annotation_json}: segment {segment['id']} of image {annotation['image_id']} has the "
-                    f"unknown category {category}"
-                )
+            category = segment.category_id
             isthing.append(category in self._things)
             label.append(self._things.get(category, self._stuff.get(category, 0)))
-            crowd.append(bool(segment.get("iscrowd", 0)))
-            area.append(int(segment["area"]))
+            crowd.append(bool(segment.iscrowd))
+            area.append(segment.area)
         return Sample(
             image=torch.from_numpy(image).permute(2, 0, 1).contiguous(),
-            segments=torch.from_numpy(_rows_of(ids, [segment["id"] for segment in table], png_path)),
-            isthing=torch.tensor(isthing, dtype=torch.bool),
-            label=torch.tensor(label, dtype=torch.int64),
-            crowd=torch.tensor(crowd, dtype=torch.bool),
-            area=torch.tensor(area, dtype=torch.int64),
-            image_id=annotation["image_id"],
+            segments=torch.from_numpy(self._rows_of(decode_panoptic(colors), table, annotation, png_path)),
+            isthing=torch.tensor(isthing, dtype=torch.bool, device="cpu"),
+            label=torch.tensor(label, dtype=torch.int64, device="cpu"),
+            crowd=torch.tensor(crowd, dtype=torch.bool, device="cpu"),
+            area=torch.tensor(area, dtype=torch.float64, device="cpu"),
+            image_id=annotation.image_id,
             file_name=str(image_path),
         )
 
-
-def _check_keys(entries: list[dict[str, Any]], keys: tuple[str, ...], what: str, path: Path) -> None:
-    for entry in entries:
-        for key in keys:
-            if not isinstance(entry, dict) or key not in entry:
-                raise DataError(f"{path}: {what} lacks {key!r}: {str(entry)[:80]}")
-
-
-def _rows_of(ids: npt.NDArray[np.int32], table: list[int], path: Path) -> npt.NDArray[np.int32]:
-    """Replaces each id by 1 + its row in the table; 0 stays 0."""
-    known = np.array([0, *table], dtype=np.int64)
-    order = np.argsort(known, kind="stable")
-    runs = runs_of(ids)
-    place = np.minimum(np.searchsorted(known[order], runs.value), len(known) - 1)
-    rows = order[place]
-    unknown = runs.value[known[rows] != runs.value]
-    if unknown.size:
-        raise DataError(f"{path}: has the segment {unknown[0]}, which its segments_info lacks")
-    lacking = np.flatnonzero(np.bincount(rows, minlength=len(known))[1:] == 0)
-    if lacking.size:
-        raise DataError(f"{path}: lacks the segment {table[lacking[0]]} of its segments_info")
-    return runs.map_of(rows.astype(np.int32), ids.shape)
-
-
-def categories_of(content: dict[str, Any], path: Path) -> Categories:
-    """The categories that a panoptic JSON lists, things and stuff in ascending id order."""
-    if not isinstance(content.get("categories"), list):
-        raise DataError(f"{path}: lists no 'categories'; name the data set that they are of")
-    found = sorted(
-        (
-            Category(
-                entry["id"], entry["name"], bool(entry["isthing"]), tuple(entry.get("color", (128, 128, 128)))
-            )
-            for entry in content["categories"]
-        ),
-        key=lambda category: category.id,
-    )
-    things = tuple(category for category in found if category.isthing)
-    stuff = tuple(category for category in found if not category.isthing)
-    return Categories(path.stem, things, stuff)
+    def _rows_of(
+        self, ids: npt.NDArray[np.int32], table: list[Segment], annotation: Annotation, path: Path
+    ) -> npt.NDArray[np.int32]:
+        """Replaces each id by 1 + its row in the table, and keeps 0; checks ids and areas."""
+        known = np.array([0, *(segment.id for segment in table)], dtype=np.int64)
+        order = np.argsort(known, kind="stable")
+        runs = runs_of(ids)
+        position = np.minimum(np.searchsorted(known[order], runs.value), len(known) - 1)
+        rows = order[position]
+        unknown = runs.value[known[rows] != runs.value]
+        if unknown.size:
+            raise DataError(f"{path}: segment {unknown[0]} is missing from segments_info in the JSON")
+        pixels = np.bincount(rows, runs.length, len(known))[1:].astype(np.int64)
+        where = f"{self.annotation_json}: image {annotation.image_id}"
+        for segment, count in zip(table, pixels.tolist(), strict=True):
+            if count == 0:
+                raise DataError(f"{path}: segment {segment.id} of segments_info in the JSON has no pixels")
+            check_area(where, segment.id, segment.area, count)
+        return runs.map_of(rows.astype(np.int32), ids.shape)

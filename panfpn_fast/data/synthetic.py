@@ -1,4 +1,4 @@
-"""Seeded scenes to train and test on without a download: textured grounds, and shapes that cover each other."""
+"""Seeded scenes for training and tests without a download: textured grounds and overlapping shapes."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Map = npt.NDArray[np.float32]
 SYNTHETIC = get_categories("synthetic")
 
 HELD_OUT_SEED = 1_000_000
-"""Added to a run's seed for the scenes that it is evaluated on."""
+"""Offset of the seed of evaluation scenes from the seed of the run."""
 
-# Of a shape that others cover, less than this is not worth a name: it becomes void.
+# A shape becomes void if fewer pixels than this, or a smaller share of its area, are visible.
 _LEAST_VISIBLE_PIXELS = 30
 _LEAST_VISIBLE_SHARE = 0.15
 
 
 def _smooth_noise(shape: tuple[int, int], cell: int, random: np.random.Generator) -> Map:
-    """Noise in 0..1 whose blobs are about `cell` pixels wide."""
+    """Returns noise in 0..1 with blobs of about `cell` pixels."""
     height, width = shape
     coarse = random.random((height // cell + 2, width // cell + 2), dtype=np.float32)
     y, x = np.arange(height, dtype=np.float32) / cell, np.arange(width, dtype=np.float32) / cell
@@ -59,7 +59,7 @@ _TEXTURES: tuple[Callable[[Map, Map, np.random.Generator], Map], ...] = (_sky, _
 
 
 def _inside(kind: int, y: Map, x: Map, size: float, angle: float) -> npt.NDArray[np.bool_]:
-    """Pixels of a shape of class `kind` and half side `size` around the origin."""
+    """Returns which pixels are in a shape of class `kind` and half side `size` around the origin."""
     u = x * math.cos(angle) + y * math.sin(angle)
     v = y * math.cos(angle) - x * math.sin(angle)
     if kind == 0:
@@ -73,16 +73,16 @@ def _inside(kind: int, y: Map, x: Map, size: float, angle: float) -> npt.NDArray
 
 
 class SyntheticDataset:
-    """Scenes that depend on the seed and the index alone.
+    """Scenes that depend only on the seed and the index.
 
-    Two or three grounds of different stuff, cut by straight lines, and shapes in random colours, of which later ones
-    cover earlier ones. What is left of a shape that is nearly hidden is void.
+    A scene has two or three grounds of different stuff, separated by straight lines, and shapes in random colors. Later
+    shapes cover earlier ones. The visible rest of a shape that is nearly hidden is void.
 
     Args:
         count: Number of scenes.
-        seed: Scenes of different seeds have nothing in common; train and test on different ones.
-        size: Height and width.
-        shapes: Fewest and most shapes in a scene.
+        seed: Seed of the scenes. Different seeds give unrelated scenes, so use different ones for training and tests.
+        size: Height and width in pixels.
+        shapes: Minimum and maximum number of shapes in a scene.
 
     Example:
         >>> scene = SyntheticDataset(10, seed=3).load(0)
@@ -95,7 +95,7 @@ class SyntheticDataset:
     ) -> None:
         if count < 0 or min(size) < 16 or not 0 <= shapes[0] <= shapes[1]:
             raise ValueError(
-                "SyntheticDataset: expected count >= 0, sides of at least 16 and shapes (fewest, most), "
+                "SyntheticDataset: expected count >= 0, sides of at least 16 and shapes (minimum, maximum), "
                 f"got {count}, {size} and {shapes}"
             )
         self.categories = SYNTHETIC
@@ -105,7 +105,7 @@ class SyntheticDataset:
         self.shapes = shapes
 
     def __len__(self) -> int:
-        """Number of scenes."""
+        """Returns the number of scenes."""
         return self.count
 
     def load(self, index: int) -> Sample:
@@ -122,9 +122,9 @@ class SyntheticDataset:
         return Sample(
             image=torch.from_numpy((image.clip(0, 1) * 255).astype(np.uint8)).permute(2, 0, 1).contiguous(),
             segments=torch.from_numpy(segments),
-            isthing=torch.tensor([isthing for isthing, _ in rows], dtype=torch.bool),
-            label=torch.tensor([label for _, label in rows], dtype=torch.int64),
-            crowd=torch.zeros(len(rows), dtype=torch.bool),
+            isthing=torch.tensor([isthing for isthing, _ in rows], dtype=torch.bool, device="cpu"),
+            label=torch.tensor([label for _, label in rows], dtype=torch.int64, device="cpu"),
+            crowd=torch.zeros(len(rows), dtype=torch.bool, device="cpu"),
             area=torch.from_numpy(
                 np.bincount(segments.ravel(), minlength=len(rows) + 1)[1:].astype(np.int64)
             ),

@@ -1,4 +1,4 @@
-"""Random changes of annotated images; each takes its random numbers from the generator that it is given."""
+"""Random transforms of annotated images. Each takes its random numbers from the given generator."""
 
 from __future__ import annotations
 
@@ -10,40 +10,54 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from panfpn_fast.data.sample import IGNORE, Sample, semantic_map
-from panfpn_fast.inference.preprocess import resize_shortest_edge, resized_shape
+from panfpn_fast.data.images import resize_shortest_edge, resized_shape
+from panfpn_fast.data.sample import IGNORE, Sample, segment_boxes, semantic_map
 
-# detectron2 tries this often to find a crop in which no class has more than its share.
+# detectron2 draws at most this many windows to find one in which no class exceeds its share.
 _CROP_TRIES = 10
 
 
 class Transform(Protocol):
-    """What changes a sample, by random numbers or not."""
+    """A function of a sample, which may be random."""
 
     def __call__(self, sample: Sample, random: np.random.Generator) -> Sample:
-        """Returns the changed sample; the given one stays as it is."""
+        """Returns the changed sample. The given sample is not modified."""
         ...
 
 
 def _nearest(old: int, new: int) -> npt.NDArray[np.int64]:
-    """Which of `old` pixels each of `new` ones takes; summed step by step as Pillow does, so that ties are the same."""
+    """Returns the index of the nearest of `old` pixels for each of `new` pixels.
+
+    The positions are summed step by step as in Pillow, so ties are resolved equally.
+    """
     step = old / new
     steps = np.full(new, step)
     steps[0] = step * 0.5
     return np.minimum(np.cumsum(steps).astype(np.int64), old - 1)
 
 
+class KeepBoxes:
+    """Finds the boxes of the segments, which the transforms that follow resize and mirror.
+
+    Without this transform, the boxes of the target are those of the segments after all transforms.
+    """
+
+    def __call__(self, sample: Sample, random: np.random.Generator) -> Sample:
+        """Sets the boxes."""
+        return replace(sample, boxes=segment_boxes(sample.segments, len(sample.label))[0].double())
+
+
 class Resize:
     """Resizes so that the shorter edge has one of the given lengths.
 
     Args:
-        short_edges: One length, several to choose from, or, with `continuous`, the least and the greatest.
-        max_edge: Upper limit for the longer edge.
-        continuous: Any whole number between the two is chosen.
-        resize: Whose way of resizing, as the network's configuration says.
+        short_edges: The lengths to choose from in pixels or, if `continuous`, the minimum and the maximum.
+        max_edge: Upper limit for the longer edge in pixels.
+        continuous: Whether every integer between the minimum and the maximum can be chosen.
+        resize: "detectron2" or "mmdetection", as in the configuration of the network.
 
     Note:
-        Images as `resize_shortest_edge`, segments by the nearest pixel, as detectron2.
+        Images are resized by `resize_shortest_edge` and segments by the nearest pixel, as in detectron2.
     """
 
     def __init__(
@@ -55,7 +69,7 @@ class Resize:
     ) -> None:
         if not short_edges or min(short_edges) < 1 or (continuous and len(short_edges) != 2):
             raise ValueError(
-                f"short_edges: expected positive numbers, two of them if continuous, got {short_edges}"
+                f"short_edges: expected positive lengths, exactly two if continuous, got {short_edges}"
             )
         self.short_edges = tuple(short_edges)
         self.max_edge = max_edge
@@ -63,7 +77,7 @@ class Resize:
         self.resize = resize
 
     def __call__(self, sample: Sample, random: np.random.Generator) -> Sample:
-        """Resizes both maps."""
+        """Resizes the image and the segments."""
         if self.continuous:
             short_edge = int(random.integers(self.short_edges[0], self.short_edges[1] + 1))
         else:
@@ -74,33 +88,45 @@ class Resize:
         pixels = np.ascontiguousarray(sample.image.permute(1, 2, 0).numpy())
         image = resize_shortest_edge(pixels, short_edge, self.max_edge, self.resize)
         rows, columns = (_nearest(old, new) for old, new in zip(sample.size, (height, width), strict=True))
+        boxes = sample.boxes
+        if boxes is not None:
+            y, x = height / sample.size[0], width / sample.size[1]
+            boxes = boxes * boxes.new_tensor([x, y, x, y])
         return replace(
             sample,
             image=torch.from_numpy(image).permute(2, 0, 1).contiguous(),
             segments=torch.from_numpy(sample.segments.numpy()[:, columns][rows]),
+            boxes=boxes,
         )
 
 
 class Flip:
-    """Mirrors left and right with a probability."""
+    """Flips horizontally with a given probability."""
 
     def __init__(self, probability: float = 0.5) -> None:
         self.probability = probability
 
     def __call__(self, sample: Sample, random: np.random.Generator) -> Sample:
-        """Mirrors both maps, or neither."""
+        """Flips the image and the segments, or returns the sample unchanged."""
         if random.random() >= self.probability:
             return sample
-        return replace(sample, image=sample.image.flip(2), segments=sample.segments.flip(1))
+        boxes = sample.boxes
+        if boxes is not None:
+            x1, y1, x2, y2 = boxes.unbind(1)
+            boxes = torch.stack([sample.size[1] - x2, y1, sample.size[1] - x1, y2], dim=1)
+        return replace(sample, image=sample.image.flip(2), segments=sample.segments.flip(1), boxes=boxes)
 
 
 class Crop:
-    """Cuts out a window of a fixed size, or what the image has of it.
+    """Crops a random window of a fixed size, or of the size of the image along axes where the image is smaller.
+
+    The sample loses its boxes, because the rest of a segment may be smaller than the rest of its box. detectron2 also
+    computes boxes anew after a crop.
 
     Args:
-        size: Height and width.
-        most_of_one_class: The window is drawn again (up to ten times) while one semantic class has a greater share of
-            it than this, as in detectron2; 1 takes the first.
+        size: Height and width in pixels.
+        most_of_one_class: Maximum share of one semantic class in the window. As in detectron2, up to ten windows are
+            drawn to satisfy it; 1 accepts the first.
     """
 
     def __init__(self, size: tuple[int, int], most_of_one_class: float = 1.0) -> None:
@@ -108,7 +134,7 @@ class Crop:
         self.most_of_one_class = most_of_one_class
 
     def __call__(self, sample: Sample, random: np.random.Generator) -> Sample:
-        """Cuts both maps."""
+        """Crops the image and the segments."""
         height, width = (min(wanted, have) for wanted, have in zip(self.size, sample.size, strict=True))
         semantic = semantic_map(sample) if self.most_of_one_class < 1 else None
         rows, columns = slice(0, height), slice(0, width)
@@ -118,23 +144,25 @@ class Crop:
             rows, columns = slice(top, top + height), slice(left, left + width)
             if semantic is None:
                 break
-            counts = torch.bincount(semantic[rows, columns].flatten(), minlength=256)[:IGNORE]
+            labels = semantic[rows, columns]
+            counts = torch.bincount(labels[labels != IGNORE])
             if (counts > 0).sum() > 1 and counts.max() <= self.most_of_one_class * counts.sum():
                 break
         return replace(
             sample,
             image=sample.image[:, rows, columns].contiguous(),
             segments=sample.segments[rows, columns].contiguous(),
+            boxes=None,
         )
 
 
 class Photometric:
-    """Changes brightness, contrast, saturation and hue-free colour balance at random.
+    """Changes brightness, contrast and saturation at random.
 
     Args:
-        brightness: Added, as a share of 255: up to this in either direction.
-        contrast: The distance from the mean colour is scaled by 1 - contrast to 1 + contrast.
-        saturation: The same for the distance from grey.
+        brightness: Maximum offset of all values in both directions, as a share of 255.
+        contrast: The difference from the mean value is scaled by a factor in 1 - contrast to 1 + contrast.
+        saturation: The difference from gray is scaled by a factor in 1 - saturation to 1 + saturation.
     """
 
     def __init__(self, brightness: float = 0.125, contrast: float = 0.5, saturation: float = 0.5) -> None:
@@ -143,7 +171,7 @@ class Photometric:
         self.saturation = saturation
 
     def __call__(self, sample: Sample, random: np.random.Generator) -> Sample:
-        """Changes the image alone."""
+        """Changes the image; the segments stay the same."""
         x = sample.image.float()
         x += 255 * float(random.uniform(-self.brightness, self.brightness))
         mean = x.mean()
@@ -154,13 +182,13 @@ class Photometric:
 
 
 class Compose:
-    """Applies transforms one after the other."""
+    """Applies transforms in sequence."""
 
     def __init__(self, transforms: Sequence[Transform]) -> None:
         self.transforms = tuple(transforms)
 
     def __call__(self, sample: Sample, random: np.random.Generator) -> Sample:
-        """Applies all."""
+        """Applies all transforms."""
         for transform in self.transforms:
             sample = transform(sample, random)
         return sample

@@ -1,11 +1,14 @@
-"""Prediction on images: `Predictor`, what it returns, and how results are drawn and saved."""
+"""Predicts panoptic segmentations of images, and draws and saves the results."""
 
 from __future__ import annotations
 
-from panfpn_fast.inference.coco_format import CocoPanopticWriter, decode_panoptic, encode_panoptic
-from panfpn_fast.inference.predictor import Predictor
-from panfpn_fast.inference.preprocess import ImageReadError, read_image, resize_shortest_edge
-from panfpn_fast.inference.result import Instances, PanopticResult, Segment
+from panfpn_fast.data.coco_ids import decode_panoptic, encode_panoptic
+from panfpn_fast.data.images import ImageReadError, read_image, resize_shortest_edge
+from panfpn_fast.inference.coco_writer import CocoPanopticWriter
+from panfpn_fast.inference.folder import predict_folder
+from panfpn_fast.inference.predictor import Predictor, predict
+from panfpn_fast.inference.result import Instances, PanopticResult
+from panfpn_fast.inference.segment import Segment
 
 __all__ = [
     "CocoPanopticWriter",
@@ -16,6 +19,8 @@ __all__ = [
     "Segment",
     "decode_panoptic",
     "encode_panoptic",
+    "predict",
+    "predict_folder",
     "read_image",
     "resize_shortest_edge",
 ]

@@ -1,8 +1,7 @@
-"""Writes a network as a program that runs without this package's Python modules: the ops are all it needs."""
+"""Exports a network as a program that needs the ops of this package, but none of its other Python modules."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -14,18 +13,17 @@ import torch
 import torch._inductor
 from torch.export import ExportedProgram
 
-from panfpn_fast.checkpoints.own import description_of
-from panfpn_fast.checkpoints.writer import categories_of
-from panfpn_fast.inference.coco_format import atomic_write
+from panfpn_fast._files import atomic_write, prepare_file
+from panfpn_fast.checkpoints.native import description_of
 from panfpn_fast.models.padded import PaddedPanopticFPN
 from panfpn_fast.models.panoptic_fpn import PanopticFPN
 from panfpn_fast.ops._checks import check_int, int_pair
 
 FORMATS = ("export", "aoti")
-"""What may be written: an archive of torch.export, and a package of AOTInductor."""
+"""File formats: an archive of torch.export and a package of AOTInductor."""
 
 DESCRIPTION = "panfpn_fast"
-"""What the description is called: `panfpn_fast.json` among an archive's extra files, and so in a package's metadata."""
+"""Name of the description: `panfpn_fast.json` among an archive's extra files, `panfpn_fast` in a package's metadata."""
 
 
 def export(
@@ -39,34 +37,35 @@ def export(
     max_candidates: int = 4096,
     options: Mapping[str, Any] | None = None,
 ) -> list[Path]:
-    """Writes a network for images of one size: `NAME.pt2` for torch.export, `NAME.aoti.pt2` for AOTInductor.
+    """Exports a network for images of one size: to `NAME.pt2` with torch.export, to `NAME.aoti.pt2` with AOTInductor.
 
-    Either takes uint8 RGB images [batch, 3, height, width] and returns the dictionary of tensors that
-    `PaddedPanopticFPN` does. Each file says what is in it, in JSON: the settings of the network, the names of its
+    Both programs take uint8 RGB images [batch, 3, height, width] and return the same dictionary of tensors as
+    `PaddedPanopticFPN`. Each file contains a description in JSON: the configuration of the network, the names of its
     classes, the input and the outputs.
 
     Args:
-        model: A network on the device and in the dtype that it shall run in. It is put in evaluation mode in place.
-        path: NAME, or NAME.pt2.
-        size: Height and width of the images as the network should see them: resized, without padding.
-        batch: How many images there are.
-        output_size: Height and width of the results; None for those of the images.
+        model: Network on the device and in the dtype in which the program will run. Put in evaluation mode in place.
+        path: NAME or NAME.pt2. Missing folders are made.
+        size: Height and width of the network's input images: resized, without padding.
+        batch: Number of images.
+        output_size: Height and width of the results; None for `size`.
         formats: "export", "aoti" or both.
         max_candidates: See `PaddedPanopticFPN`.
-        options: Settings of AOTInductor by the names of torch._inductor.config.
+        options: Settings of AOTInductor, by their names in torch._inductor.config.
 
     Returns:
-        The paths of the files, in the order of `formats`. Each is written beside and renamed when it is complete.
+        The paths of the files, in the order of `formats`. Each file appears under its name only when it is complete.
 
     Raises:
-        TypeError: An argument is of the wrong kind.
-        ValueError: An argument has a value that it cannot take.
-        RuntimeError: There is no C++ compiler, which AOTInductor needs.
-        OSError: A file cannot be written.
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument has an unsupported value.
+        RuntimeError: If AOTInductor finds no C++ compiler.
+        OSError: If a file cannot be written.
 
     Note:
-        An archive is a graph of PyTorch's and our ops, with the eager network's results. A package is compiled
-        code for this kind of processor, or GPU, and takes minutes to make; its results differ by rounding.
+        An archive is a graph of PyTorch and panfpn_fast ops; its results equal those of the eager network. A package is
+        compiled code for the processor or GPU of this machine and takes minutes to compile; its results differ by
+        rounding.
 
     Example:
         >>> import tempfile
@@ -84,20 +83,14 @@ def export(
     check_int("batch", batch)
     if batch < 1:
         raise ValueError(f"batch: expected an integer of at least 1, got {batch}")
-    unknown = [name for name in formats if name not in FORMATS]
-    if isinstance(formats, str) or unknown or not formats:
-        raise ValueError(f"formats: expected some of {', '.join(FORMATS)}, got {formats!r}")
-    if "aoti" in formats and compiler() is None:
-        raise RuntimeError("AOTInductor needs a C++ compiler: install g++, or set CXX to one")
+    paths = prepare(path, formats)
     network = PaddedPanopticFPN(model.eval(), output_size, max_candidates)
     images = torch.zeros(batch, 3, height, width, dtype=torch.uint8, device=model.device)
     with torch.no_grad():
         program = torch.export.export(network, (images,), strict=False)
     description = json.dumps(_describe(model, images, program))
-    name = os.fspath(path).removesuffix(".pt2").removesuffix(".aoti")
-    paths = {"export": Path(f"{name}.pt2"), "aoti": Path(f"{name}.aoti.pt2")}
-    for kind in formats:
-        with atomic_write(paths[kind]) as file:
+    for kind, target in paths.items():
+        with atomic_write(target) as file:
             if kind == "export":
                 torch.export.save(program, file, extra_files={f"{DESCRIPTION}.json": description})
             else:
@@ -105,7 +98,36 @@ def export(
                 torch._inductor.aoti_compile_and_package(
                     program, package_path=file, inductor_configs={**(options or {}), **metadata}
                 )
-    return [paths[kind] for kind in formats]
+    return list(paths.values())
+
+
+def prepare(path: str | os.PathLike[str], formats: Sequence[str] = FORMATS) -> dict[str, Path]:
+    """Checks what an export needs besides the network, and makes missing folders.
+
+    Args:
+        path: NAME or NAME.pt2.
+        formats: "export", "aoti" or both.
+
+    Returns:
+        The paths of the files by their formats.
+
+    Raises:
+        ValueError: If an argument has an unsupported value.
+        RuntimeError: If AOTInductor finds no C++ compiler.
+        OSError: If a file cannot be written.
+    """
+    unknown = [name for name in formats if name not in FORMATS]
+    if isinstance(formats, str) or unknown or not formats:
+        raise ValueError(f"formats: expected a list of names among {', '.join(FORMATS)}, got {formats!r}")
+    name = os.fspath(path).removesuffix(".pt2").removesuffix(".aoti")
+    if not os.path.basename(name):
+        raise ValueError(f"path: expected the path of a file without suffix, got {os.fspath(path)!r}")
+    paths = {"export": Path(f"{name}.pt2"), "aoti": Path(f"{name}.aoti.pt2")}
+    for kind in formats:
+        prepare_file(paths[kind], "path")
+    if "aoti" in formats and compiler() is None:
+        raise RuntimeError("AOTInductor needs a C++ compiler: install g++, or set CXX to one")
+    return {kind: paths[kind] for kind in formats}
 
 
 def compiler() -> str | None:
@@ -117,7 +139,7 @@ def _describe(model: PanopticFPN, images: torch.Tensor, program: ExportedProgram
     with torch.no_grad():
         found = program.module()(images)
     return {
-        **description_of(dataclasses.asdict(model.config), categories_of(model.config)),
+        **description_of(model.config),
         "input": {**_shape(images), "content": "RGB, 0..255, resized and not normalised"},
         "outputs": {name: _shape(value) for name, value in found.items()},
         "device": str(model.device),

@@ -1,26 +1,30 @@
-"""From images to panoptic results: reading, resizing, the network, and the data set's names."""
+"""From images to panoptic results: reading, resizing, the network, and the names of classes."""
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, overload
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from panfpn_fast._device import check_device
-from panfpn_fast.data import Categories, get_categories
-from panfpn_fast.inference.preprocess import ImageSource, resize_shortest_edge, resized_shape, to_rgb_array
-from panfpn_fast.inference.result import Instances, PanopticResult, Segment
+from panfpn_fast import DEFAULT_WEIGHTS
+from panfpn_fast._device import resolve_device
+from panfpn_fast.data import Categories
+from panfpn_fast.data.images import resize_shortest_edge, resized_shape
+from panfpn_fast.inference.result import Instances, PanopticResult
+from panfpn_fast.inference.segment import Segment
+from panfpn_fast.inference.sources import Photograph, Source, images_of, is_one_image, read_source
+from panfpn_fast.ops._checks import int_pair
 
 if TYPE_CHECKING:
-    from panfpn_fast.models.panoptic_fpn import PanopticOutput
+    from panfpn_fast.models.outputs import PanopticOutput
 
-__all__ = ["Predictor"]
+__all__ = ["Predictor", "predict"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -28,27 +32,41 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Predictor:
     """Predicts panoptic segmentations of images of any size.
 
-    Images are resized to `short_edge` (never beyond `max_edge`), go through the network, and the results come
-    back at the images' own sizes.
+    Resizes images so that the shorter edge has `short_edge` pixels and the longer one at most `max_edge`. Results have
+    the original sizes of the images.
 
     Args:
-        model: A `PanopticFPN`, or a module with the same `forward` and `config`. It is put in evaluation mode
-            and moved to `device` in place. What predicts shares its weights but for those of a ResNet with batch
-            norms, which are copied as they are now, folded: make another predictor after training on.
-        device: Where to run, such as "cuda:0" or "cpu"; by default a CUDA GPU if there is one, else the CPU.
-        dtype: What the model's weights are converted to, in place: torch.float32, torch.bfloat16 or
-            torch.float16. None leaves them as they are.
-        short_edge: Length that the image's shorter edge is resized to, in pixels.
-        max_edge: Limit for the longer edge, in pixels.
+        model: A `PanopticFPN`, or a module with the same `forward` and `config`, or the path or name of a checkpoint,
+            as `panfpn_fast.load` takes it. A module is put in evaluation mode and moved to `device` in place. The
+            predictor shares its weights, except for a ResNet with batch norms, whose folded weights are copies. Create
+            a new predictor after further training.
+        device: Device to run on, such as "cuda:0" or "cpu"; by default a CUDA GPU if there is one, else the CPU.
+        dtype: Dtype to convert the model's weights to, in place: torch.float32, torch.bfloat16 or torch.float16. None
+            keeps the dtype.
+        short_edge: Length of the resized shorter edge, in pixels; None for the network's own, which is in its
+            configuration.
+        max_edge: Upper limit for the longer edge, in pixels; None for the network's own.
+        instances: The content of `PanopticResult.instances`: "all" for all detections, or "panoptic" for those that
+            can get pixels of the panoptic map, whose score is at least `model.config.instance_score_threshold`. No
+            masks are computed for the others, which saves time. The panoptic map and the segments are bit-identical.
+
+    Attributes:
+        short_edge: The length in use.
+        max_edge: The limit in use.
 
     Raises:
-        TypeError: If `model` is not such a module, or `device` or `dtype` is of another kind.
-        ValueError: If the device is not there, the dtype is not one of the three, an edge is not positive, or
-            the model's class counts are not those of its data set.
+        TypeError: If `model` is not such a module, `device` or `dtype` is of another kind, or `instances` is
+            "panoptic" and `model.forward` has no parameter `instances`.
+        ValueError: If the device is not available, the dtype is not one of the three, an edge is not positive,
+            `instances` is another word, or a checkpoint has an unknown name or cannot be loaded.
+        OSError: If a checkpoint cannot be read or downloaded.
 
     Note:
-        `short_edge=800, max_edge=1333` are detectron2's and mmdetection's test settings; the filter is the one that the
-        model's configuration says, `resize`.
+        A network of this package was evaluated with the edges in its configuration. Published networks of detectron2
+        and mmdetection have 800 and 1333. The configuration also selects the filter (`resize`).
+
+        Weights that change later, by training or `load_state_dict`, reach a predictor only where it shares them. Its
+        folded weights are a snapshot.
 
     Example:
         >>> from panfpn_fast import PanopticFPN
@@ -59,73 +77,151 @@ class Predictor:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | str | os.PathLike[str],
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
-        short_edge: int = 800,
-        max_edge: int = 1333,
+        short_edge: int | None = None,
+        max_edge: int | None = None,
+        instances: Literal["all", "panoptic"] = "all",
     ) -> None:
-        self.categories = _model_categories(model)
-        self.device = check_device(device)
+        self.device = resolve_device(device)
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype: expected a torch.dtype or None, got {type(dtype).__name__}")
         if dtype is not None and dtype not in _DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(map(str, _DTYPES))}, got {dtype}")
-        resized_shape(1, 1, short_edge, max_edge)  # refuses bad edges now rather than at the first image
-        self.short_edge = short_edge
-        self.max_edge = max_edge
-        self._resize = getattr(model.config, "resize", "detectron2")
-        from panfpn_fast.models.fusion import for_prediction  # whose package needs this one
+        if isinstance(model, str | os.PathLike):
+            from panfpn_fast.checkpoints import load
 
-        # Folded before weights are rounded to dtype.
-        self.model = for_prediction(model.eval())
-        for network in (model, self.model):
+            model = load(model)
+        self.categories = _model_categories(model)
+        self.short_edge = getattr(model.config, "short_edge", 800) if short_edge is None else short_edge
+        self.max_edge = getattr(model.config, "max_edge", 1333) if max_edge is None else max_edge
+        # Invalid edges are errors now, not at the first image.
+        resized_shape(1, 1, self.short_edge, self.max_edge)
+        self._resize = getattr(model.config, "resize", "detectron2")
+        # Imported here, so that results can be read and drawn without the networks.
+        from panfpn_fast.models.conv_fusion import fold_norms, prepare_convolutions
+        from panfpn_fast.models.panoptic_fpn import check_wanted
+
+        check_wanted(instances)
+        if instances != "all" and not _takes_instances(model):
+            raise TypeError(
+                f'instances: "{instances}" needs a network whose forward has a parameter `instances`; '
+                f'{type(model).__name__} has none; use "all"'
+            )
+        self.instances = instances
+
+        # Batch norms are folded before weights are rounded to `dtype`, and weights are transformed after it.
+        folded = fold_norms(model.eval())
+        for network in (model, folded):
             network.to(device=self.device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = prepare_convolutions(folded)
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The branches that the network has: "instance", "semantic" or both."""
+        """The branches of the network: "instance", "semantic" or both."""
         return getattr(self.model.config, "tasks", ("instance", "semantic"))
 
-    # A str is a sequence of str, so the two overlap; type checkers take the first that fits.
+    def warm_up(self, sizes: Sequence[tuple[int, int]] = ((480, 640),)) -> None:
+        """Predicts black images, so that the first real image does not wait for compilers.
+
+        On a GPU the first image of a process compiles the Triton kernels of the semantic head and loads all kernels,
+        which takes several seconds, or less if an earlier process left them in Triton's cache on disk. Images of other
+        sizes use the same kernels; cuDNN chooses its algorithms for each size.
+
+        Args:
+            sizes: Heights and widths of images, before resizing.
+
+        Raises:
+            TypeError: If a size is not a pair of integers.
+            ValueError: If a size is below 1.
+
+        Example:
+            >>> from panfpn_fast import PanopticFPN
+            >>> Predictor(PanopticFPN(), device="cpu", short_edge=64).warm_up([(48, 64)])
+        """
+        checked = [int_pair(f"sizes[{i}]", size, 1) for i, size in enumerate(sizes)]
+        for height, width in checked:
+            self._predict([Photograph(np.zeros((height, width, 3), np.uint8), None)])
+
+    # A str is also a sequence of str, so the overloads overlap. Type checkers use the first one that fits.
     @overload
-    def __call__(self, image: ImageSource) -> PanopticResult: ...  # type: ignore[overload-overlap]
+    def __call__(self, image: Source) -> PanopticResult: ...  # type: ignore[overload-overlap]
 
     @overload
-    def __call__(self, image: Sequence[ImageSource]) -> list[PanopticResult]: ...
+    def __call__(self, image: Sequence[Source]) -> list[PanopticResult]: ...
 
-    def __call__(self, image: ImageSource | Sequence[ImageSource]) -> PanopticResult | list[PanopticResult]:
+    def __call__(self, image: Source | Sequence[Source]) -> PanopticResult | list[PanopticResult]:
         """Predicts one image, or several in one pass through the network.
 
         Args:
-            image: A uint8 RGB array [H, W, 3], a PIL image or a path; or a list or tuple of these, or an
-                array [N, H, W, 3]. Files and PIL images are turned upright by their EXIF orientation.
+            image: A uint8 RGB array [H, W, 3], a uint8 RGB tensor [3, H, W], a PIL image, a path, or an address that
+                begins with http:// or https://; or a list or tuple of these, or an array [N, H, W, 3] or a tensor
+                [N, 3, H, W]. The EXIF orientation of files and PIL images is applied.
 
         Returns:
-            A `PanopticResult` at the (upright) image's own size; for several images a list in their order.
+            A `PanopticResult` with the size of the upright image; a list of them, in order, for several images.
 
         Raises:
-            TypeError: If an image is of another kind or dtype.
-            ValueError: If an array's shape is not [H, W, 3].
-            OSError: If a file cannot be read; the message names it.
+            TypeError: If an image has another type or dtype.
+            ValueError: If the shape of an array is not [H, W, 3], or that of a tensor is not [3, H, W].
+            OSError: If a file or an address cannot be read; the message names it.
 
         Note:
-            Several images share one padded batch, so memory grows with their number. Padding reaches into the
-            borders of the smaller ones, as in detectron2, so their results may differ slightly from those of
-            single calls.
+            Several images form one padded batch, so memory grows with their number; `stream` has bounded memory. As in
+            detectron2, padding affects pixels near the borders of the smaller images, so results may differ slightly
+            from those of single calls.
         """
-        if isinstance(image, (str, os.PathLike, Image.Image)):
-            return self._predict([to_rgb_array(image)])[0]
-        if isinstance(image, np.ndarray) and image.ndim != 4:
-            return self._predict([to_rgb_array(image)])[0]
-        if isinstance(image, (list, tuple, np.ndarray)):
-            return self._predict([to_rgb_array(one, f"image[{i}]") for i, one in enumerate(image)])
-        # An unsupported kind: the same message as for an element.
-        return self._predict([to_rgb_array(image)])  # type: ignore[arg-type]
+        several = isinstance(image, list | tuple) or (
+            isinstance(image, np.ndarray | Tensor) and not is_one_image(image)
+        )
+        if several:
+            return self._predict([read_source(one, f"image[{i}]") for i, one in enumerate(image)])  # type: ignore[arg-type]
+        # Raises the error for an unsupported type, with the same message as for an element of a list.
+        return self._predict([read_source(image)])[0]  # type: ignore[arg-type]
 
-    def _predict(self, images: list[npt.NDArray[np.uint8]]) -> list[PanopticResult]:
-        if not images:
+    def stream(self, sources: Source | Iterable[Source], batch_size: int = 1) -> Iterator[PanopticResult]:
+        """Predicts any number of images one after the other, and holds only a few of them.
+
+        Args:
+            sources: Images as in a call, in any iterable, such as a list of paths or a generator of video frames; or
+                one image, or a folder, whose image files are predicted in the order of their names. An image is read
+                when its result is needed.
+            batch_size: Images per pass through the network. 1 gives the same results as single calls.
+
+        Returns:
+            An iterator over the results, in order. It holds the images of at most two batches. Each result has an image
+            of its own, so `sources` may yield one array or tensor again and again with other pixels.
+
+        Raises:
+            TypeError, ValueError, OSError: As in a call, when the image's batch is reached; the iteration then ends.
+            ValueError: If `batch_size` is below 1 or a folder has no images; at once.
+            OSError: If `sources` is a path that does not exist; at once.
+
+        Example:
+            >>> from panfpn_fast import PanopticFPN
+            >>> predictor = Predictor(PanopticFPN(), device="cpu", short_edge=64)  # untrained
+            >>> frames = (np.full((48, 64, 3), grey, np.uint8) for grey in range(2))
+            >>> [tuple(result.panoptic.shape) for result in predictor.stream(frames)]
+            [(48, 64), (48, 64)]
+        """
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int):
+            raise TypeError(f"batch_size: expected an integer, got {type(batch_size).__name__}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        return self._stream(images_of(sources), batch_size)
+
+    def _stream(self, sources: Iterable[Source], batch_size: int) -> Iterator[PanopticResult]:
+        numbered = enumerate(sources)
+        while batch := [
+            read_source(one, f"sources[{i}]", copy=True) for i, one in itertools.islice(numbered, batch_size)
+        ]:
+            yield from self._predict(batch)
+
+    def _predict(self, photographs: list[Photograph]) -> list[PanopticResult]:
+        if not photographs:
             return []
+        images = [image for image, _ in photographs]
         inputs = [
             torch.from_numpy(resize_shortest_edge(image, self.short_edge, self.max_edge, self._resize))
             .permute(2, 0, 1)
@@ -134,21 +230,87 @@ class Predictor:
             for image in images
         ]
         sizes = [(image.shape[0], image.shape[1]) for image in images]
-        with torch.inference_mode():
-            outputs = self.model(inputs, sizes)
-        return [_to_result(output, self.categories) for output in outputs]
+        with torch.no_grad():  # autograd refuses the tensors that inference_mode makes
+            # A network of another kind need not have the parameter.
+            extra = {} if self.instances == "all" else {"instances": self.instances}
+            outputs = self.model(inputs, sizes, **extra)
+        return [
+            _to_result(output, self.categories, photograph)
+            for output, photograph in zip(outputs, photographs, strict=True)
+        ]
 
 
-def _to_result(output: PanopticOutput, categories: Categories) -> PanopticResult:
+@overload
+def predict(
+    source: Source | Iterable[Source],
+    weights: nn.Module | str | os.PathLike[str] = ...,
+    *,
+    stream: Literal[True],
+    **predictor_arguments: Any,
+) -> Iterator[PanopticResult]: ...
+
+
+@overload
+def predict(
+    source: Source | Iterable[Source],
+    weights: nn.Module | str | os.PathLike[str] = ...,
+    stream: Literal[False] = False,
+    **predictor_arguments: Any,
+) -> PanopticResult | list[PanopticResult]: ...
+
+
+def predict(
+    source: Source | Iterable[Source],
+    weights: nn.Module | str | os.PathLike[str] = DEFAULT_WEIGHTS,
+    stream: bool = False,
+    **predictor_arguments: Any,
+) -> PanopticResult | list[PanopticResult] | Iterator[PanopticResult]:
+    """Predicts an image, or several, in one call.
+
+    Args:
+        source: An image as `Predictor` takes it (array, tensor, PIL image, path, address), a folder of image files, or
+            any iterable of images.
+        weights: Path or name of a checkpoint, as `panfpn_fast.load` takes it, or a network. By default detectron2's
+            published COCO network, which is downloaded once.
+        stream: Whether to return an iterator, which predicts an image when its result is needed.
+        **predictor_arguments: Other arguments of `Predictor`, such as `device="cuda"`.
+
+    Returns:
+        A `PanopticResult` for one image, or a list of them, in order, for a folder or an iterable. With `stream`, an
+        iterator over the results in each case.
+
+    Raises:
+        TypeError, ValueError, OSError: As `Predictor` and its call, if a path does not exist, or if a folder has
+            no images.
+
+    Note:
+        Each call loads the network. Make a `Predictor` to predict more than once.
+
+    Example:
+        >>> from panfpn_fast import PanopticFPN, predict
+        >>> image = np.zeros((48, 64, 3), np.uint8)
+        >>> result = predict(image, weights=PanopticFPN(), device="cpu", short_edge=64)  # untrained
+        >>> result.panoptic.shape
+        torch.Size([48, 64])
+    """
+    images = images_of(source)  # reports a wrong path before the network is loaded
+    results = Predictor(weights, **predictor_arguments).stream(images)
+    if stream:
+        return results
+    return next(results) if is_one_image(source) else list(results)
+
+
+def _to_result(output: PanopticOutput, categories: Categories, photograph: Photograph) -> PanopticResult:
     found = output.segments
     segments = []
-    for id_, isthing, label, score, area in zip(
-        *(column.tolist() for column in (found.id, found.isthing, found.label, found.score, found.area)),
-        strict=True,
+    columns = (found.id, found.isthing, found.label, found.score, found.area, found.instance)
+    for id_, isthing, label, score, area, instance in zip(
+        *(column.tolist() for column in columns), strict=True
     ):
         class_index = label if isthing else label - 1  # semantic label 0 is 'other'
         category = (categories.things if isthing else categories.stuff)[class_index]
-        segments.append(Segment(id_, category.id, category.name, isthing, class_index, score, area))
+        own = (score, area, instance) if isthing else (None, area, None)
+        segments.append(Segment(id_, category.id, category.name, isthing, class_index, *own))
     instances = Instances(
         boxes=_host(output.boxes).float(),
         scores=_host(output.scores).float(),
@@ -156,8 +318,13 @@ def _to_result(output: PanopticOutput, categories: Categories) -> PanopticResult
         mask_probs=_host(output.mask_probs).float(),
     )
     return PanopticResult(
-        _host(output.panoptic), segments, instances, _host(output.semantic), dataset=categories.name
+        _host(output.panoptic), segments, instances, _host(output.semantic), categories, *photograph
     )
+
+
+def _takes_instances(model: nn.Module) -> bool:
+    found = inspect.signature(model.forward).parameters.values()
+    return any(each.name == "instances" or each.kind is each.VAR_KEYWORD for each in found)
 
 
 def _host(tensor: Tensor) -> Tensor:
@@ -165,19 +332,9 @@ def _host(tensor: Tensor) -> Tensor:
 
 
 def _model_categories(model: Any) -> Categories:
-    config: Any = getattr(model, "config", None)
-    if not isinstance(model, nn.Module) or not hasattr(config, "dataset"):
-        hint = (
-            "; panfpn_fast.load makes one from a path or name"
-            if isinstance(model, (str, os.PathLike))
-            else ""
-        )
-        raise TypeError(f"model: expected a PanopticFPN, got {type(model).__name__}{hint}")
-    categories = get_categories(config.dataset)
-    expected = (len(categories.things), len(categories.stuff))
-    if (config.num_things, config.num_stuff) != expected:
-        raise ValueError(
-            f"model: expected {expected[0]} things and {expected[1]} stuff classes, as its data set "
-            f"{config.dataset!r} has, got {config.num_things} and {config.num_stuff}"
+    categories = getattr(getattr(model, "config", None), "categories", None)
+    if not isinstance(model, nn.Module) or not isinstance(categories, Categories):
+        raise TypeError(
+            f"model: expected a PanopticFPN, or the path or name of a checkpoint, got {type(model).__name__}"
         )
     return categories

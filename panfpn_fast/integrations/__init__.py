@@ -1,4 +1,4 @@
-"""Our ops inside of other people's frameworks: `panfpn_fast.patch("torchvision")` and how to take it back."""
+"""Makes other frameworks use panfpn_fast ops: `panfpn_fast.patch("torchvision")`, and `unpatch` to undo it."""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
-"""What is patched in detectron2.
+"""Replacements for detectron2's functions.
 
-Results are those of detectron2's own functions. So half precision goes to ours only where detectron2 computes in
-float32 there: with a box rounded to bfloat16, say, it pools from elsewhere, and a more exact result would be another.
+Results equal those of detectron2's own functions. Half-precision inputs therefore go to our ops only where detectron2
+computes in float32. Elsewhere detectron2 rounds boxes to bfloat16, for example, and pools from other positions than
+our more exact ops would.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,45 +17,37 @@ from torch import Tensor
 from panfpn_fast import ops
 from panfpn_fast.integrations._calls import (
     MAX_LABELS,
-    REFUSED,
-    by_score,
+    Function,
+    attempt,
     drop_negative_areas,
-    is_own,
-    pastes_alike,
-    whole,
+    integer_threshold,
+    is_framework_class,
+    pasting_agrees,
+    score_order,
+    served,
 )
 from panfpn_fast.integrations.patching import Framework, Replacement, servable
 
-_Function = Callable[..., Any]
-
 _HALF = (torch.float16, torch.bfloat16)
-# The field in which instances take the masks of their boxes along, while those that end up empty are sorted out.
+# Field of an Instances object that keeps the masks before pasting, while detectron2 removes instances with empty boxes.
 _MASKS_FIELD = "panfpn_fast_masks"
 
 
-def _pooler_forward(original: _Function) -> _Function:
-    def forward(self: Any, x: list[Tensor], box_lists: list[Any]) -> Tensor:
-        arguments = _pooling(self, x, box_lists)
-        if arguments is not None:
-            try:
-                return ops.multiscale_roi_align(*arguments).contiguous()
-            except REFUSED:
-                pass
-        pooled: Tensor = original(self, x, box_lists)
-        return pooled
-
-    return forward
+@served
+def _pooler_forward(self: Any, x: list[Tensor], box_lists: list[Any]) -> Tensor | None:
+    arguments = _pooling(self, x, box_lists)
+    return None if arguments is None else ops.multiscale_roi_align(*arguments).contiguous()
 
 
 def _pooling(self: Any, x: Any, box_lists: Any) -> tuple[Any, ...] | None:
-    """The arguments of multiscale_roi_align, or None for a pooler or for inputs that are not for it."""
+    """Returns the arguments of `ops.multiscale_roi_align`, or None for a pooler or inputs that it does not support."""
     poolers = list(self.level_poolers)
-    if not all(is_own(pooler, "detectron2", "ROIAlign") for pooler in poolers):
+    if not all(is_framework_class(pooler, "detectron2", "ROIAlign") for pooler in poolers):
         return None
     settings = {(tuple(pooler.output_size), pooler.sampling_ratio, pooler.aligned) for pooler in poolers}
     if len(settings) != 1 or not isinstance(x, list) or not isinstance(box_lists, list):
         return None
-    if not x or len(x) != len(poolers):
+    if not x or len(x) != len(poolers) or not box_lists:
         return None
     boxes: list[Any] = [getattr(of_image, "tensor", None) for of_image in box_lists]
     if not servable(*x, *boxes) or torch.compiler.is_compiling() or len(boxes) != len(x[0]):
@@ -79,76 +72,52 @@ def _pooling(self: Any, x: Any, box_lists: Any) -> tuple[Any, ...] | None:
     )
 
 
-def _roi_align_forward(original: _Function) -> _Function:
-    def forward(self: Any, input: Tensor, rois: Tensor) -> Tensor:
-        if servable(input, rois) and (
-            input.dtype not in _HALF or torch.is_autocast_enabled(input.device.type)
-        ):
-            try:
-                return ops.roi_align(
-                    input,
-                    rois.to(input.dtype),
-                    self.output_size,
-                    self.spatial_scale,
-                    self.sampling_ratio,
-                    self.aligned,
-                ).contiguous()
-            except REFUSED:
-                pass
-        pooled: Tensor = original(self, input, rois)
-        return pooled
-
-    return forward
+@served
+def _roi_align_forward(self: Any, input: Tensor, rois: Tensor) -> Tensor | None:
+    if not servable(input, rois):
+        return None
+    if input.dtype in _HALF and not torch.is_autocast_enabled(input.device.type):
+        return None
+    return ops.roi_align(
+        input,
+        rois.to(input.dtype),
+        self.output_size,
+        self.spatial_scale,
+        self.sampling_ratio,
+        self.aligned,
+    ).contiguous()
 
 
-def _nms(original: _Function) -> _Function:
-    def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-        if _suits_nms(boxes, scores) and boxes.dtype == scores.dtype and boxes.dtype not in _HALF:
-            try:
-                return ops.nms(boxes, scores, iou_threshold)
-            except REFUSED:
-                pass
-        kept: Tensor = original(boxes, scores, iou_threshold)
-        return kept
-
-    return nms
+@served
+def _nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor | None:
+    if not _suits_nms(boxes, scores) or boxes.dtype != scores.dtype or boxes.dtype in _HALF:
+        return None
+    return ops.nms(boxes, scores, iou_threshold)
 
 
-def _batched_nms(original: _Function) -> _Function:
-    def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
-        if _suits_nms(boxes, scores, idxs):
-            # torchvision's choice between one NMS of boxes that are shifted apart and one for each group.
-            shifted = boxes.numel() <= (4_000 if boxes.device.type == "cpu" else 100_000)
-            try:
-                return ops.batched_nms(
-                    boxes.float(), scores, idxs, iou_threshold, "torchvision" if shifted else "class"
-                )
-            except REFUSED:
-                pass
-        kept: Tensor = original(boxes, scores, idxs, iou_threshold)
-        return kept
-
-    return batched_nms
+@served
+def _batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor | None:
+    if not _suits_nms(boxes, scores, idxs):
+        return None
+    # torchvision's rule: one NMS over shifted boxes for up to this many coordinates, one NMS per group above it.
+    shifted = boxes.numel() <= (4_000 if boxes.device.type == "cpu" else 100_000)
+    return ops.batched_nms(boxes.float(), scores, idxs, iou_threshold, "torchvision" if shifted else "class")
 
 
 def _suits_nms(*tensors: Any) -> bool:
     return servable(*tensors) and not torch.compiler.is_compiling()
 
 
-def _paste_masks_in_image(original: _Function) -> _Function:
-    def paste_masks_in_image(
-        masks: Tensor, boxes: Any, image_shape: tuple[int, int], threshold: float = 0.5
-    ) -> Tensor:
-        corners = boxes if isinstance(boxes, Tensor) else getattr(boxes, "tensor", None)
-        if _suits_pasting(masks, corners) and len(masks) > 0 and pastes_alike(masks, threshold):
-            try:
-                return ops.paste_masks(masks, corners, image_shape, threshold)  # type: ignore[arg-type]
-            except REFUSED:
-                pass
-        pasted: Tensor = original(masks, boxes, image_shape, threshold)
-        return pasted
-
-    return paste_masks_in_image
+@served
+def _paste_masks_in_image(
+    masks: Tensor, boxes: Any, image_shape: tuple[int, int], threshold: float = 0.5
+) -> Tensor | None:
+    corners = boxes if isinstance(boxes, Tensor) else getattr(boxes, "tensor", None)
+    if corners is None or not _suits_pasting(masks, corners):
+        return None
+    if len(masks) == 0 or not pasting_agrees(masks, threshold):
+        return None
+    return ops.paste_masks(masks, corners, image_shape, threshold)
 
 
 def _suits_pasting(masks: Any, boxes: Any) -> bool:
@@ -162,29 +131,21 @@ def _suits_pasting(masks: Any, boxes: Any) -> bool:
     )
 
 
-def _semantic_losses(original: _Function) -> _Function:
-    def losses(self: Any, predictions: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        if servable(predictions, targets):
-            try:
-                loss = ops.upsample_cross_entropy(
-                    predictions.float(), targets, self.common_stride, self.ignore_value
-                )
-                return {"loss_sem_seg": loss * self.loss_weight}
-            except REFUSED:
-                pass
-        others: dict[str, Tensor] = original(self, predictions, targets)
-        return others
-
-    return losses
+@served
+def _semantic_losses(self: Any, predictions: Tensor, targets: Tensor) -> dict[str, Tensor] | None:
+    if not servable(predictions, targets):
+        return None
+    loss = ops.upsample_cross_entropy(predictions.float(), targets, self.common_stride, self.ignore_value)
+    return {"loss_sem_seg": loss * self.loss_weight}
 
 
-def _panoptic_inference(original: _Function) -> _Function:
+def _panoptic_inference(original: Function) -> Function:
     def inference(self: Any, batched_inputs: list[dict[str, Any]], do_postprocess: bool = True) -> Any:
         head = self.sem_seg_head
         if (
             not do_postprocess
             or not servable(self.pixel_mean)
-            or not is_own(head, "detectron2", "SemSegFPNHead")
+            or not is_framework_class(head, "detectron2", "SemSegFPNHead")
             or head.training
             or head._forward_hooks
             or head._forward_pre_hooks
@@ -208,7 +169,7 @@ def _panoptic_inference(original: _Function) -> _Function:
             height, width = inputs.get("height", crop[0]), inputs.get("width", crop[1])
             semantic = framework["sem_seg_postprocess"](upsampled[i], crop, height, width)
             instances, masks = _postprocess(framework["detector_postprocess"], instances, height, width)
-            labels = _labels(logits[i : i + 1], head.common_stride, crop, (height, width))
+            labels = attempt(_labels, logits[i : i + 1], head.common_stride, crop, (height, width))
             if labels is None:
                 labels = semantic.argmax(dim=0)
             thresholds = (
@@ -216,7 +177,7 @@ def _panoptic_inference(original: _Function) -> _Function:
                 self.combine_stuff_area_thresh,
                 self.combine_instances_score_thresh,
             )
-            panoptic = _combine(instances, masks, labels, logits.shape[1], *thresholds)
+            panoptic = attempt(_combine, instances, masks, labels, logits.shape[1], *thresholds)
             if panoptic is None:
                 panoptic = framework["combine_semantic_and_instance_outputs"](
                     instances, labels.long(), *thresholds
@@ -228,9 +189,9 @@ def _panoptic_inference(original: _Function) -> _Function:
 
 
 def _postprocess(
-    detector_postprocess: _Function, instances: Any, height: int, width: int
+    detector_postprocess: Function, instances: Any, height: int, width: int
 ) -> tuple[Any, Tensor | None]:
-    """detector_postprocess, and the masks [N, M, M] of the boxes that it keeps, as they were before pasting."""
+    """Runs detector_postprocess; also returns the masks [N, M, M] of the instances that it keeps, before pasting."""
     if not instances.has("pred_masks"):
         return detector_postprocess(instances, height, width), None
     masks = instances.pred_masks
@@ -244,13 +205,10 @@ def _postprocess(
 
 
 def _labels(logits: Tensor, stride: int, crop: Sequence[int], size: Sequence[int]) -> Tensor | None:
-    """Arg max [height, width] of upsampled logits [1, C, H, W], or None for logits that are not for our op."""
+    """Returns the arg max [height, width] of upsampled logits [1, C, H, W], or None if our op does not support them."""
     if not servable(logits) or logits.dtype != torch.float32 or logits.shape[1] > MAX_LABELS:
         return None
-    try:
-        return ops.upsample_argmax(logits, stride, crop=tuple(crop), size=size)[0]
-    except REFUSED:
-        return None
+    return ops.upsample_argmax(logits, stride, crop=tuple(crop), size=size)[0]
 
 
 def _combine(
@@ -262,9 +220,10 @@ def _combine(
     stuff_area_threshold: float,
     score_threshold: float,
 ) -> tuple[Tensor, list[dict[str, Any]]] | None:
-    """What combine_semantic_and_instance_outputs returns, or None where ours would not agree.
+    """Returns the result of combine_semantic_and_instance_outputs, or None where `ops.panoptic_merge` would differ.
 
-    detectron2 lists segments without pixels for an overlap threshold of 1 or more and without a stuff threshold.
+    With an overlap threshold of 1 or more, or without a stuff area threshold, detectron2 lists segments that have no
+    pixels. `ops.panoptic_merge` leaves them out.
     """
     if masks is None or overlap_threshold >= 1 or stuff_area_threshold <= 0 or classes > MAX_LABELS:
         return None
@@ -273,27 +232,24 @@ def _combine(
         return None
     if not _suits_pasting(masks, boxes) or scores.dtype != torch.float32:
         return None
-    order = by_score(scores)
-    try:
-        panoptic, segments = ops.panoptic_merge(
-            masks[order],
-            boxes[order],
-            scores[order],
-            instances.pred_classes[order],
-            labels,
-            tuple(labels.shape),
-            score_threshold=score_threshold,
-            overlap_threshold=overlap_threshold,
-            stuff_area_threshold=whole(stuff_area_threshold),
-        )
-    except REFUSED:
-        return None
-    originally = order.tolist()
+    order = score_order(scores)
+    panoptic, segments = ops.panoptic_merge(
+        masks[order],
+        boxes[order],
+        scores[order],
+        instances.pred_classes[order],
+        labels,
+        tuple(labels.shape),
+        score_threshold=score_threshold,
+        overlap_threshold=overlap_threshold,
+        stuff_area_threshold=integer_threshold(stuff_area_threshold),
+    )
+    unsorted = order.tolist()
     rows = torch.stack(
         [segments.id, segments.isthing, segments.label, segments.area, segments.instance], dim=1
     ).tolist()
     return panoptic, [
-        {"id": id, "isthing": True, "score": score, "category_id": label, "instance_id": originally[instance]}
+        {"id": id, "isthing": True, "score": score, "category_id": label, "instance_id": unsorted[instance]}
         if isthing
         else {"id": id, "isthing": False, "category_id": label, "area": area}
         for (id, isthing, label, area, instance), score in zip(rows, segments.score.tolist(), strict=True)

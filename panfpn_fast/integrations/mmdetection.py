@@ -1,17 +1,17 @@
-"""What is patched in mmdetection, and in mmcv, which has its ops.
+"""Replacements for functions of mmdetection and of mmcv, which contains mmdetection's ops.
 
-A panoptic prediction of mmdetection's holds the panoptic map alone. So where the network is its Panoptic FPN, masks are
-not pasted and logits not upsampled for it: `predict` of the whole network asks the mask head and the semantic head to
-put that off, and the fusion head makes the map from what they then return.
+A panoptic prediction of mmdetection holds the panoptic map only. In mmdetection's own Panoptic FPN, the replacements
+therefore neither paste masks nor upsample logits for it. `predict` of the network asks the mask head and the semantic
+head to defer this work, and the fusion head computes the map from the deferred masks and logits.
 
-Results are those of mmdetection's own functions. So half precision goes to ours only where mmdetection computes in
-float32 there.
+Results equal those of mmdetection's own functions. Half-precision inputs therefore go to our ops only where mmdetection
+computes in float32.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -24,34 +24,34 @@ from torch import Tensor
 from panfpn_fast import ops
 from panfpn_fast.integrations._calls import (
     MAX_LABELS,
-    REFUSED,
-    by_score,
+    Function,
+    attempt,
     drop_negative_areas,
-    is_own,
-    pastes_alike,
-    whole,
+    integer_threshold,
+    is_framework_class,
+    pasting_agrees,
+    score_order,
+    served,
 )
 from panfpn_fast.integrations.patching import Framework, Replacement, servable
 
-_Function = Callable[..., Any]
-
 # mmcv's kernels compute positions in the dtype of the features.
 _EXACT = (torch.float32, torch.float64)
-# Mark of a fusion head's function that takes what the others put off.
-_FUSES = "fuses_what_was_put_off"
-# Whether the heads may put off what the fusion head can do without.
-_PUT_OFF: ContextVar[bool] = ContextVar("panfpn_fast_put_off", default=False)
+# Attribute that marks a fusion head's function as one that accepts deferred masks and logits.
+_FUSES_DEFERRED = "panfpn_fast_fuses_deferred"
+# Whether the heads may defer pasting and upsampling, because only the fusion head uses their results.
+_DEFER: ContextVar[bool] = ContextVar("panfpn_fast_defer", default=False)
 
 
 @dataclass(frozen=True)
-class _Unpasted:
-    """Masks in place of pasted ones.
+class _UnpastedMasks:
+    """Masks that the mask head returns instead of pasted masks when pasting is deferred.
 
     Attributes:
         masks: Probabilities, float32 [N, M, M].
-        boxes: [N, 4] in pixels of the image.
+        boxes: [N, 4], in pixels of the image.
         size: (height, width) of the image.
-        threshold: From which probability on a pixel is set.
+        threshold: A pixel is set if its probability is at least this.
     """
 
     masks: Tensor
@@ -67,14 +67,14 @@ class _Unpasted:
 
 
 @dataclass(frozen=True)
-class _Coarse:
-    """Logits of one image in place of upsampled ones.
+class _CoarseLogits:
+    """Logits of one image that the semantic head returns instead of upsampled logits when upsampling is deferred.
 
     Attributes:
         logits: [1, C, H, W].
-        padded: (height, width) of the network's input.
-        crop: The part of it that is the image.
-        size: (height, width) of the photograph.
+        padded: (height, width) of the network's input, which is padded.
+        crop: (height, width) of the resized image within the input.
+        size: (height, width) of the original image.
     """
 
     logits: Tensor
@@ -88,18 +88,15 @@ class _Coarse:
         return F.interpolate(cropped, size=self.size, mode="bilinear", align_corners=False)[0]
 
     def labels(self) -> Tensor | None:
-        """Arg max of the upsampled logits [height, width], or None for logits that are not for our op."""
+        """Returns the arg max [height, width] of the upsampled logits, or None if our op does not support them."""
         factor = _factor(self.logits.shape[2:], self.padded)
         if factor is None or self.logits.dtype != torch.float32 or not servable(self.logits):
             return None
-        try:
-            return ops.upsample_argmax(self.logits, factor, crop=self.crop, size=self.size)[0]
-        except REFUSED:
-            return None
+        return ops.upsample_argmax(self.logits, factor, crop=self.crop, size=self.size)[0]
 
 
 def _factor(small: Sequence[int], large: Sequence[int]) -> int | None:
-    """By which one number both sides grow, if there is one."""
+    """Returns the integer by which both height and width grow from `small` to `large`, or None if there is none."""
     if min(small) < 1 or large[0] % small[0] or large[1] % small[1]:
         return None
     factor = large[0] // small[0]
@@ -107,30 +104,21 @@ def _factor(small: Sequence[int], large: Sequence[int]) -> int | None:
 
 
 def _float32(value: float) -> float:
-    """A threshold as mmcv's compiled functions get it."""
+    """Rounds a threshold to float32, as mmcv's compiled functions receive it."""
     return float(np.float32(value))
 
 
-def _nms(original: _Function) -> _Function:
-    """For mmcv's batched_nms too, which calls it: once for boxes that it shifts apart, or for each group of many."""
+@served
+def _nms(boxes: Any, scores: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor] | None:
+    """Replaces mmcv's nms; batched_nms calls it too, once for shifted boxes or, for many boxes, once per group."""
     names = ("iou_threshold", "offset", "score_threshold", "max_num")
-
-    def nms(boxes: Any, scores: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        settings = {"offset": 0, "score_threshold": 0, "max_num": -1} | dict(zip(names, args, strict=False))
-        settings |= kwargs
-        if (
-            len(args) <= len(names)
-            and settings.keys() == set(names)
-            and _suits_nms(boxes, scores, **settings)
-        ):
-            try:
-                return _suppress(boxes, scores, **settings)
-            except REFUSED:
-                pass
-        dets, kept = original(boxes, scores, *args, **kwargs)
-        return dets, kept
-
-    return nms
+    settings = {"offset": 0, "score_threshold": 0, "max_num": -1} | dict(zip(names, args, strict=False))
+    settings |= kwargs
+    if len(args) > len(names) or settings.keys() != set(names):
+        return None
+    if not _suits_nms(boxes, scores, **settings):
+        return None
+    return _suppress(boxes, scores, **settings)
 
 
 def _suits_nms(boxes: Any, scores: Any, offset: int = 0, **_: Any) -> bool:
@@ -146,7 +134,10 @@ def _suits_nms(boxes: Any, scores: Any, offset: int = 0, **_: Any) -> bool:
 def _suppress(
     boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int, score_threshold: float, max_num: int
 ) -> tuple[Tensor, Tensor]:
-    """mmcv's nms with our op: filter by score, suppress, cut. Equal scores come as mmcv's unstable sort has them."""
+    """Runs the steps of mmcv's nms with our op: filters by score, suppresses, keeps the first `max_num` boxes.
+
+    Equal scores keep the order of mmcv's unstable sort.
+    """
     order = scores.detach().sort(0, descending=True)[1]
     if score_threshold > 0:
         above = (scores > score_threshold).nonzero()[:, 0]
@@ -157,51 +148,37 @@ def _suppress(
     return torch.cat([boxes[kept], scores[kept, None]], dim=1), kept
 
 
-def _roi_align(original: _Function) -> _Function:
-    def roi_align(
-        input: Tensor,
-        rois: Tensor,
-        output_size: int | tuple[int, int],
-        spatial_scale: float = 1.0,
-        sampling_ratio: int = 0,
-        pool_mode: str = "avg",
-        aligned: bool = True,
-    ) -> Tensor:
-        if pool_mode == "avg" and servable(input, rois) and rois.dtype == input.dtype in _EXACT:
-            try:
-                pooled = ops.roi_align(input, rois, output_size, spatial_scale, sampling_ratio, aligned)
-                return pooled.contiguous()
-            except REFUSED:
-                pass
-        others: Tensor = original(input, rois, output_size, spatial_scale, sampling_ratio, pool_mode, aligned)
-        return others
-
-    return roi_align
+@served
+def _roi_align(
+    input: Tensor,
+    rois: Tensor,
+    output_size: int | tuple[int, int],
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = 0,
+    pool_mode: str = "avg",
+    aligned: bool = True,
+) -> Tensor | None:
+    if pool_mode != "avg" or not servable(input, rois) or not rois.dtype == input.dtype in _EXACT:
+        return None
+    return ops.roi_align(input, rois, output_size, spatial_scale, sampling_ratio, aligned).contiguous()
 
 
-def _extractor_forward(original: _Function) -> _Function:
-    def forward(
-        self: Any, feats: Sequence[Tensor], rois: Tensor, roi_scale_factor: float | None = None
-    ) -> Tensor:
-        if roi_scale_factor is None:
-            arguments = _pooling(self, feats, rois)
-            if arguments is not None:
-                try:
-                    return ops.multiscale_roi_align(*arguments).contiguous()
-                except REFUSED:
-                    pass
-        pooled: Tensor = original(self, feats, rois, roi_scale_factor)
-        return pooled
-
-    return forward
+@served
+def _extractor_forward(
+    self: Any, feats: Sequence[Tensor], rois: Tensor, roi_scale_factor: float | None = None
+) -> Tensor | None:
+    arguments = _pooling(self, feats, rois) if roi_scale_factor is None else None
+    return None if arguments is None else ops.multiscale_roi_align(*arguments).contiguous()
 
 
 def _pooling(self: Any, feats: Sequence[Tensor], rois: Tensor) -> tuple[Any, ...] | None:
-    """The arguments of multiscale_roi_align, or None for an extractor or for inputs that are not for it."""
+    """Returns the arguments of `ops.multiscale_roi_align`, or None for an extractor or inputs it does not support."""
     layers = list(self.roi_layers)[: len(feats)]
-    if not is_own(self, "mmdet", "SingleRoIExtractor") or len(feats) != len(layers) or not layers:
+    if not is_framework_class(self, "mmdet", "SingleRoIExtractor") or len(feats) != len(layers) or not layers:
         return None
-    if not all(is_own(layer, "mmcv", "RoIAlign") and layer.pool_mode == "avg" for layer in layers):
+    if not all(
+        is_framework_class(layer, "mmcv", "RoIAlign") and layer.pool_mode == "avg" for layer in layers
+    ):
         return None
     settings = {(tuple(layer.output_size), layer.sampling_ratio, layer.aligned) for layer in layers}
     if len(settings) != 1 or not servable(*feats, rois) or torch.compiler.is_compiling():
@@ -213,8 +190,8 @@ def _pooling(self: Any, feats: Sequence[Tensor], rois: Tensor) -> tuple[Any, ...
     finest = layers[0].spatial_scale
     if math.frexp(finest)[0] != 0.5:
         return None
-    # In units of the finest map's pixels, mmdetection's rule is ours with level 0 as the canonical one; as finest is a
-    # power of two, no number of it rounds otherwise.
+    # In pixels of the finest map, mmdetection's rule for levels equals our op's rule with canonical level 0. `finest`
+    # is a power of two, so the scaling does not change any rounding.
     rois = rois.to(torch.float32)
     rois = torch.cat([rois[:, :1], rois[:, 1:] * finest], dim=1)
     ((output_size, sampling_ratio, aligned),) = settings
@@ -231,30 +208,25 @@ def _pooling(self: Any, feats: Sequence[Tensor], rois: Tensor) -> tuple[Any, ...
     )
 
 
-def _masks_of_image(original: _Function) -> _Function:
-    def predict(
-        self: Any,
-        mask_preds: Tensor,
-        bboxes: Tensor,
-        labels: Tensor,
-        img_meta: dict[str, Any],
-        rcnn_test_cfg: Any,
-        rescale: bool = False,
-        activate_map: bool = False,
-    ) -> Any:
-        if not activate_map and servable(mask_preds, bboxes, labels):
-            unpasted = _unpasted(self, mask_preds, bboxes, labels, img_meta, rcnn_test_cfg, rescale)
-            if unpasted is not None:
-                try:
-                    masks = unpasted if _PUT_OFF.get() else unpasted.pasted()
-                except REFUSED:
-                    pass
-                else:
-                    bboxes.copy_(unpasted.boxes)  # mmdetection scales them in place, for all who hold them
-                    return masks
-        return original(self, mask_preds, bboxes, labels, img_meta, rcnn_test_cfg, rescale, activate_map)
-
-    return predict
+@served
+def _masks_of_image(
+    self: Any,
+    mask_preds: Tensor,
+    bboxes: Tensor,
+    labels: Tensor,
+    img_meta: dict[str, Any],
+    rcnn_test_cfg: Any,
+    rescale: bool = False,
+    activate_map: bool = False,
+) -> Any:
+    if activate_map or not servable(mask_preds, bboxes, labels):
+        return None
+    unpasted = _unpasted(self, mask_preds, bboxes, labels, img_meta, rcnn_test_cfg, rescale)
+    if unpasted is None:
+        return None
+    masks = unpasted if _DEFER.get() else unpasted.pasted()
+    bboxes.copy_(unpasted.boxes)  # mmdetection also scales this tensor in place, and its callers use it
+    return masks
 
 
 def _unpasted(
@@ -265,15 +237,16 @@ def _unpasted(
     img_meta: dict[str, Any],
     rcnn_test_cfg: Any,
     rescale: bool,
-) -> _Unpasted | None:
-    """The masks of the boxes' classes, or None where mmdetection's pasting is not ours.
+) -> _UnpastedMasks | None:
+    """Returns the masks of the predicted classes, or None where mmdetection's pasting differs from `ops.paste_masks`.
 
-    A box without extent paints a stripe there, and nothing here. One host sync, to know that there is none.
+    For a box without width or height mmdetection paints a stripe, `ops.paste_masks` nothing. The check for such boxes
+    costs one host sync.
     """
     threshold = rcnn_test_cfg.mask_thr_binary
-    if bboxes.dtype != torch.float32 or len(bboxes) == 0 or not pastes_alike(mask_preds, threshold):
+    if bboxes.dtype != torch.float32 or len(bboxes) == 0 or not pasting_agrees(mask_preds, threshold):
         return None
-    if (threshold < 0 and _PUT_OFF.get()) or len(img_meta["scale_factor"]) != 2:
+    if (threshold < 0 and _DEFER.get()) or len(img_meta["scale_factor"]) != 2:
         return None
     scale_x, scale_y = img_meta["scale_factor"]
     height, width = img_meta["ori_shape"][:2]
@@ -287,24 +260,24 @@ def _unpasted(
         return None
     rows = torch.arange(len(mask_preds), device=mask_preds.device)
     masks = mask_preds[:, 0] if self.class_agnostic else mask_preds[rows, labels]
-    return _Unpasted(masks.sigmoid().float(), boxes, (int(height), int(width)), threshold)
+    return _UnpastedMasks(masks.sigmoid().float(), boxes, (int(height), int(width)), threshold)
 
 
-def _semantic_loss(original: _Function) -> _Function:
-    def loss(self: Any, x: Any, batch_data_samples: Sequence[Any]) -> dict[str, Tensor]:
+def _semantic_loss(original: Function) -> Function:
+    def loss_of_batch(self: Any, x: Any, batch_data_samples: Sequence[Any]) -> dict[str, Tensor]:
         predictions = self(x)["seg_preds"]
         targets = torch.stack([sample.gt_sem_seg.sem_seg for sample in batch_data_samples])
-        served = _served_loss(self, predictions, targets)
-        if served is not None:
-            return {"loss_seg": served}
-        others: dict[str, Tensor] = original(_Computed(self, predictions), x, batch_data_samples)
+        loss = attempt(_upsampled_loss, self, predictions, targets)
+        if loss is not None:
+            return {"loss_seg": loss}
+        others: dict[str, Tensor] = original(_PrecomputedHead(self, predictions), x, batch_data_samples)
         return others
 
-    return loss
+    return loss_of_batch
 
 
-class _Computed:
-    """A semantic head that has its predictions already, so that mmdetection's loss does not run it again."""
+class _PrecomputedHead:
+    """A semantic head with stored predictions, so that mmdetection's loss does not run the head a second time."""
 
     def __init__(self, head: Any, predictions: Tensor) -> None:
         self._head = head
@@ -317,14 +290,18 @@ class _Computed:
         return getattr(self._head, name)
 
 
-def _served_loss(self: Any, predictions: Tensor, targets: Tensor) -> Tensor | None:
-    """The loss of the semantic head, or None for what is not for our op."""
+def _upsampled_loss(self: Any, predictions: Tensor, targets: Tensor) -> Tensor | None:
+    """Returns the loss of the semantic head, or None for settings or inputs that our op does not support."""
     criterion = self.loss_seg
-    if not is_own(criterion, "mmdet", "CrossEntropyLoss") or criterion.use_sigmoid or criterion.use_mask:
+    if (
+        not is_framework_class(criterion, "mmdet", "CrossEntropyLoss")
+        or criterion.use_sigmoid
+        or criterion.use_mask
+    ):
         return None
     if criterion.reduction != "mean" or not servable(predictions, targets):
         return None
-    # On a GPU autocast computes a cross-entropy in float32.
+    # On a GPU, autocast computes cross-entropy in float32.
     if predictions.dtype != torch.float32 and not (
         predictions.is_cuda and torch.is_autocast_enabled(predictions.device.type)
     ):
@@ -341,11 +318,8 @@ def _served_loss(self: Any, predictions: Tensor, targets: Tensor) -> Tensor | No
     weight = None
     if criterion.class_weight is not None:
         weight = predictions.new_tensor(criterion.class_weight, dtype=torch.float32)
-    try:
-        total = ops.upsample_cross_entropy(predictions, targets, factor, ignored, weight, reduction="sum")
-    except REFUSED:
-        return None
-    # The mean is over all pixels, the ignored too, unless the loss is told otherwise.
+    total = ops.upsample_cross_entropy(predictions, targets, factor, ignored, weight, reduction="sum")
+    # mmdetection divides by the number of all pixels, including ignored ones, unless avg_non_ignore is set.
     count: Any = targets.numel()
     if criterion.avg_non_ignore:
         count = (targets != ignored).sum() + torch.finfo(torch.float32).eps
@@ -353,14 +327,14 @@ def _served_loss(self: Any, predictions: Tensor, targets: Tensor) -> Tensor | No
     return loss
 
 
-def _semantic_predict(original: _Function) -> _Function:
+def _semantic_predict(original: Function) -> Function:
     def predict(self: Any, x: Any, batch_img_metas: list[dict[str, Any]], rescale: bool = False) -> Any:
-        if not _PUT_OFF.get():
+        if not _DEFER.get():
             return original(self, x, batch_img_metas, rescale)
         logits = self.forward(x)["seg_preds"]
         height, width = batch_img_metas[0]["batch_input_shape"]
         return [
-            _Coarse(
+            _CoarseLogits(
                 logits[i : i + 1], (height, width), tuple(meta["img_shape"][:2]), tuple(meta["ori_shape"][:2])
             )
             for i, meta in enumerate(batch_img_metas)
@@ -369,29 +343,29 @@ def _semantic_predict(original: _Function) -> _Function:
     return predict
 
 
-def _fuse(original: _Function) -> _Function:
+def _fuse(original: Function) -> Function:
     def predict(self: Any, mask_results: Any, seg_preds: Any, **kwargs: Any) -> Any:
-        if not isinstance(seg_preds, _Coarse):
+        if not isinstance(seg_preds, _CoarseLogits):
             return original(self, mask_results, seg_preds, **kwargs)
         framework = original.__globals__  # type: ignore[attr-defined]
-        fused = _fused(self, mask_results, seg_preds, framework["INSTANCE_OFFSET"])
+        fused = attempt(_fused, self, mask_results, seg_preds, framework["INSTANCE_OFFSET"])
         if fused is not None:
             return framework["PixelData"](sem_seg=fused[None])
-        if isinstance(mask_results.masks, _Unpasted):
+        if isinstance(mask_results.masks, _UnpastedMasks):
             mask_results.masks = mask_results.masks.pasted()
         return original(self, mask_results, seg_preds.upsampled(), **kwargs)
 
-    vars(predict)[_FUSES] = True
+    vars(predict)[_FUSES_DEFERRED] = True
     return predict
 
 
-def _fused(self: Any, results: Any, coarse: _Coarse, offset: int) -> Tensor | None:
-    """The panoptic map in mmdetection's numbers, int32 [height, width], or None where ours would not agree."""
+def _fused(self: Any, results: Any, coarse: _CoarseLogits, offset: int) -> Tensor | None:
+    """Returns the panoptic map int32 [height, width] in mmdetection's encoding, or None where our op would differ."""
     classes = coarse.logits.shape[1]
     if classes != self.num_stuff_classes + 1 or classes > MAX_LABELS:
         return None
     masks, boxes, scores = results.masks, results.bboxes, results.scores
-    if isinstance(masks, _Unpasted):
+    if isinstance(masks, _UnpastedMasks):
         size, threshold, masks = masks.size, masks.threshold, masks.masks
     elif len(masks) == 0:
         size, threshold = coarse.size, 0.5
@@ -402,42 +376,41 @@ def _fused(self: Any, results: Any, coarse: _Coarse, offset: int) -> Tensor | No
     labels = coarse.labels()
     if labels is None or scores.dtype != torch.float32:
         return None
-    order = by_score(scores)
-    try:
-        panoptic, segments = ops.panoptic_merge(
-            masks[order],
-            boxes[order],
-            scores[order],
-            results.labels[order],
-            (labels.to(torch.int16) + 1) % classes,  # the last channel is things, which here is 0
-            size,
-            score_threshold=-math.inf,
-            overlap_threshold=self.test_cfg.mask_overlap,
-            stuff_area_threshold=whole(self.test_cfg.stuff_area_limit),
-            mask_threshold=threshold,
-            rule="mmdetection",
-        )
-    except REFUSED:
-        return None
-    numbers = torch.full((len(segments.id) + 1,), self.num_classes, dtype=torch.int32, device=panoptic.device)
+    order = score_order(scores)
+    panoptic, segments = ops.panoptic_merge(
+        masks[order],
+        boxes[order],
+        scores[order],
+        results.labels[order],
+        (labels.to(torch.int16) + 1) % classes,  # things: mmdetection's last channel, our op's label 0
+        size,
+        score_threshold=-math.inf,
+        overlap_threshold=self.test_cfg.mask_overlap,
+        stuff_area_threshold=integer_threshold(self.test_cfg.stuff_area_limit),
+        mask_threshold=threshold,
+        rule="mmdetection",
+    )
+    encoding = torch.full(
+        (len(segments.id) + 1,), self.num_classes, dtype=torch.int32, device=panoptic.device
+    )
     of_things, of_stuff = segments.label + offset * segments.id, segments.label + self.num_things_classes - 1
-    numbers[1:] = torch.where(segments.isthing, of_things, of_stuff)
-    return numbers[panoptic.long()]
+    encoding[1:] = torch.where(segments.isthing, of_things, of_stuff)
+    return encoding[panoptic.long()]
 
 
-def _panoptic_predict(original: _Function) -> _Function:
+def _panoptic_predict(original: Function) -> Function:
     def predict(self: Any, batch_inputs: Tensor, batch_data_samples: Any, rescale: bool = True) -> Any:
-        token = _PUT_OFF.set(rescale and servable(batch_inputs) and _is_known(self))
+        token = _DEFER.set(rescale and servable(batch_inputs) and _can_defer(self))
         try:
             return original(self, batch_inputs, batch_data_samples, rescale)
         finally:
-            _PUT_OFF.reset(token)
+            _DEFER.reset(token)
 
     return predict
 
 
-def _is_known(self: Any) -> bool:
-    """Whether nothing in this network looks at masks and logits between the heads that make and that fuse them."""
+def _can_defer(self: Any) -> bool:
+    """Whether all parts of a network are mmdetection's own, so that only the fusion head uses masks and logits."""
     fusion_head: Any = getattr(self, "panoptic_fusion_head", None)
     roi_head = self.roi_head
     parts = (
@@ -447,8 +420,8 @@ def _is_known(self: Any) -> bool:
         (getattr(self, "semantic_head", None), "PanopticFPNHead"),
         (fusion_head, "HeuristicFusionHead"),
     )
-    return all(is_own(part, "mmdet", name) for part, name in parts) and hasattr(
-        fusion_head._predict_single, _FUSES
+    return all(is_framework_class(part, "mmdet", name) for part, name in parts) and hasattr(
+        fusion_head._predict_single, _FUSES_DEFERRED
     )
 
 

@@ -1,7 +1,7 @@
-"""Puts our ops in the place of a framework's functions, and takes them out again.
+"""Replaces functions of a framework by panfpn_fast ops, and restores them.
 
-Which functions, and by what they are replaced, each framework's own module says: `integrations/torchvision.py` and its
-neighbours have a `FRAMEWORK` each. docs/patching.md tells users what is patched and what is not.
+Each framework has a module, such as `integrations/torchvision.py`, whose `FRAMEWORK` lists the functions and their
+replacements. docs/patching.md documents for users which functions are patched.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from panfpn_fast import _load
 
-_HOMES = {
+_MODULES = {
     "torchvision": "panfpn_fast.integrations.torchvision",
     "detectron2": "panfpn_fast.integrations.detectron2",
     "mmdetection": "panfpn_fast.integrations.mmdetection",
@@ -34,13 +34,14 @@ _HOMES = {
 
 @dataclass(frozen=True)
 class Replacement:
-    """One function of a framework's, and what takes its place.
+    """A function of a framework and its replacement.
 
     Attributes:
-        target: Module, colon, dotted path: "torchvision.ops.boxes:nms" or "package.module:Class.method".
-        op: The op of ours that serves it, for example "nms".
-        make: Takes the original and returns a new function that replaces it, which falls back to the original for
-            calls that our op cannot serve.
+        target: Module and dotted path, separated by a colon: "torchvision.ops.boxes:nms" or
+            "package.module:Class.method".
+        op: Name of the panfpn_fast op that the replacement uses, for example "nms".
+        make: Takes the original function and returns a new function that replaces it. The new function calls the
+            original where the op does not support a call.
     """
 
     target: str
@@ -50,13 +51,13 @@ class Replacement:
 
 @dataclass(frozen=True)
 class Framework:
-    """What is patched in a framework.
+    """A framework and the functions that are patched in it.
 
     Attributes:
-        package: What is imported.
-        distribution: What pip installs.
-        tested: The oldest and the newest version that it was tested with; "0.29" stands for every 0.29.x.
-        replacements: All of them, in the order in which they are put in place.
+        package: Name of the Python package to import.
+        distribution: Name of the distribution that pip installs.
+        tested: The oldest and the newest tested version; "0.29" covers every 0.29.x.
+        replacements: All replacements, in the order in which they are installed.
     """
 
     package: str
@@ -67,14 +68,15 @@ class Framework:
 
 @dataclass(frozen=True)
 class _Site:
-    """A replacement that is in place.
+    """An attribute of a module or class that a replacement is installed in.
 
     Attributes:
-        owner: Module or class that has the function.
-        name: Of the attribute.
-        before: What the attribute was; a staticmethod object, for example, and not the function in it.
-        after: What it is now.
-        inherited: Whether the attribute was a base class's, so that putting it back means to delete it.
+        replacement: The replacement.
+        owner: Module or class that has the attribute.
+        name: Name of the attribute.
+        before: The original value, as stored: a staticmethod object, for example, not the function inside it.
+        after: The value that replaces it.
+        inherited: Whether the original value comes from a base class. The attribute is then deleted to restore it.
     """
 
     replacement: Replacement
@@ -91,15 +93,16 @@ class _Active:
     sites: Sequence[_Site]
 
 
-# Around every look at, and change of, what is patched.
+# Guards every read and every change of `_ACTIVE` and of the patched attributes.
 _LOCK = threading.RLock()
 _ACTIVE: dict[str, _Active] = {}
 
 
 class Patch:
-    """What `patch` returns: says what is patched, and as a context manager takes it back at its end.
+    """Handle that `patch` returns: prints the patched functions and, as a context manager, restores them at its end.
 
-    At the end of a `with` block the framework is as it was before: if it had been patched already, it stays patched.
+    A `with` block leaves the framework in the state in which it found it. A framework that was patched before the
+    block stays patched.
     """
 
     def __init__(self, name: str, installed: bool) -> None:
@@ -128,26 +131,27 @@ class Patch:
 
 
 def patch(name: str) -> Patch:
-    """Makes an installed framework use our ops, for the calls that they can serve; others go on as before.
+    """Makes an installed framework use panfpn_fast ops for the calls that the ops support.
 
-    Every module of the framework that holds one of the replaced functions gets the replacement. Names that other
-    modules have taken by `from torchvision.ops import nms` before are not touched. Patching twice is patching once.
+    All other calls go to the framework's own functions. Every module of the framework that holds one of the replaced
+    functions gets the replacement. Names that other modules imported earlier, as in `from torchvision.ops import nms`,
+    still refer to the original functions. Patching a patched framework has no effect.
 
     Args:
         name: "torchvision", "detectron2" or "mmdetection".
 
     Returns:
-        A handle that prints what was patched. `with panfpn_fast.patch("torchvision"):` patches for a block only.
+        A handle that prints the patched functions. `with panfpn_fast.patch("torchvision"):` patches for a block only.
 
     Raises:
-        TypeError: `name` is not a string.
-        ValueError: `name` is none of these.
-        ImportError: The framework is not installed, or our native ops did not load.
+        TypeError: If `name` is not a string.
+        ValueError: If `name` is not one of the three frameworks.
+        ImportError: If the framework is not installed, or the native ops did not load.
 
     Note:
-        Warns where the framework's version is not one that this was tested with, and where a function is not there;
-        the others are patched nevertheless. If anything goes wrong, nothing stays patched. Of one process; new ones
-        that do not inherit its memory patch for themselves.
+        Warns if the framework's version was not tested, and if it lacks a function that should be patched; the
+        remaining functions are patched. If an error occurs, nothing stays patched. The patch applies to the current
+        process and to processes forked from it; a spawned process must call `patch` again.
 
     Example:
         >>> import panfpn_fast
@@ -161,17 +165,17 @@ def patch(name: str) -> Patch:
 
 
 def unpatch(name: str) -> None:
-    """Puts a framework's own functions back; does nothing if it is not patched.
+    """Restores a framework's own functions; does nothing if the framework is not patched.
 
-    Every module that holds a replacement gets the original, those too that were imported meanwhile. Where something
-    else has taken a replacement's place, that stays, with a warning.
+    Every module that holds a replacement gets the original back, including modules imported after `patch`. A function
+    that other code has replaced since then is left unchanged, with a warning.
 
     Args:
         name: "torchvision", "detectron2" or "mmdetection".
 
     Raises:
-        TypeError: `name` is not a string.
-        ValueError: `name` is none of these.
+        TypeError: If `name` is not a string.
+        ValueError: If `name` is not one of the three frameworks.
 
     Example:
         >>> import panfpn_fast
@@ -182,21 +186,21 @@ def unpatch(name: str) -> None:
         active = _ACTIVE.pop(name, None)
         if active is None:
             return
-        lost = [site.replacement.target for site in active.sites if not _is_in_place(site)]
+        lost = [site.replacement.target for site in active.sites if not _is_installed(site)]
         _remove(active.sites)
     if lost:
         warnings.warn(
-            f"panfpn_fast.unpatch({name!r}): something else has replaced {', '.join(lost)} meanwhile; "
-            "it was left alone",
+            f"panfpn_fast.unpatch({name!r}): other code has replaced {', '.join(lost)} since patch; that replacement "
+            "was left in place. To avoid this, undo the other replacement before unpatch",
             stacklevel=2,
         )
 
 
 def patched() -> dict[str, dict[str, str]]:
-    """What is patched now: for each framework its functions, and the op of ours that serves each.
+    """Returns the functions that are patched now, with the op that each of them uses, by framework.
 
     Returns:
-        {"torchvision": {"torchvision.ops.boxes:nms": "nms", ...}}; frameworks that are not patched are not in it.
+        {"torchvision": {"torchvision.ops.boxes:nms": "nms", ...}}. Frameworks that are not patched are left out.
 
     Example:
         >>> import panfpn_fast
@@ -221,10 +225,11 @@ _DEVICES = tuple(kind for kind in ("cpu", "cuda") if _native(kind))
 
 
 def servable(*tensors: Any) -> bool:
-    """Whether our ops are for these values: plain dense tensors, all on one device that has native ops.
+    """Whether ops of this library may serve a call: all values are plain dense tensors on one device with native ops.
 
-    Not so while torch.jit traces or torch.export exports, since what comes of it shall not need this library, and for
-    subclasses of Tensor and stand-ins, which have rules of their own. Shapes and dtypes are for the caller to judge.
+    False while torch.jit traces or torch.export exports, because traced and exported programs must run without this
+    library. False for subclasses of Tensor and tensor-like objects, because they may override behaviour. The caller
+    checks shapes and dtypes.
     """
     if torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined]
         return False
@@ -237,33 +242,33 @@ def servable(*tensors: Any) -> bool:
 
 
 def _check_name(name: str) -> None:
-    takes = ", ".join(f'"{known}"' for known in _HOMES)
+    takes = ", ".join(f'"{known}"' for known in _MODULES)
     if not isinstance(name, str):
         raise TypeError(f"name: expected one of {takes}, got {type(name).__name__}")
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise ValueError(f"name: expected one of {takes}, got {name!r}")
 
 
 def _install(name: str) -> bool:
-    """Patches a framework; False if it is patched already."""
+    """Patches a framework; returns False if it was patched already."""
     _check_name(name)
     with _LOCK:
         if name in _ACTIVE:
             return False
-        _load.native(torch.device("cpu"))  # raises where there is nothing to patch with
-        framework: Framework = importlib.import_module(_HOMES[name]).FRAMEWORK
+        _load.native(torch.device("cpu"))  # raises if the native ops did not load
+        framework: Framework = importlib.import_module(_MODULES[name]).FRAMEWORK
         version = _import_framework(name, framework)
         sites, missing = _prepare(framework)
-        _put_in_place(sites, framework)
+        _install_sites(sites, framework)
         _ACTIVE[name] = _Active(version, sites)
     problems = []
-    if not _is_tested(version, framework.tested):
-        problems.append("it was not tested with this version")
     if missing:
-        problems.append(f"these are not there, and were left out: {', '.join(missing)}")
+        problems.append(f"not found and not patched: {', '.join(missing)}")
+    if not _is_tested(version, framework.tested):
+        problems.append("compare results with and without the patch, or install a tested version")
     if problems:
         warnings.warn(
-            f"panfpn_fast.patch({name!r}): found {framework.distribution} {version}, tested are "
+            f"panfpn_fast.patch({name!r}): found {framework.distribution} {version}, tested with "
             f"{framework.tested[0]} to {framework.tested[1]}; {'; '.join(problems)}",
             stacklevel=3,
         )
@@ -293,7 +298,7 @@ def _is_tested(version: str, tested: tuple[str, str]) -> bool:
 
 
 def _prepare(framework: Framework) -> tuple[list[_Site], list[str]]:
-    """Makes the replacements without putting them in place; returns the targets that are not there as well."""
+    """Makes the replacements without installing them; returns them and the targets that were not found."""
     sites, missing = [], []
     for replacement in framework.replacements:
         module_name, _, path = replacement.target.partition(":")
@@ -318,48 +323,48 @@ def _prepare(framework: Framework) -> tuple[list[_Site], list[str]]:
 
 
 def _make(replacement: Replacement, before: Any) -> Any:
-    """The replacement for an attribute, dressed as what it replaces."""
+    """Makes the replacement for an attribute, with the name, signature and kind of the original."""
     if isinstance(before, (staticmethod, classmethod)):
         return type(before)(_make(replacement, before.__func__))
     after = replacement.make(before)
     if after is not before and isinstance(after, FunctionType) and isinstance(before, FunctionType):
-        # Not its __dict__, whose marks tell torch to compile another function than the one at hand.
+        # Attributes in the original's __dict__ are not copied: some make torch compile a different function.
         functools.update_wrapper(after, before, updated=())
-        # torch.jit.script asks for this and compiles the original: TorchScript could not compile the replacement.
+        # TorchScript cannot compile the replacement. With this hook, torch.jit.script compiles the original.
         vars(after)["__prepare_scriptable__"] = lambda: before
     return after
 
 
-def _put_in_place(sites: Sequence[_Site], framework: Framework) -> None:
-    # A target may be in a companion of the framework's, as mmcv is of mmdetection's.
+def _install_sites(sites: Sequence[_Site], framework: Framework) -> None:
+    # A target may be in another package that the framework uses: mmdetection's ops are in mmcv.
     packages = {framework.package, *(site.replacement.target.split(".")[0] for site in sites)}
     try:
         for site in sites:
             setattr(site.owner, site.name, site.after)
-            for module, name in list(_places(site.before, packages)):
+            for module, name in list(_references(site.before, packages)):
                 setattr(module, name, site.after)
     except BaseException:
         _remove(sites)
         raise
 
 
-def _is_in_place(site: _Site) -> bool:
+def _is_installed(site: _Site) -> bool:
     return vars(site.owner).get(site.name) is site.after
 
 
 def _remove(sites: Sequence[_Site]) -> None:
     for site in reversed(sites):
-        if _is_in_place(site):
+        if _is_installed(site):
             if site.inherited:
                 delattr(site.owner, site.name)
             else:
                 setattr(site.owner, site.name, site.before)
-        for module, name in list(_places(site.after)):
+        for module, name in list(_references(site.after)):
             setattr(module, name, site.before)
 
 
-def _places(value: Any, packages: set[str] | None = None) -> Iterator[tuple[ModuleType, str]]:
-    """Modules, of these packages or all, and the names under which each holds a value itself."""
+def _references(value: Any, packages: set[str] | None = None) -> Iterator[tuple[ModuleType, str]]:
+    """Yields every module of these packages, or of all, that has `value` as an attribute, with the attribute's name."""
     for module_name, module in list(sys.modules.items()):
         if not isinstance(module, ModuleType):
             continue

@@ -1,4 +1,4 @@
-"""Metrics: how good a panoptic prediction is."""
+"""Metrics of the quality of panoptic predictions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Box and mask average precision through pycocotools; masks are compared as run lengths and never pasted."""
+"""Box and mask average precision by pycocotools; masks are compared as run lengths, without pasted bitmaps."""
 
 from __future__ import annotations
 
@@ -23,38 +23,39 @@ def _pycocotools(module: str) -> Any:
     try:
         return importlib.import_module(f"pycocotools.{module}")
     except ImportError as error:
-        raise ImportError(f"{error}. AP needs pycocotools: pip install pycocotools") from error
+        raise ImportError(f"{error}. Average precision needs pycocotools: pip install pycocotools") from error
 
 
 class InstanceAP:
-    """Collects detections and annotations, and lets pycocotools compare them.
+    """Collects detections and annotations and computes average precision with pycocotools.
 
     Args:
-        categories: Of the data set.
+        categories: Categories of the data set.
 
     Raises:
-        ImportError: pycocotools is not installed; says how to.
+        ImportError: If pycocotools is not installed; the message gives the command.
 
     Note:
-        pycocotools' rules (cocoeval.py): at most 100 detections of a class in an image; detections on a crowd region do
-        not count; a mask's size class goes by its pixels, a box's by the box. The annotations are a panoptic data
-        set's, in which instances do not overlap: figures differ a little from those on COCO's instance annotations.
+        The rules are those of pycocotools (cocoeval.py): at most 100 detections of a class per image count, and
+        detections on a crowd region do not count. The size class of a mask depends on its number of pixels, that of a
+        box on the area of the box. The annotations come from a panoptic data set, in which instances do not overlap, so
+        the figures differ slightly from those on COCO's instance annotations.
     """
 
     def __init__(self, categories: Categories) -> None:
-        _pycocotools("mask")  # fails now rather than at the end
+        _pycocotools("mask")  # raises the ImportError now instead of at the end
         self._ids = [category.id for category in categories.things]
         self._images: list[dict[str, Any]] = []
         self._annotations: list[dict[str, Any]] = []
         self._detections: list[dict[str, Any]] = []
 
     def add(self, number: int, sample: Sample, instances: Instances) -> None:
-        """Adds an image: its annotation, and what was found in it, in its own pixels.
+        """Adds the annotation and the detections of one image, both in pixels of the image.
 
         Args:
-            number: Of the image, unique; equal scores are ranked by it.
-            sample: The annotation.
-            instances: What was found.
+            number: Unique number of the image; detections with equal scores are ranked by it.
+            sample: The annotated image.
+            instances: The detections.
         """
         height, width = sample.size
         self._images.append({"id": number, "height": height, "width": width})
@@ -75,7 +76,7 @@ class InstanceAP:
 
     def _add_annotations(self, number: int, sample: Sample) -> None:
         boxes, areas = segment_boxes(sample.segments, len(sample.label))
-        by_columns = np.asfortranarray(sample.segments.numpy())  # as pycocotools' run lengths go
+        by_columns = np.asfortranarray(sample.segments.numpy())  # pycocotools encodes column by column
         for row in torch.nonzero(sample.isthing & (areas > 0))[:, 0].tolist():
             self._annotations.append(
                 {
@@ -89,16 +90,17 @@ class InstanceAP:
             )
 
     def merge(self, other: InstanceAP) -> None:
-        """Adds the images of another one; the result does not depend on the order."""
+        """Adds the images of another object; the result does not depend on the order."""
         self._images += other._images
         self._annotations += other._annotations
         self._detections += other._detections
 
     def result(self) -> dict[str, float]:
-        """Average precision of boxes and masks, over IoU 0.5 to 0.95 and at 0.5 and 0.75, and by size; from 0 to 1.
+        """Computes the average precision of boxes and masks: over IoU 0.5 to 0.95, at 0.5 and 0.75, and by size.
 
         Returns:
-            "box_AP", "box_AP50", ..., "mask_AP", ...; NaN for a size that no annotation has.
+            A dictionary with "box_AP", "box_AP50", ..., "mask_AP", ...; values from 0 to 1, or NaN for a size that no
+            annotation has.
         """
         figures: dict[str, float] = {}
         # pycocotools prints its progress.
@@ -118,7 +120,7 @@ class InstanceAP:
         table = _pycocotools("coco").COCO()
         table.dataset = {
             "images": self._images,
-            # Copies, because pycocotools writes into them; from 1, because 0 is its "no match".
+            # Copies, because pycocotools modifies them. Ids start at 1, because pycocotools uses 0 for "no match".
             "annotations": [{**entry, "id": number} for number, entry in enumerate(entries, 1)],
             "categories": [{"id": category} for category in self._ids],
         }
@@ -127,7 +129,7 @@ class InstanceAP:
 
 
 def _measures(entry: dict[str, Any], kind: str) -> dict[str, Any]:
-    # pycocotools' own loadRes would take the box's area for the mask's too.
+    # pycocotools' loadRes would use the area of the box for the mask too.
     width, height = entry["bbox"][2:]
     area = width * height if kind == "bbox" else float(_pycocotools("mask").area(entry["segmentation"]))
     return {"area": area, "iscrowd": 0}

@@ -1,4 +1,4 @@
-"""Panoptic quality (Kirillov et al., CVPR 2019) by panopticapi's rules."""
+"""Panoptic quality (Kirillov et al., CVPR 2019) by the rules of panopticapi."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import numpy.typing as npt
 import torch
 
 from panfpn_fast import _load
-from panfpn_fast.data.files import read_panoptic_json, read_rgb
+from panfpn_fast.data.files import check_folder, read_segment_ids
+from panfpn_fast.data.panoptic_json import Annotation, PanopticJson, check_area
 
 VOID = 0
 _PathLike = str | os.PathLike[str]
@@ -24,7 +25,7 @@ Segment = Mapping[str, Any]
 
 @dataclass
 class Tally:
-    """What was matched in one category.
+    """Matched and unmatched segments of one category.
 
     Attributes:
         iou: Sum of the intersections over unions of the matched pairs.
@@ -39,7 +40,7 @@ class Tally:
     fn: int = 0
 
     def quality(self) -> dict[str, float] | None:
-        """PQ, SQ and RQ, or None where there is nothing to judge."""
+        """Returns PQ, SQ and RQ, or None if there are no segments."""
         if self.tp + self.fp + self.fn == 0:
             return None
         size = self.tp + 0.5 * self.fp + 0.5 * self.fn
@@ -49,7 +50,7 @@ class Tally:
 
 def _total(tallies: Sequence[Tally]) -> Tally:
     return Tally(
-        # Rounded once, so that the order of the images does not matter.
+        # fsum rounds once, so the result does not depend on the order of the images.
         iou=math.fsum(tally.iou for tally in tallies),
         tp=sum(tally.tp for tally in tallies),
         fp=sum(tally.fp for tally in tallies),
@@ -58,11 +59,12 @@ def _total(tallies: Sequence[Tally]) -> Tally:
 
 
 def count_pairs(truth: Labels, predicted: Labels) -> list[tuple[int, int, int]]:
-    """Which labels meet in two maps, int32 [H, W] or uint8 [H, W, 3], and in how many pixels; in ascending order.
+    """Counts the pixels of each pair of labels in two maps, int32 [H, W] or uint8 [H, W, 3].
 
-    Negative labels come back as uint32.
+    Returns:
+        `(first label, second label, number of pixels)` in ascending order; negative labels are converted to uint32.
     """
-    _load.native(torch.device("cpu"))  # says why, where there is no _C
+    _load.native(torch.device("cpu"))  # raises an ImportError with the reason if there is no _C
     from panfpn_fast import _C
 
     pairs: list[tuple[int, int, int]] = _C.count_label_pairs(truth, predicted)
@@ -75,12 +77,13 @@ def _predicted_segments(
     categories: Mapping[int, Any],
     image: object,
 ) -> dict[int, tuple[int, int]]:
-    """(category, area in the map) of each predicted segment; the map and the table must name the same ones."""
+    """Returns (category, area in the map) of each predicted segment; map and table must have the same segments."""
     areas: dict[int, int] = {}
     for _, label, count in pairs:
         areas[label] = areas.get(label, 0) + count
-    areas.pop(VOID, None)
     table = {int(segment["id"]): int(segment["category_id"]) for segment in segments}
+    if VOID not in table:  # panopticapi evaluates a predicted segment 0 like any other
+        areas.pop(VOID, None)
     for label in areas:
         if label not in table:
             raise KeyError(
@@ -94,6 +97,16 @@ def _predicted_segments(
     return {label: (table[label], area) for label, area in areas.items()}
 
 
+def _check_true_areas(
+    pairs: Iterable[tuple[int, int, int]], segments: Mapping[int, Segment], where: str
+) -> None:
+    pixels: dict[int, int] = {}
+    for label, _, count in pairs:
+        pixels[label] = pixels.get(label, 0) + count
+    for label, segment in segments.items():
+        check_area(where, label, segment["area"], pixels.get(label, 0))
+
+
 def match_segments(
     truth: Labels,
     truth_segments: Sequence[Segment],
@@ -101,27 +114,32 @@ def match_segments(
     predicted_segments: Sequence[Segment],
     categories: Mapping[int, Any],
     image: object = "",
+    file: object = "",
 ) -> dict[int, Tally]:
     """Matches the segments of one image.
 
-    A predicted and a true segment of one category match where their intersection over union is above 0.5; pixels
-    that are void in the truth do not count for the union, and the true segment's area is its `area`. A predicted
-    segment of which more than half lies on void, or on the last crowd region of its category, is no error.
+    A predicted and a true segment of the same category match if their intersection over union is above 0.5. Pixels that
+    are void in the truth do not count for the union, and the area of a true segment is its `area`. A predicted segment
+    does not count as an error if more than half of it is on void or on the last crowd region of its category.
 
     Args:
-        truth: Segment ids, int32 [H, W], or COCO's colours, uint8 [H, W, 3]; 0 is void. C-contiguous.
-        truth_segments: `id`, `category_id`, `area` and optionally `iscrowd` of each.
-        predicted: The same for the prediction.
-        predicted_segments: `id` and `category_id` of each.
-        categories: Its keys are the categories there are.
-        image: Named in errors.
+        truth: Segment ids, int32 [H, W], or COCO colours, uint8 [H, W, 3]; 0 is void. Must be C-contiguous.
+        truth_segments: `id`, `category_id`, `area` and optionally `iscrowd` of each true segment. An area may have a
+            fraction.
+        predicted: Segment ids or colours of the prediction, like `truth`.
+        predicted_segments: `id` and `category_id` of each predicted segment. The pixels with the id 0 are one if it is
+            listed, otherwise void.
+        categories: Mapping whose keys are the ids of all categories.
+        image: Name of the image in error messages.
+        file: Name of the file with the areas in error messages.
 
     Returns:
-        A tally for each category that occurs.
+        The tally of each category that occurs in the image.
 
     Raises:
-        KeyError: A predicted segment is in the map or in the table only, or its category is unknown.
-        ValueError: The maps are of different size or of the wrong kind.
+        KeyError: If a predicted segment is only in the map or only in the table, or its category is unknown.
+        ValueError: If the maps differ in size or have the wrong dtype or shape, or the `area` of a true segment is
+            below its number of pixels in the map.
     """
     try:
         pairs = count_pairs(truth, predicted)
@@ -130,6 +148,7 @@ def match_segments(
     mine = _predicted_segments(pairs, predicted_segments, categories, image)
     theirs = {int(segment["id"]): segment for segment in truth_segments}
     intersections = {(t, p): count for t, p, count in pairs}
+    _check_true_areas(pairs, theirs, f"{file}: image {image}" if file else f"image {image}")
     tallies: dict[int, Tally] = {}
 
     matched: set[tuple[str, int]] = set()
@@ -139,15 +158,12 @@ def match_segments(
         segment, (category, area) = theirs[t], mine[p]
         if segment.get("iscrowd", 0) == 1 or int(segment["category_id"]) != category:
             continue
-        union = area + int(segment["area"]) - intersection - intersections.get((VOID, p), 0)
-        if union <= 0:
-            raise ValueError(
-                f"image {image}: true segment {t} has the area {segment['area']}, less than it covers in the map"
-            )
-        if intersection > 0.5 * union:
+        union = area + segment["area"] - intersection - intersections.get((VOID, p), 0)
+        iou = intersection / union
+        if iou > 0.5:
             tally = tallies.setdefault(category, Tally())
             tally.tp += 1
-            tally.iou += intersection / union
+            tally.iou += iou
             matched |= {("true", t), ("predicted", p)}
 
     crowds: dict[int, int] = {}
@@ -171,10 +187,10 @@ def match_segments(
 
 
 class PanopticQuality:
-    """Panoptic quality over images.
+    """Accumulates panoptic quality over images.
 
     Args:
-        categories: Whether each category is a thing.
+        categories: For each category id, whether the category is a thing.
 
     Example:
         >>> import numpy as np
@@ -191,26 +207,26 @@ class PanopticQuality:
         self._tallies: dict[int, list[Tally]] = {category: [] for category in categories}
 
     def add(self, tallies: Mapping[int, Tally]) -> None:
-        """Adds what `match_segments` found in an image."""
+        """Adds the tallies that `match_segments` returned for an image."""
         for category, tally in tallies.items():
             self._tallies.setdefault(category, []).append(tally)
 
     def merge(self, other: PanopticQuality) -> None:
-        """Adds the images of another one; the result does not depend on the order, to the last bit."""
+        """Adds the images of another object. The result is bit-identical for any order."""
         for category, tallies in other._tallies.items():
             self._tallies.setdefault(category, []).extend(tallies)
 
     def tallies(self) -> dict[int, Tally]:
-        """What was matched in each category, over all images."""
+        """Returns the tally of each category over all images."""
         return {category: _total(tallies) for category, tallies in self._tallies.items()}
 
     def result(self) -> dict[str, Any]:
-        """The means of all categories, of things and of stuff, and each category's own.
+        """Computes the quality of each category and the means over all categories, things and stuff.
 
         Returns:
-            `{"All": ..., "Things": ..., "Stuff": ..., "per_class": {category: {"pq", "sq", "rq"}}}`; the first three
-            have "pq", "sq" and "rq", from 0 to 1, averaged over the "n" categories that occur. With none that occurs
-            they are 0.
+            `{"All": ..., "Things": ..., "Stuff": ..., "per_class": {category: {"pq", "sq", "rq"}}}`. The first three
+            contain "pq", "sq" and "rq", from 0 to 1, averaged over the "n" categories that occur; they are 0 if no
+            category occurs.
         """
         tallies = self.tallies()
         per_class = {category: tallies[category].quality() for category in self.categories}
@@ -235,27 +251,29 @@ def pq_compute(
     gt_folder: _PathLike | None = None,
     pred_folder: _PathLike | None = None,
 ) -> dict[str, Any]:
-    """Computes panoptic quality from files, as panopticapi's function of the same name does.
+    """Computes panoptic quality from files, like the function of the same name in panopticapi.
 
     Args:
-        gt_json_file: The truth in COCO's panoptic format.
-        pred_json_file: The prediction; must have every image of the truth.
-        gt_folder: Folder of the truth's PNGs; by default the JSON's name without its suffix.
-        pred_folder: The same for the prediction.
+        gt_json_file: JSON file of the truth in COCO's panoptic format.
+        pred_json_file: JSON file of the prediction; must contain every image of the truth.
+        gt_folder: Directory of the truth's PNG files; by default the path of the JSON file without its suffix.
+        pred_folder: Directory of the prediction's PNG files, with the corresponding default.
 
     Returns:
-        `{"All", "Things", "Stuff", "per_class"}`, see `PanopticQuality.result`. Nothing is printed.
+        `{"All", "Things", "Stuff", "per_class"}`, see `PanopticQuality.result`. Unlike panopticapi, it prints nothing.
 
     Raises:
-        FileNotFoundError: A file or folder is missing.
-        KeyError: An image has no prediction, a segment is in the map or in the table only, or its category is unknown.
-        ValueError: A file is damaged, or a prediction's size is not its image's; names the file or the image.
+        FileNotFoundError: If a file or directory is missing.
+        KeyError: If an image has no prediction, or a predicted segment is only in the map or only in the table.
+        ValueError: If a file is damaged, a field of a JSON file has a wrong value, a category is unknown, a prediction
+            and its image differ in size, or the area of a true segment is below its number of pixels; names the file or
+            the image.
 
     Note:
-        panopticapi's rules (evaluation.py): a true segment's area is its JSON's, a predicted one's is counted; a match
-        needs an intersection over union strictly above 0.5; only the last crowd region of a category excuses
-        predictions. Pairs of labels are counted natively, images in parallel; the result does not depend on the number
-        of threads.
+        The rules are those of panopticapi (evaluation.py): the area of a true segment is taken from the JSON file, that
+        of a predicted segment, whose id may be 0, is counted in the map. A match needs an intersection over union
+        strictly above 0.5. Only the last crowd region of a category excuses predictions. Label pairs are counted in
+        C++, and images are processed in parallel; the result does not depend on the number of threads.
 
     Example:
         >>> pq_compute("panoptic_val2017.json", "predictions.json")["All"]["pq"]  # doctest: +SKIP
@@ -265,29 +283,30 @@ def pq_compute(
     truth_folder = truth_json.with_suffix("") if gt_folder is None else Path(gt_folder)
     predicted_folder = predicted_json.with_suffix("") if pred_folder is None else Path(pred_folder)
     for folder in (truth_folder, predicted_folder):
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: no such folder")
-    truth, predicted = read_panoptic_json(truth_json), read_panoptic_json(predicted_json)
-    categories = {int(category["id"]): bool(category["isthing"]) for category in truth["categories"]}
-    predictions = {annotation["image_id"]: annotation for annotation in predicted["annotations"]}
+        check_folder(folder, "panoptic PNGs")
+    truth, predicted = PanopticJson(truth_json), PanopticJson(predicted_json)
+    categories = truth.kinds()
+    predictions = {annotation.image_id: annotation for annotation in predicted.annotations}
 
-    def match(annotation: dict[str, Any]) -> dict[int, Tally]:
-        image_id = annotation["image_id"]
+    def match(annotation: Annotation) -> dict[int, Tally]:
+        image_id = annotation.image_id
         if image_id not in predictions:
             raise KeyError(f"image {image_id}: {predicted_json} has no prediction for it")
         prediction = predictions[image_id]
+        found = predicted.segments(prediction, categories, predicted=True)
         return match_segments(
-            read_rgb(truth_folder / annotation["file_name"]),
-            annotation["segments_info"],
-            read_rgb(predicted_folder / prediction["file_name"]),
-            prediction["segments_info"],
+            read_segment_ids(truth_folder / annotation.file_name),
+            [segment._asdict() for segment in truth.segments(annotation, categories)],
+            read_segment_ids(predicted_folder / prediction.file_name),
+            [segment._asdict() for segment in found],
             categories,
             image_id,
+            truth_json,
         )
 
     quality = PanopticQuality(categories)
-    # Decoding and counting leave Python alone, so threads suffice and nothing is pickled.
+    # Decoding and counting release the GIL, so threads suffice and nothing needs to be pickled.
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for tallies in pool.map(match, truth["annotations"]):
+        for tallies in pool.map(match, truth.annotations):
             quality.add(tallies)
     return quality.result()

@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from panfpn_fast.models.config import BACKBONES
-from panfpn_fast.models.fusion import conv_norm
+from panfpn_fast.models.conv_fusion import conv_norm
 from panfpn_fast.models.layers import init_msra, make_norm
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int, norm: str) -> nn.Module:
-    """The identity, or a 1x1 convolution where the shapes differ."""
+    """Makes the identity, or a 1x1 convolution and a normalisation if the shapes differ."""
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
     shortcut = nn.Sequential()
@@ -24,10 +24,10 @@ class BasicBlock(nn.Module):
     """Two 3x3 convolutions with a residual connection.
 
     Args:
-        in_channels: channels of the input.
-        channels: channels of the output.
+        in_channels: Number of input channels.
+        channels: Number of output channels.
         stride: 1, or 2 to halve the resolution.
-        norm: see :func:`make_norm`.
+        norm: Kind of normalisation, see `make_norm`.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int, norm: str) -> None:
@@ -48,13 +48,13 @@ class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 convolutions with a residual connection.
 
     Args:
-        in_channels: channels of the input.
-        channels: a quarter of the output's; those of the 3x3 convolution, unless it has groups.
+        in_channels: Number of input channels.
+        channels: A quarter of the number of output channels, and without groups the width of the 3x3 convolution.
         stride: 1, or 2 to halve the resolution.
-        stride_in_1x1: the stride is in the first 1x1 convolution (Caffe) instead of in the 3x3 (torchvision).
-        norm: see :func:`make_norm`.
-        groups: of the 3x3 convolution.
-        group_width: channels of each of them, for every 64 of ``channels``.
+        stride_in_1x1: Whether the first 1x1 convolution has the stride (Caffe) instead of the 3x3 (torchvision).
+        norm: Kind of normalisation, see `make_norm`.
+        groups: Number of groups of the 3x3 convolution.
+        group_width: Channels per group for every 64 of `channels`.
     """
 
     expansion = 4
@@ -89,15 +89,15 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet up to its last stage, returning every stage.
+    """ResNet without its classifier; returns the features of every stage.
 
     Args:
-        name: a key of :data:`panfpn_fast.models.config.BACKBONES`.
-        stride_in_1x1: see :class:`Bottleneck`.
-        norm: see :func:`make_norm`.
+        name: A key of `panfpn_fast.models.config.BACKBONES`.
+        stride_in_1x1: Whether a bottleneck has its stride in the first 1x1 convolution, see `Bottleneck`.
+        norm: Kind of normalisation, see `make_norm`.
 
     Attributes:
-        out_channels: channels of C2..C5.
+        out_channels: Numbers of channels of C2 to C5.
     """
 
     def __init__(self, name: str, stride_in_1x1: bool, norm: str = "frozen_bn") -> None:
@@ -127,10 +127,10 @@ class ResNet(nn.Module):
         """Computes the features.
 
         Args:
-            x: normalised images [N, 3, H, W]; H and W multiples of 32.
+            x: Normalised images [N, 3, H, W]; H and W are multiples of 32.
 
         Returns:
-            C2..C5 at strides 4, 8, 16 and 32; of a ResNet-50 [N, 256, H/4, W/4] to [N, 2048, H/32, W/32].
+            C2 to C5 at strides 4, 8, 16 and 32. A ResNet-50 returns [N, 256, H/4, W/4] to [N, 2048, H/32, W/32].
         """
         x = conv_norm(self.conv1, self.norm1, x, relu=True)
         x = F.max_pool2d(x, 3, 2, padding=1)

@@ -1,4 +1,4 @@
-"""Arithmetic on boxes (x1, y1, x2, y2), in pixels of the image they belong to."""
+"""Arithmetic on boxes (x1, y1, x2, y2) in pixels of an image."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ import torch
 from torch import Tensor
 
 MAX_LOG_SIZE = math.log(1000.0 / 16)
-"""Greatest dw and dh: beyond it exp() would make boxes absurdly large (Detectron's constant)."""
+"""Upper limit of dw and dh (Detectron's constant); above it, exp() makes boxes too large."""
 
 
 def decode_boxes(
     deltas: Tensor, boxes: Tensor, weights: Sequence[float], clamp_shrinking: bool = False
 ) -> Tensor:
-    """Moves and scales boxes by what a head predicted (R-CNN's parametrisation).
+    """Moves and scales boxes by the deltas that a head predicted (R-CNN's parametrisation).
 
     A delta of (0.1, 0, 0, log 2) with weights of 1 moves a 10 x 10 box right by 1 and doubles its width.
 
     Args:
-        deltas: [..., 4] (dx, dy, dw, dh), float32 or float64.
-        boxes: [..., 4], broadcast against ``deltas``.
-        weights: what each of the four is divided by.
-        clamp_shrinking: whether dw and dh are clamped on their lower side, too.
+        deltas: Deltas [..., 4] (dx, dy, dw, dh), float32 or float64.
+        boxes: Boxes [..., 4], broadcast against `deltas`.
+        weights: Divisors of the four deltas.
+        clamp_shrinking: Whether dw and dh also have the lower limit `-MAX_LOG_SIZE`.
 
     Returns:
-        Boxes of ``deltas``'s shape and dtype.
+        Boxes in the shape and dtype of `deltas`.
 
     Note:
-        detectron2's Box2BoxTransform clamps dw and dh on their upper side only, mmdetection's DeltaXYWHBBoxCoder on
-        both.
+        detectron2's Box2BoxTransform limits dw and dh only from above, mmdetection's DeltaXYWHBBoxCoder from above
+        and below.
     """
     x1, y1, x2, y2 = boxes.to(deltas.dtype).unbind(dim=-1)
     dx, dy, dw, dh = (delta / weight for delta, weight in zip(deltas.unbind(dim=-1), weights, strict=True))
@@ -46,27 +46,27 @@ def decode_boxes(
 
 
 def encode_boxes(targets: Tensor, boxes: Tensor, weights: Sequence[float]) -> Tensor:
-    """Computes the deltas with which :func:`decode_boxes` moves ``boxes`` onto ``targets``.
+    """Computes the deltas with which `decode_boxes` transforms `boxes` to `targets`.
 
     Args:
-        targets: [..., 4].
-        boxes: [..., 4]; deltas of a box without area are not finite.
-        weights: what each of the four is multiplied by.
+        targets: Target boxes [..., 4].
+        boxes: Boxes [..., 4]. The deltas of a box without area are not finite.
+        weights: Factors of the four deltas.
 
     Returns:
-        [..., 4] (dx, dy, dw, dh).
+        Deltas [..., 4] (dx, dy, dw, dh).
     """
     size, target_size = boxes[..., 2:] - boxes[..., :2], targets[..., 2:] - targets[..., :2]
     centre, target_centre = boxes[..., :2] + 0.5 * size, targets[..., :2] + 0.5 * target_size
     moves = torch.cat(((target_centre - centre) / size, (target_size / size).log()), dim=-1)
-    # Numbers one by one: a tensor of them would be copied to the GPU, and the host would wait for that.
+    # A tensor of weights would be copied to the GPU, and the host would wait for the copy.
     return torch.stack(
         [move * weight for move, weight in zip(moves.unbind(-1), weights, strict=True)], dim=-1
     )
 
 
 def clip_boxes(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Cuts boxes [..., 4] to an image of ``size`` (height, width); NaN stays NaN."""
+    """Clips boxes [..., 4] to an image of `size` (height, width); NaN stays NaN."""
     height, width = size
     x = boxes[..., 0::2].clamp(min=0, max=width)
     y = boxes[..., 1::2].clamp(min=0, max=height)
@@ -74,11 +74,11 @@ def clip_boxes(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def nonempty(boxes: Tensor) -> Tensor:
-    """Returns bool [...]: the box [..., 4] has a width and a height above zero."""
+    """Returns whether boxes [..., 4] have a width and a height above 0, as bool [...]."""
     return (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
 
 
 def scale_boxes(boxes: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Carries boxes [..., 4] from an image of size ``old`` (height, width) over to its resized copy ``new``."""
+    """Scales boxes [..., 4] from an image of size `old` (height, width) to its copy resized to `new`."""
     scale_y, scale_x = new[0] / old[0], new[1] / old[1]
     return torch.stack((boxes[..., 0::2] * scale_x, boxes[..., 1::2] * scale_y), dim=-1).flatten(-2)

@@ -1,4 +1,4 @@
-"""Networks of torchvision and timm as the feature extractor under an FPN."""
+"""Networks of torchvision and timm as the backbone of an FPN."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from panfpn_fast.models.config import BACKBONES, FPN_STRIDES
+from panfpn_fast.models.config import FPN_STRIDES
 from panfpn_fast.models.layers import FrozenBatchNorm2d, make_norm
 
 _STRIDES = FPN_STRIDES[:4]
 _PROBE = (64, 96)
-"""Height and width of the image with which strides are found: no map of it is square."""
+"""Height and width of the image that reveals the strides; none of its feature maps is square."""
 
 
 class FeatureExtractor(nn.Module):
-    """Returns the last feature map that a network has at each of the strides 4, 8, 16 and 32.
+    """Returns the last feature map of a network at each of the strides 4, 8, 16 and 32.
 
-    What the network computes after them is cut off. Its weights are random: `panfpn_fast.training.initialize` puts a
-    checkpoint's into it.
+    Later layers of the network are removed. Its weights are random; `panfpn_fast.training.initialize` loads the weights
+    of a checkpoint.
 
     Args:
-        name: ``"torchvision:NAME"`` or ``"timm:NAME"``, as ``torchvision.models.get_model`` and ``timm.create_model``
-            take it.
-        norm: what its batch norms become; see :func:`make_norm`.
+        name: `"torchvision:NAME"` or `"timm:NAME"`, with a name for `torchvision.models.get_model` or
+            `timm.create_model`.
+        norm: Kind of normalisation that replaces the batch norms, see `make_norm`.
 
     Attributes:
-        out_channels: channels of C2..C5.
+        out_channels: Numbers of channels of C2 to C5.
 
     Raises:
-        ImportError: the library is not installed.
-        ValueError: it has no such network, or the network takes images of one size only or lacks a map at one of the
-            strides.
+        ImportError: If the library is not installed.
+        ValueError: If the library has no network of this name, or if the network takes images of only one size or
+            lacks a feature map at one of the strides.
     """
 
     def __init__(self, name: str, norm: str) -> None:
@@ -54,10 +54,10 @@ class FeatureExtractor(nn.Module):
         """Computes the features.
 
         Args:
-            x: normalised images [N, 3, H, W]; H and W multiples of 32.
+            x: Normalised images [N, 3, H, W]; H and W are multiples of 32.
 
         Returns:
-            C2..C5 at strides 4, 8, 16 and 32, each [N, C, h, w].
+            C2 to C5 at strides 4, 8, 16 and 32, each [N, C, h, w].
         """
         return [
             map.permute(0, 3, 1, 2) if last else map
@@ -70,8 +70,8 @@ def _import(module: str, name: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f'backbone: {name!r} cannot be made: {error}. pip install "panfpn_fast[backbones]", or take one of '
-            f"{', '.join(BACKBONES)}, which need nothing else"
+            f"backbone: {name!r} needs a library that cannot be imported: {error}. Run "
+            f"pip install {name.partition(':')[0]}, or use a backbone without it, such as resnet50"
         ) from error
 
 
@@ -101,31 +101,33 @@ def _timm(name: str, network: str) -> nn.Module:
     try:
         whole = timm.create_model(network, pretrained=False, features_only=True)
         strides = whole.feature_info.reduction()
-    # timm meets names that it does not know, and networks without such maps, with many types.
+    # timm raises various exception types for unknown names and for networks without feature maps.
     except Exception as error:
-        raise ValueError(f"backbone: timm makes no feature extractor of {network!r}: {error}") from error
+        raise ValueError(
+            f"backbone: timm cannot make a feature extractor from {network!r}: {error}"
+        ) from error
     missing = [stride for stride in _STRIDES if stride not in strides]
     if missing:
         raise ValueError(f"backbone: {name!r} has no feature maps at the strides {missing}")
-    # Where a stride occurs more than once, the last one counts.
+    # If a stride occurs more than once, the last map is used.
     chosen = [len(strides) - 1 - strides[::-1].index(stride) for stride in _STRIDES]
     body: nn.Module = timm.create_model(network, pretrained=False, features_only=True, out_indices=chosen)
     return body
 
 
 def _maps(found: Any) -> list[Any]:
-    """What torchvision returns by name, and timm as a list."""
+    """Converts feature maps, which torchvision returns by name and timm as a list, to a list."""
     return list(found.values()) if isinstance(found, dict) else list(found)
 
 
 @torch.no_grad()
 def _probe(body: nn.Module, name: str) -> list[Any]:
-    """What a network returns for a small image, in the mode that leaves its statistics alone."""
+    """Returns the output of a network for a small image, in evaluation mode, which keeps its statistics."""
     training = body.training
     image = next(body.parameters()).new_zeros(1, 3, *_PROBE)
     try:
         found = _maps(body.eval()(image))
-    # Networks that take one size only say so with many types.
+    # Networks that take only one size raise various exception types.
     except Exception as error:
         raise ValueError(f"backbone: {name!r} does not take images of any size: {error}") from error
     body.train(training)
@@ -137,7 +139,7 @@ def _is_channels_first(value: Any, stride: int) -> bool:
 
 
 def _is_channels_last(value: Any, stride: int) -> bool:
-    """Whether it is a map [1, h, w, C], as transformers have them."""
+    """Returns whether a value is a map [1, h, w, C] of a stride, as in transformers."""
     return _has_size(value, stride, slice(1, 3))
 
 
@@ -147,7 +149,7 @@ def _has_size(value: Any, stride: int, axes: slice) -> bool:
 
 
 def _replace_norms(body: nn.Module, norm: str) -> None:
-    """Replaces batch norms by normalisations of the kind, which keep their eps and begin as they do."""
+    """Replaces batch norms by another kind of normalisation that copies their eps and, if it has them, their values."""
     for path, module in list(body.named_modules()):
         if not isinstance(module, nn.BatchNorm2d) or norm == "bn":
             continue

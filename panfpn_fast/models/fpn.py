@@ -7,16 +7,16 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from panfpn_fast.models.fusion import conv2d
+from panfpn_fast.models.conv_fusion import conv2d
 from panfpn_fast.models.layers import init_xavier
 
 
 class FPN(nn.Module):
-    """Adds coarse, semantically strong features to fine ones: P2..P5, and P6 by subsampling P5.
+    """Adds coarse, semantically strong features to fine ones for P2 to P5, and subsamples P5 for P6.
 
     Args:
-        in_channels: channels of C2..C5.
-        channels: channels of every output.
+        in_channels: Numbers of channels of C2 to C5.
+        channels: Number of channels of every output.
     """
 
     def __init__(self, in_channels: Sequence[int], channels: int) -> None:
@@ -32,16 +32,16 @@ class FPN(nn.Module):
         """Computes the pyramid.
 
         Args:
-            features: C2..C5, each half the height and width of the one before.
+            features: C2 to C5, each with half the height and width of the previous level.
 
         Returns:
-            P2..P6, each [N, channels, h, w] at strides 4, 8, 16, 32, 64.
+            P2 to P6, each [N, channels, h, w], at strides 4, 8, 16, 32 and 64.
         """
         merged: Tensor | None = None
         outputs: list[Tensor] = []
         for name, c in reversed(list(zip(self.lateral, features, strict=True))):
             above = None if merged is None else F.interpolate(merged, scale_factor=2.0, mode="nearest")
             merged = conv2d(self.lateral[name], c, added=above)
-            outputs.insert(0, self.output[name](merged))
+            outputs.insert(0, conv2d(self.output[name], merged))
         outputs.append(F.max_pool2d(outputs[-1], 1, stride=2))
         return outputs

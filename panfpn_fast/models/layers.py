@@ -1,4 +1,4 @@
-"""Small pieces that several parts of the network share."""
+"""Layers and initialisations that several parts of the network share."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 class FrozenBatchNorm2d(nn.Module):
     """Batch normalisation with fixed statistics and a fixed affine transform.
 
-    All four vectors are buffers, so that no optimiser touches them and they are not counted as parameters.
+    All four vectors are buffers, so that optimisers ignore them and they do not count as parameters.
 
     Args:
-        channels: C.
-        eps: added to the variance.
+        channels: Number of channels C.
+        eps: Value added to the variance.
     """
 
     weight: Tensor
@@ -33,18 +33,18 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalises ``x`` [N, C, H, W]."""
+        """Normalises `x` [N, C, H, W]."""
         return F.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
         )
 
     def extra_repr(self) -> str:
-        """Says the number of channels and eps when the network is printed."""
+        """Returns the number of channels and eps for the printed network."""
         return f"{self.weight.numel()}, eps={self.eps}"
 
 
 def make_norm(kind: str, channels: int) -> nn.Module:
-    """Makes a normalisation layer of one of the kinds that ``PanopticFPNConfig.backbone_norm`` names."""
+    """Makes a normalisation layer of a kind listed in `PanopticFPNConfig.backbone_norm`."""
     if kind == "frozen_bn":
         return FrozenBatchNorm2d(channels)
     if kind == "bn":
@@ -56,15 +56,15 @@ def make_norm(kind: str, channels: int) -> nn.Module:
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """Returns the type for coordinates and scores: float32, or float64 where the features are float64."""
+    """Returns the dtype of coordinates and scores: float32, or float64 for float64 features."""
     return torch.promote_types(dtype, torch.float32)
 
 
 class ExactConstants(nn.Module):
-    """A module with constants: buffers that move with it, but that half precision never rounds.
+    """A module with constants: buffers that move with the module but are never rounded to half precision.
 
-    No checkpoint holds them. So they exist even in a module built under ``torch.device("meta")``, whose
-    parameters a loader then replaces by a checkpoint's.
+    Checkpoints do not contain them. They therefore have values even in a module built under `torch.device("meta")`,
+    whose parameters a loader then replaces.
     """
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class ExactConstants(nn.Module):
         self._constants: dict[str, Sequence[object]] = {}
 
     def add_constant(self, name: str, values: Sequence[object]) -> None:
-        """Registers ``values`` (nested sequences of numbers) as the buffer ``name``."""
+        """Registers `values`, nested sequences of numbers, as the buffer `name`."""
         self._constants[name] = values
         device = torch.get_default_device()
         if device.type == "meta":
@@ -89,7 +89,7 @@ class ExactConstants(nn.Module):
 
 
 def init_msra(module: nn.Module) -> None:
-    """He initialisation for layers that a ReLU follows: normal, fan out; the bias is zero."""
+    """Initialises a layer before a ReLU with He's method: normal, fan out; the bias is zero."""
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if module.bias is not None:
@@ -97,7 +97,7 @@ def init_msra(module: nn.Module) -> None:
 
 
 def init_xavier(module: nn.Module) -> None:
-    """Caffe2's Xavier initialisation: uniform with variance 1 / fan in; the bias is zero."""
+    """Initialises a layer with Caffe2's Xavier method: uniform with variance 1 / fan in; the bias is zero."""
     if isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.kaiming_uniform_(module.weight, a=1)
         if module.bias is not None:
@@ -105,7 +105,7 @@ def init_xavier(module: nn.Module) -> None:
 
 
 def init_normal(module: nn.Module, std: float) -> None:
-    """Normal initialisation with a standard deviation of ``std``; the bias is zero."""
+    """Initialises a layer with a normal distribution of standard deviation `std`; the bias is zero."""
     if isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.normal_(module.weight, std=std)
         if module.bias is not None:

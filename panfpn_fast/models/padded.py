@@ -1,4 +1,4 @@
-"""The network in static shapes: what torch.export, torch.compile and CUDA graphs take."""
+"""The network with static shapes, for torch.export, torch.compile and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -11,38 +11,36 @@ from torch import Tensor, nn
 from panfpn_fast import ops
 from panfpn_fast.models.boxes import clip_boxes, nonempty, scale_boxes
 from panfpn_fast.models.layers import at_least_float32
-from panfpn_fast.models.panoptic_fpn import (
-    Instances,
-    PanopticFPN,
-    PanopticOutput,
-    merge_settings,
-)
+from panfpn_fast.models.outputs import InstanceOutput, PanopticOutput
+from panfpn_fast.models.panoptic_fpn import PanopticFPN, merge_settings
 from panfpn_fast.ops import PanopticSegments
 from panfpn_fast.ops._checks import int_pair
 
 SEGMENT = "segment_"
-"""What the names of the columns of the table of segments begin with."""
+"""Prefix of the names of the segment table's columns."""
 
 
 class PaddedPanopticFPN(nn.Module):
-    """Predicts what a :class:`PanopticFPN` does, in tensors whose shapes depend on nothing but the images' shape.
+    """Predicts as a `PanopticFPN` does, with tensor shapes that depend only on the shape of the images.
 
     The network and its weights are shared, not copied.
 
     Args:
-        model: a network in evaluation mode.
-        output_size: height and width of the results; None: those of the images.
-        max_candidates: how many pairs of a proposal and a class enter NMS of each image, the best ones; of pairs with
-            a probability above ``score_threshold`` there are usually some hundreds. Where more could have changed the
-            result, ``overflow`` says so.
+        model: A network in evaluation mode.
+        output_size: Height and width of the results; None for the size of the images.
+        max_candidates: Largest number of (proposal, class) pairs per image that enter NMS; the best are selected.
+            Usually some hundred pairs have a probability above `score_threshold`. `overflow` reports whether more
+            candidates could have changed the result.
 
     Raises:
-        TypeError: ``model`` is something else.
-        ValueError: it is in training mode, or another argument has a value that it cannot take.
+        TypeError: If `model` is not a `PanopticFPN`.
+        ValueError: If `model` is in training mode, or another argument has an invalid value.
 
     Note:
-        No host sync, no shape that depends on data: a call can be captured in a CUDA graph, and
-        ``torch.compile(..., fullgraph=True)`` and ``torch.export.export`` take the module whole.
+        There is no host sync and no data-dependent shape. A call can be captured in a CUDA graph, and
+        `torch.compile(..., fullgraph=True)` and `torch.export.export` handle the whole module. Before a capture, call
+        the module once with images of the same shape: the first call compiles kernels and loads them to the GPU, which
+        CUDA does not allow during a capture.
 
     Example:
         >>> model = PanopticFPN(backbone="resnet18", num_things=2, num_stuff=3).eval()
@@ -78,29 +76,29 @@ class PaddedPanopticFPN(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Predicts.
+        """Predicts a batch of images.
 
         Args:
-            images: RGB images [N, 3, H, W] of one size, already resized to what the network should see, with values
-                from 0 to 255, uint8 or floating, on the network's device.
+            images: RGB images [N, 3, H, W] of one size, already resized for the network, with values from 0 to 255,
+                uint8 or floating, on the network's device.
 
         Returns:
-            With D = ``detections_per_image`` (0 of a network without the instance branch) and S = D + ``num_stuff``:
+            With D = `detections_per_image` (0 for a network without the instance branch) and S = D + `num_stuff`:
 
-            - ``panoptic``: int32 [N, height, width], each pixel's segment id, 0 = void.
-            - ``segment_id``, ``segment_isthing``, ``segment_label``, ``segment_score``, ``segment_area``,
-              ``segment_instance``: [N, S], the table of segments in the columns of ``ops.panoptic_merge_padded``.
-            - ``segment_count``: int64 [N], how many rows of it are segments.
-            - ``boxes`` [N, D, 4], ``scores`` [N, D], ``classes`` int64 [N, D], ``mask_probs`` [N, D, 28, 28]:
-              detections by descending score and zeros behind them; see :class:`PanopticOutput`.
-            - ``count``: int64 [N], how many of them are detections.
-            - ``semantic``: [N, height, width], 0 = "other" (all things), 1.. = stuff.
-            - ``overflow``: bool [N], whether there were more candidates than ``max_candidates`` and
-              :class:`PanopticFPN` might find other instances.
+            - `panoptic`: int32 [N, height, width], the segment id of each pixel; 0 is void.
+            - `segment_id`, `segment_isthing`, `segment_label`, `segment_score`, `segment_area`,
+              `segment_instance`: [N, S], the columns of the segment table, see `ops.panoptic_merge_padded`.
+            - `segment_count`: int64 [N], the number of segments in the table.
+            - `boxes` [N, D, 4], `scores` [N, D], `classes` int64 [N, D], `mask_probs` [N, D, 28, 28]:
+              detections by descending score, then zeros; see `PanopticOutput`.
+            - `count`: int64 [N], the number of detections.
+            - `semantic`: [N, height, width], 0 is "other" (all things), stuff starts at 1.
+            - `overflow`: bool [N], whether there were more than `max_candidates` candidates and
+              `PanopticFPN` might detect different instances.
 
         Raises:
-            TypeError: ``images`` is no tensor, or neither uint8 nor floating.
-            ValueError: it has another shape or no pixels.
+            TypeError: If `images` is not a tensor of uint8 or a floating dtype.
+            ValueError: If `images` has the wrong shape or no pixels.
         """
         _check_images(images)
         config = self.model.config
@@ -123,7 +121,7 @@ class PaddedPanopticFPN(nn.Module):
         size: tuple[int, int],
         output_size: tuple[int, int],
     ) -> dict[str, Tensor]:
-        """What the instance branch has to say, at the output's size."""
+        """Runs the instance branch; returns its outputs at the output size."""
         model = self.model
         if "instance" not in model.config.tasks:
             return _no_instances(batch, 2 * model.config.mask_pool_size)
@@ -137,7 +135,7 @@ class PaddedPanopticFPN(nn.Module):
             class_logits, deltas, proposals, proposed, size, self.max_candidates
         )
         boxes = clip_boxes(scale_boxes(found.boxes, size, output_size), output_size)
-        # What has no area at the output's size goes, and what follows moves up.
+        # Boxes without area at the output size are removed, and later boxes move up.
         keep = found.found & nonempty(boxes)
         order = keep.logical_not().sort(dim=1, stable=True).indices
         keep = keep.gather(1, order)
@@ -158,14 +156,14 @@ class PaddedPanopticFPN(nn.Module):
         }
 
     def _merge(self, found: Mapping[str, Tensor], semantic: Tensor, image: int) -> dict[str, Tensor]:
-        """One image's panoptic map and table."""
+        """Merges one image; returns its panoptic map and segment table."""
         config = self.model.config
         scores = found["scores"][image]
         rows = torch.arange(len(scores), device=scores.device)
         panoptic, segments, count = ops.panoptic_merge_padded(
             found["mask_probs"][image],
             found["boxes"][image],
-            # Below any threshold what is no detection.
+            # Padding gets a score below any threshold.
             scores.masked_fill(rows >= found["count"][image], -torch.inf),
             found["classes"][image],
             semantic[image],
@@ -178,13 +176,13 @@ class PaddedPanopticFPN(nn.Module):
 
 
 def unpad(outputs: Mapping[str, Tensor]) -> list[PanopticOutput]:
-    """Cuts off the padding: from what :class:`PaddedPanopticFPN` returns to what :class:`PanopticFPN` returns.
+    """Converts the output of a `PaddedPanopticFPN` to the output of a `PanopticFPN` by removing the padding.
 
     Args:
-        outputs: of the module, or of a program that was exported from it.
+        outputs: The output of the module, or of a program exported from it.
 
     Returns:
-        One :class:`PanopticOutput` per image, whose tensors are views.
+        One `PanopticOutput` per image, whose tensors are views.
 
     Note:
         One host sync, for the two counts.
@@ -194,7 +192,7 @@ def unpad(outputs: Mapping[str, Tensor]) -> list[PanopticOutput]:
         PanopticOutput(
             outputs["panoptic"][i],
             PanopticSegments(*(outputs[f"{SEGMENT}{name}"][i, :rows] for name in PanopticSegments._fields)),
-            **{name: outputs[name][i, :count] for name in Instances._fields},
+            **{name: outputs[name][i, :count] for name in InstanceOutput._fields},
             semantic=outputs["semantic"][i],
         )
         for i, (rows, count) in enumerate(counts)
@@ -202,7 +200,7 @@ def unpad(outputs: Mapping[str, Tensor]) -> list[PanopticOutput]:
 
 
 def _masked(values: Tensor, keep: Tensor) -> Tensor:
-    """Zeros where ``keep`` [N, D] is not set in ``values`` [N, D, ...]."""
+    """Zeros where `keep` [N, D] is not set in `values` [N, D, ...]."""
     return values.masked_fill(~keep.reshape(*keep.shape, *[1] * (values.ndim - 2)), 0)
 
 

@@ -1,10 +1,9 @@
-"""Panoptic FPN (Kirillov et al., CVPR 2019): one feature pyramid, an instance and a semantic branch."""
+"""Panoptic FPN (Kirillov et al., CVPR 2019): one feature pyramid with an instance and a semantic branch."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,63 +15,31 @@ from panfpn_fast.models.config import BACKBONES, PanopticFPNConfig, get_preset
 from panfpn_fast.models.feature_extractor import FeatureExtractor
 from panfpn_fast.models.fpn import FPN
 from panfpn_fast.models.layers import ExactConstants, at_least_float32
+from panfpn_fast.models.outputs import ImageBatch, InstanceOutput, PanopticOutput
 from panfpn_fast.models.roi_heads import BoxHead, Detections, MaskHead
 from panfpn_fast.models.rpn import RPN
 from panfpn_fast.models.semantic_head import SemanticHead
-from panfpn_fast.ops import PanopticSegments
+
+Wanted = Literal["all", "panoptic"]
+"""The instances to predict: all, or those that can get pixels of the panoptic map."""
 
 BRANCHES = {
     "instance": ("rpn", "box_head", "mask_head", "fpn.instance"),
     "semantic": ("semantic_head", "fpn.semantic"),
 }
-"""The modules that each task needs, and no other."""
-
-
-class PanopticOutput(NamedTuple):
-    """One image's prediction, at the output size [H, W]."""
-
-    panoptic: Tensor
-    """int32 [H, W]: each pixel's segment id, 0 = void."""
-    segments: PanopticSegments
-    """The table of segments that the ids refer to."""
-    boxes: Tensor
-    """[N, 4] in pixels of the output, by descending score."""
-    scores: Tensor
-    """[N], probabilities."""
-    classes: Tensor
-    """int64 [N], contiguous thing classes from 0."""
-    mask_probs: Tensor
-    """[N, 28, 28], the instance's probability inside its box."""
-    semantic: Tensor
-    """uint8 [H, W]: 0 = "other" (all things), 1.. = stuff."""
-
-
-class Instances(NamedTuple):
-    """One image's detections, at the output size; the fields are those of :class:`PanopticOutput`."""
-
-    boxes: Tensor
-    scores: Tensor
-    classes: Tensor
-    mask_probs: Tensor
-
-
-class ImageBatch(NamedTuple):
-    """Normalised images, padded right and bottom to one size."""
-
-    images: Tensor  # [N, 3, H, W]
-    sizes: list[tuple[int, int]]  # height and width of each without padding
+"""The modules that only one task needs."""
 
 
 class PanopticFPN(ExactConstants):
     """Predicts panoptic segmentation.
 
     Args:
-        **settings: fields of :class:`PanopticFPNConfig`; its defaults make detectron2's R-50 COCO network.
+        **settings: Fields of `PanopticFPNConfig`. The defaults make detectron2's R-50 COCO network.
 
     Raises:
-        TypeError: a setting that the configuration does not have.
-        ValueError: a value that a setting cannot take.
-        ImportError: the backbone is torchvision's or timm's, which is not installed.
+        TypeError: If the configuration has no setting of a given name.
+        ValueError: If a setting has an invalid value.
+        ImportError: If the backbone belongs to torchvision or timm and this library is not installed.
 
     Example:
         >>> model = PanopticFPN(num_things=2, num_stuff=3).eval()
@@ -111,61 +78,45 @@ class PanopticFPN(ExactConstants):
 
     @classmethod
     def from_config(cls, config: PanopticFPNConfig | str) -> PanopticFPN:
-        """Builds the network, with untrained weights.
+        """Builds a network with untrained weights.
 
         Args:
-            config: the settings, or a preset's name: ``"panoptic_fpn_r50"``.
+            config: The settings, or the name of a preset such as `"panoptic_fpn_r50"`.
 
         Returns:
-            A network in training mode, as PyTorch makes modules; call ``.eval()`` to predict.
+            A network in training mode, like every new PyTorch module; call `.eval()` to predict.
 
         Raises:
-            TypeError: ``config`` is something else.
-            ValueError: no preset has that name.
+            TypeError: If `config` is neither a configuration nor a string.
+            ValueError: If no preset has this name.
         """
         if isinstance(config, str):
             config = get_preset(config)
         if not isinstance(config, PanopticFPNConfig):
             raise TypeError(
-                f"config: expected a PanopticFPNConfig or a preset's name, got {type(config).__name__}"
+                f"config: expected a PanopticFPNConfig or the name of a preset, got {type(config).__name__}"
             )
         return cls(**vars(config))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a checkpoint with settings, class names and colours; ``panfpn_fast.load(path)`` needs nothing else.
-
-        Args:
-            path: ``.safetensors``, which needs the package safetensors, or ``.pth``; or ``.pkl``, which is written as
-                detectron2 does. A file that is there is replaced when the new one is complete.
-
-        Raises:
-            ValueError: the path ends in something else, or detectron2 has no such network.
-            ImportError: safetensors is not installed.
-            OSError: the file cannot be written.
-        """
-        from panfpn_fast.checkpoints import save  # which makes networks
-
-        save(self, path)
-
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The parameters' type."""
+        """The dtype of the parameters."""
         return next(self.parameters()).dtype
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """How the convolutions' weights, and therefore images and features, lie in memory."""
+        """The memory format of the convolutions' weights, and therefore of images and features."""
         weight = next(self.backbone.parameters())
         plain = weight.dim() != 4 or weight.is_contiguous()
         return torch.contiguous_format if plain else torch.channels_last
 
     def prepare(self, images: Sequence[Tensor]) -> ImageBatch:
-        """Orders the channels, normalises, and pads to one batch.
+        """Orders the channels of images, normalises them and pads them to one batch.
 
         Args:
             images: RGB images [3, h, w] with values from 0 to 255, uint8 or floating, of any sizes.
@@ -174,8 +125,8 @@ class PanopticFPN(ExactConstants):
             The batch, in the network's dtype and on its device.
 
         Raises:
-            TypeError: an image is no tensor, or neither uint8 nor floating.
-            ValueError: an image has another shape or no pixels.
+            TypeError: If an image is not a tensor of uint8 or a floating dtype.
+            ValueError: If an image has the wrong shape or no pixels.
         """
         for i, image in enumerate(images):
             _check_image(i, image)
@@ -190,21 +141,21 @@ class PanopticFPN(ExactConstants):
         return ImageBatch(batch, sizes)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Orders the channels of RGB images [..., 3, H, W], 0 to 255, and normalises; in float32 or float64."""
+        """Orders the channels of RGB images [..., 3, H, W], 0 to 255, and normalises them in float32 or float64."""
         x = images.to(at_least_float32(self.dtype))
         if self.config.channel_order == "BGR":
             x = x.flip(-3)
         return (x - self.pixel_mean[:, None, None]) / self.pixel_std[:, None, None]
 
     def features(self, images: Tensor, tasks: Sequence[str] | None = None) -> dict[str, list[Tensor]]:
-        """Computes what the branches see.
+        """Computes the input of the branches.
 
         Args:
-            images: prepared images [N, 3, H, W].
-            tasks: some of the network's; None: all.
+            images: Prepared images [N, 3, H, W].
+            tasks: Some of the network's tasks; None for all.
 
         Returns:
-            For each task P2..P6, the same tensors if the branches share them.
+            P2 to P6 for each task; branches that share an FPN get the same tensors.
         """
         tasks = self.config.tasks if tasks is None else tasks
         found = self.backbone(images)
@@ -214,40 +165,48 @@ class PanopticFPN(ExactConstants):
 
     @torch.no_grad()
     def forward(
-        self, images: Sequence[Tensor], output_sizes: Sequence[tuple[int, int]] | None = None
+        self,
+        images: Sequence[Tensor],
+        output_sizes: Sequence[tuple[int, int]] | None = None,
+        instances: Wanted = "all",
     ) -> list[PanopticOutput]:
-        """Predicts.
+        """Predicts images.
 
         Args:
-            images: RGB images [3, h, w] with values from 0 to 255, uint8 or floating, already resized to what
-                the network should see; they may differ in size.
-            output_sizes: height and width of each result, usually the size of the photograph before it was
-                resized; None: the size of the image given.
+            images: RGB images [3, h, w] with values from 0 to 255, uint8 or floating, already resized for the
+                network. They may differ in size.
+            output_sizes: Height and width of each result, usually the size of the photograph before it was resized;
+                None for the size of each image.
+            instances: "all", or "panoptic" to leave out the instances whose score is below
+                `config.instance_score_threshold`, for which no masks are computed. The panoptic map and the segments
+                are bit-identical, since merging drops these instances.
 
         Returns:
-            One :class:`PanopticOutput` per image.
+            One `PanopticOutput` per image.
 
         Raises:
-            TypeError: an image is no tensor, or neither uint8 nor floating.
-            ValueError: an image has another shape; ``output_sizes`` has another length or a size below 1.
+            TypeError: If an image is not a tensor of uint8 or a floating dtype.
+            ValueError: If an image has the wrong shape, `output_sizes` has the wrong length or a size below 1, or
+                `instances` is another word.
 
         Note:
-            Inference semantics are those that the configuration says: by default detectron2's
-            (``PanopticFPN.inference``), of mmdetection's checkpoints mmdetection's. With one difference to both: NMS
-            compares classes by id, where theirs, if boxes are few, shifts each class's boxes apart.
+            The configuration decides the inference semantics: detectron2's (`PanopticFPN.inference`) by default,
+            mmdetection's for its checkpoints. One difference to both frameworks is that NMS compares classes by id,
+            while for few boxes their NMS shifts the boxes of each class apart.
         """
+        check_wanted(instances)
         if len(images) == 0:
             return []
         batch, sizes = self.prepare_outputs(images, output_sizes)
         features = self.features(batch.images)
-        found = self.instances(features, batch.sizes, sizes)
+        found = self.instances(features, batch.sizes, sizes, instances)
         labels = self.labels(features, batch.sizes, sizes)
         return [merge(self.config, *each) for each in zip(found, labels, strict=True)]
 
     def prepare_outputs(
         self, images: Sequence[Tensor], output_sizes: Sequence[tuple[int, int]] | None
     ) -> tuple[ImageBatch, list[tuple[int, int]]]:
-        """Checks what :meth:`forward` takes; returns the batch and the size of each result."""
+        """Checks the arguments of `forward`; returns the batch and the size of each result."""
         batch = self.prepare(images)
         if output_sizes is None:
             return batch, batch.sizes
@@ -258,16 +217,18 @@ class PanopticFPN(ExactConstants):
         features: Mapping[str, Sequence[Tensor]],
         sizes: Sequence[tuple[int, int]],
         output_sizes: Sequence[tuple[int, int]],
-    ) -> list[Instances]:
-        """Finds instances.
+        wanted: Wanted = "all",
+    ) -> list[InstanceOutput]:
+        """Detects instances.
 
         Args:
-            features: as :meth:`features` returns them.
-            sizes: each image's height and width without padding.
-            output_sizes: the height and width of each result.
+            features: The result of the method `features`.
+            sizes: Height and width of each image without padding.
+            output_sizes: Height and width of each result.
+            wanted: "all", or "panoptic" for the instances that merging does not drop for their score.
 
         Returns:
-            Per image, its detections; none of a network without the instance branch.
+            The detections of each image; a network without the instance branch detects nothing.
         """
         if "instance" not in self.config.tasks:
             return [self._no_instances() for _ in sizes]
@@ -276,17 +237,22 @@ class PanopticFPN(ExactConstants):
         proposals = self.rpn.propose(self.rpn.anchors(pyramid), objectness, moves, sizes)
         class_logits, deltas = self.box_head(pyramid, proposals)
         detections = self.box_head.detect(class_logits, deltas, proposals, sizes)
-        masks = self.mask_head(
-            pyramid, [d.boxes for d in detections], torch.cat([d.classes for d in detections])
-        ).sigmoid()
-        per_image = torch.split(masks, [len(d.boxes) for d in detections])
-        return [_resize(*each) for each in zip(detections, per_image, sizes, output_sizes, strict=True)]
+        counts = [
+            len(found.boxes) if wanted == "all" else _enough_score(self.config, found.scores)
+            for found in detections
+        ]
+        masks = self.mask_head.predict(pyramid, detections, counts)
+        detections = [
+            Detections(*(column[:count] for column in found))
+            for found, count in zip(detections, counts, strict=True)
+        ]
+        return [_resize(*each) for each in zip(detections, masks, sizes, output_sizes, strict=True)]
 
-    def _no_instances(self) -> Instances:
+    def _no_instances(self) -> InstanceOutput:
         scores = torch.zeros(0, dtype=at_least_float32(self.dtype), device=self.device)
         side = 2 * self.config.mask_pool_size
         classes = scores.to(torch.int64)
-        return Instances(scores.reshape(0, 4), scores, classes, scores.reshape(0, side, side))
+        return InstanceOutput(scores.reshape(0, 4), scores, classes, scores.reshape(0, side, side))
 
     def labels(
         self,
@@ -297,12 +263,13 @@ class PanopticFPN(ExactConstants):
         """Labels pixels.
 
         Args:
-            features: as :meth:`features` returns them.
-            sizes: each image's height and width without padding.
-            output_sizes: the height and width of each result.
+            features: The result of the method `features`.
+            sizes: Height and width of each image without padding.
+            output_sizes: Height and width of each result.
 
         Returns:
-            Per image [H, W], 0 = things, 1.. = stuff; all 0 of a network without the semantic branch.
+            The labels [H, W] of each image: 0 is things, stuff starts at 1. A network without the semantic branch
+            returns zeros.
         """
         if "semantic" not in self.config.tasks:
             return [torch.zeros(size, dtype=torch.uint8, device=self.device) for size in output_sizes]
@@ -311,23 +278,35 @@ class PanopticFPN(ExactConstants):
 
 def _resize(
     detections: Detections, mask_probs: Tensor, size: tuple[int, int], output_size: tuple[int, int]
-) -> Instances:
-    """Carries one image's detections over to the output's size, and drops what has no area there."""
+) -> InstanceOutput:
+    """Scales the detections of an image to the output size, and drops boxes without area there."""
     boxes = clip_boxes(scale_boxes(detections.boxes, size, output_size), output_size)
     keep = nonempty(boxes)
-    return Instances(boxes[keep], detections.scores[keep], detections.classes[keep], mask_probs[keep])
+    return InstanceOutput(boxes[keep], detections.scores[keep], detections.classes[keep], mask_probs[keep])
 
 
-def merge(config: PanopticFPNConfig, instances: Instances, semantic: Tensor) -> PanopticOutput:
-    """Merges one image's instances with its stuff.
+def check_wanted(instances: object) -> None:
+    """Raises ValueError if the argument `instances` is not one of the words in `Wanted`."""
+    if instances not in get_args(Wanted):
+        raise ValueError(f"instances: expected 'all' or 'panoptic', got {instances!r}")
+
+
+def _enough_score(config: PanopticFPNConfig, scores: Tensor) -> int:
+    """Counts the instances that merging does not drop for their score; the others follow them, with lower scores."""
+    # `ops.panoptic_merge` compares float32 scores with a float64 threshold.
+    return int((scores.float().double() >= config.instance_score_threshold).sum())
+
+
+def merge(config: PanopticFPNConfig, instances: InstanceOutput, semantic: Tensor) -> PanopticOutput:
+    """Merges the instances and the stuff of an image.
 
     Args:
-        config: the thresholds.
-        instances: the detections.
-        semantic: [H, W], 0 = things, 1.. = stuff.
+        config: The thresholds.
+        instances: The detections.
+        semantic: Labels [H, W]: 0 is things, stuff starts at 1.
 
     Returns:
-        The prediction, of the size of ``semantic``.
+        The prediction, in the size of `semantic`.
     """
     panoptic, segments = ops.panoptic_merge(
         instances.mask_probs,
@@ -342,7 +321,7 @@ def merge(config: PanopticFPNConfig, instances: Instances, semantic: Tensor) -> 
 
 
 def merge_settings(config: PanopticFPNConfig) -> dict[str, Any]:
-    """Returns a network's thresholds and rule for merging as `ops.panoptic_merge` calls them."""
+    """Returns the thresholds and the rule for merging as arguments of `ops.panoptic_merge`."""
     return {
         "score_threshold": config.instance_score_threshold,
         "overlap_threshold": config.overlap_threshold,

@@ -1,4 +1,4 @@
-"""The instance branch's heads (Mask R-CNN, He et al. 2017): boxes with classes, and a mask for each."""
+"""The heads of the instance branch (Mask R-CNN, He et al. 2017): boxes with classes, and a mask for each box."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from torch import Tensor, nn
 from panfpn_fast import ops
 from panfpn_fast.models.boxes import clip_boxes, decode_boxes
 from panfpn_fast.models.config import FPN_STRIDES, PanopticFPNConfig
-from panfpn_fast.models.fusion import conv2d
+from panfpn_fast.models.conv_fusion import conv2d
 from panfpn_fast.models.layers import at_least_float32, init_msra, init_normal, init_xavier
 
 _SCALES = [1.0 / stride for stride in FPN_STRIDES[:4]]
 
+# Boxes per pass of the mask head. A CPU takes as long for many small passes as for one, a GPU does not.
+_CPU_GROUP, _GPU_GROUP = 16, 64
+
 
 class Detections(NamedTuple):
-    """One image's detections by descending score."""
+    """The detections in one image, by descending score."""
 
     boxes: Tensor  # [N, 4], pixels of the network's input
     scores: Tensor  # [N]
@@ -28,17 +31,17 @@ class Detections(NamedTuple):
 
 
 class PaddedDetections(NamedTuple):
-    """A batch's detections, each image's by descending score, and zeros behind them."""
+    """The detections in a batch: for each image by descending score, then zeros."""
 
     boxes: Tensor  # [N, D, 4], pixels of the network's input
     scores: Tensor  # [N, D]
     classes: Tensor  # [N, D], int64
-    found: Tensor  # [N, D], bool: a detection
-    overflow: Tensor  # [N], bool: candidates that were too many to be looked at could have been detections
+    found: Tensor  # [N, D], bool: whether the row is a detection
+    overflow: Tensor  # [N], bool: whether candidates beyond the limit could have been detections
 
 
 def _pool(features: Sequence[Tensor], boxes: Sequence[Tensor], size: int) -> Tensor:
-    """Pools every box from the level that suits its size, out of P2..P5."""
+    """Pools every box from the level of P2 to P5 that fits its size."""
     pooled: Tensor = ops.multiscale_roi_align(
         list(features[:4]), list(boxes), size, _SCALES, sampling_ratio=0, aligned=True
     )
@@ -46,10 +49,10 @@ def _pool(features: Sequence[Tensor], boxes: Sequence[Tensor], size: int) -> Ten
 
 
 class BoxHead(nn.Module):
-    """Classifies proposals and refines their boxes, class by class or for all classes alike.
+    """Classifies proposals and refines their boxes, with deltas per class or for all classes.
 
     Args:
-        config: the network's settings.
+        config: The settings of the network.
     """
 
     def __init__(self, config: PanopticFPNConfig) -> None:
@@ -72,15 +75,15 @@ class BoxHead(nn.Module):
         self.box_deltas.apply(partial(init_normal, std=0.001))
 
     def forward(self, features: Sequence[Tensor], proposals: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Predicts for every proposal of every image.
+        """Predicts class logits and deltas for every proposal.
 
         Args:
-            features: P2..P5 (P6 may follow), each [N, C, h, w].
-            proposals: per image, [L, 4].
+            features: P2 to P5, each [N, C, h, w]; P6 may follow.
+            proposals: Boxes [L, 4] of each image.
 
         Returns:
-            Class logits [K, things + 1], the background last, and deltas [K, things, 4] ([K, 1, 4] for all classes
-            alike), for the K proposals of all images in order, in float32 (float64 for float64 features).
+            Class logits [K, things + 1], background last, and deltas [K, things, 4] ([K, 1, 4] if class-agnostic), for
+            the K proposals of all images in order, in float32 (float64 for float64 features).
         """
         x = _pool(features, proposals, self.pool_size).flatten(1)
         x = F.relu_(self.fc1(x))
@@ -93,16 +96,16 @@ class BoxHead(nn.Module):
     def detect(
         self, logits: Tensor, deltas: Tensor, proposals: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
     ) -> list[Detections]:
-        """Turns predictions into detections.
+        """Converts predictions to detections.
 
         Args:
-            logits: [K, things + 1] as :meth:`forward` returns them.
-            deltas: [K, things, 4] or [K, 1, 4].
-            proposals: per image, [L, 4].
-            sizes: each image's height and width without padding.
+            logits: Class logits [K, things + 1] from `forward`.
+            deltas: Deltas [K, things, 4] or [K, 1, 4] from `forward`.
+            proposals: Boxes [L, 4] of each image.
+            sizes: Height and width of each image without padding.
 
         Returns:
-            Per image, at most ``detections_per_image`` detections.
+            At most `detections_per_image` detections for each image.
         """
         scores = logits.softmax(dim=1)
         boxes = decode_boxes(deltas, torch.cat(list(proposals))[:, None], self.weights, self.clamp_shrinking)
@@ -123,18 +126,18 @@ class BoxHead(nn.Module):
         size: tuple[int, int],
         max_candidates: int,
     ) -> PaddedDetections:
-        """Detects as :meth:`detect` does, in shapes that do not depend on what there is; no host sync.
+        """Detects as `detect` does, with static shapes and without a host sync.
 
         Args:
-            logits: [N * L, things + 1] as :meth:`forward` returns them.
-            deltas: [N * L, things, 4] or [N * L, 1, 4].
-            proposals: [N, L, 4].
-            proposed: bool [N, L], which of them are proposals and no padding.
-            size: every image's height and width without padding.
-            max_candidates: how many of the classes of an image's proposals may enter NMS, the best ones.
+            logits: Class logits [N * L, things + 1] from `forward`.
+            deltas: Deltas [N * L, things, 4] or [N * L, 1, 4] from `forward`.
+            proposals: Boxes [N, L, 4].
+            proposed: Bool [N, L], true for proposals and false for padding.
+            size: Height and width of all images without padding.
+            max_candidates: Largest number of (proposal, class) pairs per image that enter NMS; the best are selected.
 
         Returns:
-            Room for ``detections_per_image`` of every image.
+            `detections_per_image` rows for every image.
         """
         batch, rows = proposed.shape
         scores = logits.softmax(dim=1)
@@ -143,13 +146,13 @@ class BoxHead(nn.Module):
         scores = scores[:, :-1]
         things, kinds = scores.shape[1], boxes.shape[1]
         wanted = ((scores > self.score_threshold) & usable[:, None]).reshape(batch, rows * things)
-        # Probabilities add up to one, so that no more classes of a proposal than this are above the threshold; a part
-        # in a thousand is more than softmax's rounding.
+        # Probabilities sum to 1, so at most this many classes of a proposal exceed the threshold. The margin of 0.001
+        # exceeds the rounding error of softmax.
         most = things if self.score_threshold == 0 else int(1.001 / self.score_threshold)
         limit = min(rows * min(things, most), max_candidates)
-        # No probability is as low as what is not wanted.
+        # Unwanted entries get -1, which is below any probability.
         ranked = scores.reshape(batch, rows * things).masked_fill(~wanted, -1)
-        # Back in the order of `detect`, because it decides between equal scores.
+        # Restore the order of `detect`, which decides between equal scores.
         index = ranked.topk(limit, dim=1, sorted=False).indices.sort(dim=1).values
         scores, valid = ranked.gather(1, index), wanted.gather(1, index)
         classes = index % things
@@ -161,8 +164,8 @@ class BoxHead(nn.Module):
         index = keep.clamp(min=0)
         found = (keep >= 0) & valid.gather(1, index)
         kept = scores.gather(1, index)
-        # Whether NMS lets a candidate pass depends on better ones alone. So none that was left out matters if there are
-        # enough detections, all of them better than it.
+        # Only better candidates can suppress a candidate. Omitted candidates therefore do not matter if the number of
+        # detections is reached and all detections score higher.
         least = torch.where(found.all(dim=1), kept[:, -1], -1)
         overflow = (wanted.sum(dim=1) > limit) & (least <= scores.amin(dim=1))
         return PaddedDetections(
@@ -174,7 +177,7 @@ class BoxHead(nn.Module):
         )
 
     def _select(self, boxes: Tensor, scores: Tensor, size: tuple[int, int]) -> Detections:
-        """Each class of a proposal that scores high enough is a candidate; NMS follows, within classes or over all."""
+        """Selects candidates by score, then applies NMS within classes or over all classes."""
         finite = _finite(boxes, scores)
         scores = scores[:, :-1]
         boxes = boxes.expand(-1, scores.shape[1], -1)
@@ -188,15 +191,15 @@ class BoxHead(nn.Module):
 
 
 def _finite(boxes: Tensor, scores: Tensor) -> Tensor:
-    """Whether all that was predicted for a proposal is finite: bool [K] of boxes [K, C, 4] and scores [K, D]."""
+    """Returns whether boxes [K, C, 4] and scores [K, D] of each proposal are all finite, as bool [K]."""
     return boxes.isfinite().flatten(1).all(dim=1) & scores.isfinite().all(dim=1)
 
 
 class MaskHead(nn.Module):
-    """Predicts a mask, twice the pooled size, inside each detected box.
+    """Predicts a mask of twice the pooled size inside each detected box.
 
     Args:
-        config: the network's settings.
+        config: The settings of the network.
     """
 
     def __init__(self, config: PanopticFPNConfig) -> None:
@@ -216,20 +219,48 @@ class MaskHead(nn.Module):
         """Predicts the mask logits of one class per box.
 
         Args:
-            features: P2..P5 (P6 may follow), each [N, C, h, w].
-            boxes: per image, [L, 4]; K in all.
-            classes: int64 [K], the class of each box; class-agnostic masks do not depend on it.
+            features: P2 to P5, each [N, C, h, w]; P6 may follow.
+            boxes: Boxes [L, 4] of each image, K in total.
+            classes: Class of each box, int64 [K]. Class-agnostic masks do not depend on it.
 
         Returns:
-            [K, 28, 28] in float32 (float64 for float64 features).
+            Mask logits [K, 28, 28] in float32 (float64 for float64 features).
         """
         x = _pool(features, boxes, self.pool_size)
         for conv in self.convs:
             x = conv2d(conv, x, relu=True)
         x = F.relu_(self.deconv(x))  # [K, C, 28, 28]
-        # The last 1x1 convolution for the one class that is wanted, instead of for all of them.
+        # The last 1x1 convolution, only for the class of each box.
         rows = torch.zeros_like(classes) if self.class_agnostic else classes
         weight = self.logits.weight.flatten(1)[rows]  # [K, C]
         bias = self.logits.bias[rows] if self.logits.bias is not None else weight.new_zeros(len(weight))
         logits = torch.baddbmm(bias[:, None, None], weight[:, None], x.flatten(2))  # [K, 1, 28 * 28]
         return logits.reshape(len(x), x.shape[2], x.shape[3]).to(at_least_float32(logits.dtype))
+
+    def predict(
+        self, features: Sequence[Tensor], detections: Sequence[Detections], counts: Sequence[int]
+    ) -> list[Tensor]:
+        """Predicts the masks of the first detections of each image.
+
+        Args:
+            features: P2 to P5, each [N, C, h, w]; P6 may follow.
+            detections: The detections of each image.
+            counts: The number of masks to predict for each image.
+
+        Returns:
+            Mask probabilities [count, 28, 28] of each image.
+
+        Note:
+            The head runs on groups of boxes. A group is computed as a whole if one of its masks is wanted, so a mask
+            has the same bits for every count and every batch.
+        """
+        size = _CPU_GROUP if features[0].device.type == "cpu" else _GPU_GROUP
+        masks = []
+        for i, (found, count) in enumerate(zip(detections, counts, strict=True)):
+            levels = [level[i : i + 1] for level in features]
+            # Without masks, one pass without boxes gives a tensor of the right shape and dtype.
+            starts = range(0, count, size) if count else (len(found.boxes),)
+            groups = [slice(start, start + size) for start in starts]
+            passes = [self(levels, [found.boxes[group]], found.classes[group]).sigmoid() for group in groups]
+            masks.append(torch.cat(passes)[:count])
+        return masks

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from panfpn_fast import ops
 from panfpn_fast.models.boxes import clip_boxes, decode_boxes, nonempty
 from panfpn_fast.models.config import FPN_STRIDES, PanopticFPNConfig
-from panfpn_fast.models.fusion import conv2d
+from panfpn_fast.models.conv_fusion import conv2d
 from panfpn_fast.models.layers import ExactConstants, at_least_float32, init_normal
 
 
 def cell_anchors(size: float, ratios: Sequence[float]) -> list[list[float]]:
-    """Returns one position's anchors, centred on (0, 0).
+    """Returns the anchors of one position, centred on (0, 0).
 
-    Each has the area ``size**2`` and one of ``ratios`` as its height / width: size 32 and ratio 1 is
+    Each anchor has the area `size**2` and one of `ratios` as height / width. Size 32 and ratio 1 give
     (-16, -16, 16, 16).
     """
     anchors = []
@@ -31,17 +31,17 @@ def cell_anchors(size: float, ratios: Sequence[float]) -> list[list[float]]:
 
 
 def grid_anchors(cell: Tensor, shape: tuple[int, int], stride: int) -> Tensor:
-    """Places one position's anchors on every position of a feature map.
+    """Places the anchors of one position on every position of a feature map.
 
-    The first position's centre is the image's corner (0, 0), as in detectron2 (offset 0).
+    The centre of the first position is the corner (0, 0) of the image, as in detectron2 (offset 0).
 
     Args:
-        cell: [A, 4] anchors around (0, 0).
-        shape: height and width of the map.
-        stride: pixels of the image per position.
+        cell: Anchors [A, 4] around (0, 0).
+        shape: Height and width of the map.
+        stride: Distance of positions in pixels of the image.
 
     Returns:
-        [height * width * A, 4] in the order row, column, anchor; ``cell``'s dtype and device.
+        Anchors [height * width * A, 4] in the order row, column, anchor, in the dtype and on the device of `cell`.
     """
     height, width = shape
     y = torch.arange(height, dtype=cell.dtype, device=cell.device) * stride
@@ -52,10 +52,10 @@ def grid_anchors(cell: Tensor, shape: tuple[int, int], stride: int) -> Tensor:
 
 
 class RPN(ExactConstants):
-    """Scores every anchor and predicts how to move it.
+    """Predicts a score and deltas for every anchor.
 
     Args:
-        config: the network's settings.
+        config: The settings of the network.
     """
 
     cells: Tensor  # [levels, A, 4]
@@ -76,27 +76,27 @@ class RPN(ExactConstants):
         self.add_constant("cells", [cell_anchors(size, config.anchor_ratios) for size in config.anchor_sizes])
 
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Predicts on every level.
+        """Predicts scores and deltas on every level.
 
         Args:
-            features: P2..P6, each [N, C, h, w].
+            features: P2 to P6, each [N, C, h, w].
 
         Returns:
-            Per level, objectness logits [N, h * w * A] and deltas [N, h * w * A, 4], in the order of
-            :func:`grid_anchors`, in float32 (float64 for float64 features).
+            Objectness logits [N, h * w * A] and deltas [N, h * w * A, 4] per level, in the order of `grid_anchors`,
+            in float32 (float64 for float64 features).
         """
         logits, deltas = [], []
         for feature in features:
             hidden = conv2d(self.conv, feature, relu=True)
-            objectness: Tensor = self.objectness(hidden)  # [N, A, h, w]
-            moves: Tensor = self.deltas(hidden)  # [N, A * 4, h, w]
+            objectness = conv2d(self.objectness, hidden)  # [N, A, h, w]
+            moves = conv2d(self.deltas, hidden)  # [N, A * 4, h, w]
             dtype = at_least_float32(objectness.dtype)
             logits.append(objectness.permute(0, 2, 3, 1).flatten(1).to(dtype))
             deltas.append(moves.permute(0, 2, 3, 1).reshape(len(moves), -1, 4).to(dtype))
         return logits, deltas
 
     def anchors(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Returns each level's anchors [h * w * A, 4] for feature maps of these shapes."""
+        """Returns the anchors [h * w * A, 4] of each level for the shapes of the feature maps."""
         return [
             grid_anchors(cell, (feature.shape[-2], feature.shape[-1]), stride)
             for cell, feature, stride in zip(self.cells, features, FPN_STRIDES, strict=True)
@@ -109,18 +109,18 @@ class RPN(ExactConstants):
         deltas: Sequence[Tensor],
         sizes: Sequence[tuple[int, int]],
     ) -> list[Tensor]:
-        """Turns predictions into proposals.
+        """Converts predictions to proposals.
 
-        The best anchors of each level are decoded, cut to the image and thinned by NMS within their level.
+        The best anchors of each level are decoded and clipped to the image. NMS then suppresses within each level.
 
         Args:
-            anchors: per level, [M, 4].
-            logits: per level, [N, M].
-            deltas: per level, [N, M, 4].
-            sizes: each image's height and width without padding.
+            anchors: Anchors [M, 4] of each level.
+            logits: Objectness logits [N, M] of each level.
+            deltas: Deltas [N, M, 4] of each level.
+            sizes: Height and width of each image without padding.
 
         Returns:
-            Per image, boxes [at most ``rpn_post_nms_topk``, 4] by descending score.
+            Boxes [at most `rpn_post_nms_topk`, 4] of each image, by descending score.
         """
         boxes, scores, levels = self._candidates(anchors, logits, deltas, self.pre_nms_topk)
         return [
@@ -137,25 +137,25 @@ class RPN(ExactConstants):
         pre_nms_topk: int | None = None,
         post_nms_topk: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Proposes as :meth:`propose` does, in shapes that do not depend on what there is; no host sync.
+        """Proposes as `propose` does, with static shapes and without a host sync.
 
         Args:
-            anchors: per level, [M, 4].
-            logits: per level, [N, M].
-            deltas: per level, [N, M, 4].
-            sizes: each image's height and width without padding.
-            pre_nms_topk: best anchors per level that enter NMS; None: the configuration's.
-            post_nms_topk: L, how many proposals to make at most; None: the configuration's.
+            anchors: Anchors [M, 4] of each level.
+            logits: Objectness logits [N, M] of each level.
+            deltas: Deltas [N, M, 4] of each level.
+            sizes: Height and width of each image without padding.
+            pre_nms_topk: Number of best anchors per level that enter NMS; None for the configuration's.
+            post_nms_topk: Largest number L of proposals per image; None for the configuration's.
 
         Returns:
-            Boxes [N, L, 4], each image's in the order of :meth:`propose` and zeros behind them; and bool [N, L]: which
-            are proposals.
+            Boxes [N, L, 4], for each image the proposals in the order of `propose`, then zeros; and bool [N, L], true
+            for proposals.
         """
         boxes, scores, levels = self._candidates(anchors, logits, deltas, pre_nms_topk or self.pre_nms_topk)
         per_image = [_clip(*image) for image in zip(boxes, scores, sizes, strict=True)]
         clipped, valid = (torch.stack(parts) for parts in zip(*per_image, strict=True))
         clipped = clipped.masked_fill(~valid[..., None], 0)
-        # What is not valid comes last and has no area, so that it suppresses nothing.
+        # Invalid boxes come last and have no area, so they suppress nothing.
         keep, _ = ops.nms_padded(
             clipped,
             scores.masked_fill(~valid, -torch.inf),
@@ -171,7 +171,7 @@ class RPN(ExactConstants):
     def _candidates(
         self, anchors: Sequence[Tensor], logits: Sequence[Tensor], deltas: Sequence[Tensor], topk: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Decodes the best anchors of each level: boxes [N, K, 4], scores [N, K] and levels [K]."""
+        """Decodes the best anchors of each level; returns boxes [N, K, 4], scores [N, K] and levels [K]."""
         moves, places, scores, levels = [], [], [], []
         for level, (anchor, logit, delta) in enumerate(zip(anchors, logits, deltas, strict=True)):
             if self.by_probability:
@@ -187,7 +187,7 @@ class RPN(ExactConstants):
         return boxes, torch.cat(scores, dim=1), torch.cat(levels)
 
     def _select(self, boxes: Tensor, scores: Tensor, levels: Tensor, size: tuple[int, int]) -> Tensor:
-        """Drops what is not finite or empty, then applies NMS within each level."""
+        """Drops boxes that are empty or not finite, then applies NMS within each level."""
         clipped, valid = _clip(boxes, scores, size)
         clipped, scores, levels = clipped[valid], scores[valid], levels[valid]
         keep = ops.batched_nms(clipped, scores, levels, self.nms_threshold)
@@ -195,7 +195,7 @@ class RPN(ExactConstants):
 
 
 def _clip(boxes: Tensor, scores: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Cuts boxes [..., 4] to the image, and says which [...] are finite, scored and not empty."""
+    """Clips boxes [..., 4] to the image; returns them and whether each is valid: finite, scored and not empty."""
     clipped = clip_boxes(boxes, size)
-    # Looked up before clipping, which would hide an infinite coordinate.
+    # Checked before clipping, which would hide an infinite coordinate.
     return clipped, boxes.isfinite().all(dim=-1) & scores.isfinite() & nonempty(clipped)

@@ -1,4 +1,4 @@
-"""The semantic branch (Kirillov et al. 2019, section 3): every level brought to 1/4, combined, classified."""
+"""The semantic branch (Kirillov et al. 2019, section 3), which upsamples, combines and classifies all levels."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from panfpn_fast.models.layers import init_msra
 
 
 class SemanticStage(nn.Module):
-    """3x3 convolution, GroupNorm and ReLU; then a bilinear 2x upsampling, or a predictor.
+    """3x3 convolution, GroupNorm and ReLU, followed by a bilinear 2x upsampling or by a predictor.
 
     Args:
-        in_channels: channels of the input.
-        channels: channels of the output.
-        groups: groups of the GroupNorm.
+        in_channels: Number of input channels.
+        channels: Number of output channels.
+        groups: Number of groups of the GroupNorm.
     """
 
     def __init__(self, in_channels: int, channels: int, groups: int) -> None:
@@ -28,18 +28,20 @@ class SemanticStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns [N, channels, 2 H, 2 W]."""
-        conv, norm = self.conv.weight, self.norm
-        return ops.conv_gn_relu_upsample(x, conv, norm.weight, norm.bias, norm.num_groups, norm.eps)
+        conv, norm, prepared = self.conv.weight, self.norm, getattr(self.conv, "prepared", None)
+        return ops.conv_gn_relu_upsample(
+            x, conv, norm.weight, norm.bias, norm.num_groups, norm.eps, prepared=prepared
+        )
 
     def project(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-        """Applies a predictor [K, channels] in place of the upsampling, and adds the residual.
+        """Applies a predictor [K, channels] instead of the upsampling, and adds the residual.
 
         Returns:
-            [N, K, H, W]
+            Logits [N, K, H, W].
         """
-        conv, norm = self.conv.weight, self.norm
+        conv, norm, prepared = self.conv.weight, self.norm, getattr(self.conv, "prepared", None)
         return ops.conv_gn_relu_project(
-            x, conv, norm.weight, norm.bias, norm.num_groups, weight, bias, norm.eps, residual
+            x, conv, norm.weight, norm.bias, norm.num_groups, weight, bias, norm.eps, residual, prepared
         )
 
 
@@ -47,7 +49,7 @@ class SemanticHead(nn.Module):
     """Predicts a class for every position at 1/4 of the input's resolution.
 
     Args:
-        config: the network's settings.
+        config: The settings of the network.
     """
 
     stride = 4
@@ -69,25 +71,25 @@ class SemanticHead(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Predicts class logits.
 
-        The predictor is linear and an upsampling's weights sum to one, so the order of the two, and of the
-        predictor and the sum over levels, makes no difference. Here the predictor comes first: what is added
-        and upsampled are the logits, P3 to P5's at 1/8 and only their sum to 1/4.
+        The predictor is linear and the weights of an upsampling sum to one, so the predictor commutes with the
+        upsampling and with the sum over levels. Here the predictor comes first: the logits of P3 to P5 are added at
+        1/8 of the resolution, and only their sum is upsampled to 1/4.
 
         Args:
-            features: P2..P5 (P6 may follow), each [N, C, h, w], and each half as high and wide as the one before.
+            features: P2 to P5, each [N, C, h, w] with half the height and width of the previous level; P6 may follow.
 
         Returns:
-            [N, 1 + stuff, H/4, W/4], channels-last; channel 0 is "other": all things.
+            Logits [N, 1 + stuff, H/4, W/4], channels-last. Channel 0 is "other", all things.
         """
         weight = self.logits.weight[:, :, 0, 0]
-        # Concatenated levels have a part of the predictor each, summed ones all of it.
+        # Each concatenated level uses a part of the predictor, each summed level the whole predictor.
         count = len(self.levels)
         weights = weight.chunk(count, dim=1) if self.fusion == "concat" else (weight,) * count
         logits: Tensor | None = None
         levels = list(zip(self.levels.values(), features, weights, strict=False))
         for stages, feature, of_level in reversed(levels):
             assert isinstance(stages, nn.ModuleList)
-            # The convolutions are fastest so, by more than the change of layout takes.
+            # The convolutions are faster in channels-last, by more than the conversion takes.
             x = feature.contiguous(memory_format=torch.channels_last)
             for stage in stages[:-1]:
                 x = stage(x)
@@ -96,35 +98,22 @@ class SemanticHead(nn.Module):
         assert logits is not None
         return logits
 
-    def loss(self, logits: Tensor, targets: Tensor, ignore_index: int = 255) -> Tensor:
-        """Returns the mean cross-entropy over the pixels of the input, as detectron2 has it.
-
-        Args:
-            logits: [N, K, H/4, W/4].
-            targets: [N, H, W], integers: the class of each pixel, or ``ignore_index``.
-            ignore_index: marks pixels that do not count; where none does, the loss is NaN.
-
-        Returns:
-            A scalar, at least float32.
-        """
-        return ops.upsample_cross_entropy(logits, targets, self.stride, ignore_index)
-
     def label(
         self, logits: Tensor, sizes: Sequence[tuple[int, int]], output_sizes: Sequence[tuple[int, int]]
     ) -> list[Tensor]:
-        """Turns logits into label maps.
+        """Converts logits to label maps.
 
-        Two bilinear resamplings, one after the other as detectron2 does them: to the padded input, from
-        which the padding is cut off, and from the image to the output. One resampling straight to the
-        output would be another function.
+        As in detectron2, it applies two bilinear resamplings: from the logits to the padded input, which is then
+        cropped to the image, and from the image to the output. A single resampling to the output would give different
+        labels.
 
         Args:
-            logits: [N, K, H/4, W/4].
-            sizes: each image's height and width without padding.
-            output_sizes: the height and width wanted for each.
+            logits: Class logits [N, K, H/4, W/4].
+            sizes: Height and width of each image without padding.
+            output_sizes: Height and width of each result.
 
         Returns:
-            Per image [H, W], uint8 (int16 above 256 classes): 0 = things, 1.. = stuff.
+            The labels [H, W] of each image, uint8 (int16 above 256 classes): 0 is things, stuff starts at 1.
         """
         labels = []
         for i, (crop, size) in enumerate(zip(sizes, output_sizes, strict=True)):

@@ -1,4 +1,4 @@
-"""Two separate networks, one for things and one for stuff: what the paper compares the shared one with."""
+"""Two separate networks, one for things and one for stuff, with which the paper compares the shared network."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ import torch
 from torch import Tensor, nn
 
 from panfpn_fast.models.config import TASKS, PanopticFPNConfig
-from panfpn_fast.models.panoptic_fpn import Instances, PanopticFPN, PanopticOutput, merge
+from panfpn_fast.models.outputs import InstanceOutput, PanopticOutput
+from panfpn_fast.models.panoptic_fpn import PanopticFPN, Wanted, check_wanted, merge
 
-_SAME = ("num_things", "num_stuff", "dataset", "resize")
+_SAME = ("num_things", "num_stuff", "categories", "resize", "short_edge", "max_edge")
 
 
 class TwoNetworks(nn.Module):
-    """Takes instances from one network and stuff from another, each with features of its own.
+    """Combines the instances of one network with the stuff of another; each computes its own features.
 
-    It is called as a :class:`PanopticFPN` is, so a `Predictor` takes it too.
+    It has the interface of a `PanopticFPN`, so a `Predictor` accepts it.
 
     Args:
-        instance: a network with the instance branch; its thresholds decide the merging.
-        semantic: a network with the semantic branch.
+        instance: A network with the instance branch. Its thresholds apply to merging.
+        semantic: A network with the semantic branch.
 
     Raises:
-        TypeError: an argument is no :class:`PanopticFPN`.
-        ValueError: a network lacks its branch, or the two have different classes or resizes.
+        TypeError: If an argument is not a `PanopticFPN`.
+        ValueError: If a network lacks its branch, or the networks differ in classes or resizing.
 
     Example:
         >>> instance = PanopticFPN(backbone="resnet18", num_things=2, num_stuff=3, tasks=("instance",))
@@ -41,7 +42,7 @@ class TwoNetworks(nn.Module):
                 raise TypeError(f"{name}: expected a PanopticFPN, got {type(network).__name__}")
             if name not in network.config.tasks:
                 raise ValueError(
-                    f"{name}: expected a network with that branch, it has {network.config.tasks}"
+                    f"{name}: expected a network with the task {name!r}, got one with {network.config.tasks}"
                 )
         for field in _SAME:
             first, second = getattr(instance.config, field), getattr(semantic.config, field)
@@ -55,24 +56,28 @@ class TwoNetworks(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return self.instance.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The parameters' type."""
+        """The dtype of the parameters."""
         return self.instance.dtype
 
     @torch.no_grad()
     def forward(
-        self, images: Sequence[Tensor], output_sizes: Sequence[tuple[int, int]] | None = None
+        self,
+        images: Sequence[Tensor],
+        output_sizes: Sequence[tuple[int, int]] | None = None,
+        instances: Wanted = "all",
     ) -> list[PanopticOutput]:
-        """Predicts; see :meth:`PanopticFPN.forward`."""
+        """Predicts images; see `PanopticFPN.forward`."""
+        check_wanted(instances)
         if len(images) == 0:
             return []
         batch, sizes = self.instance.prepare_outputs(images, output_sizes)
         features = self.instance.features(batch.images, ("instance",))
-        found = self.instance.instances(features, batch.sizes, sizes)
+        found = self.instance.instances(features, batch.sizes, sizes, instances)
         batch = self.semantic.prepare(images)
         features = self.semantic.features(batch.images, ("semantic",))
         labels = self.semantic.labels(features, batch.sizes, sizes)
@@ -82,22 +87,22 @@ class TwoNetworks(nn.Module):
 def merge_outputs(
     config: PanopticFPNConfig, instance: Sequence[PanopticOutput], semantic: Sequence[PanopticOutput]
 ) -> list[PanopticOutput]:
-    """Merges what two networks have predicted, at the same output sizes, as :class:`TwoNetworks` does.
+    """Merges the predictions of two networks at equal output sizes, as `TwoNetworks` does.
 
     Args:
-        config: the thresholds.
-        instance: predictions whose instances count.
-        semantic: predictions of the same images whose label maps count.
+        config: The thresholds.
+        instance: The predictions that supply the instances.
+        semantic: The predictions for the same images that supply the label maps.
 
     Returns:
         One prediction per image.
 
     Raises:
-        ValueError: there are fewer of one than of the other, or their sizes differ.
+        ValueError: If the numbers of predictions or their sizes differ.
     """
     if len(instance) != len(semantic):
         raise ValueError(
-            f"semantic: expected {len(instance)} predictions, as of instance, got {len(semantic)}"
+            f"semantic: expected {len(instance)} predictions, as many as in instance, got {len(semantic)}"
         )
     merged = []
     for i, (things, stuff) in enumerate(zip(instance, semantic, strict=True)):
@@ -106,6 +111,6 @@ def merge_outputs(
                 f"semantic[{i}]: expected the size of instance[{i}], {list(things.panoptic.shape)}, "
                 f"got {list(stuff.panoptic.shape)}"
             )
-        found = Instances(things.boxes, things.scores, things.classes, things.mask_probs)
+        found = InstanceOutput(things.boxes, things.scores, things.classes, things.mask_probs)
         merged.append(merge(config, found, stuff.semantic))
     return merged

@@ -1,12 +1,14 @@
 """The ops: detection and panoptic segmentation primitives for CPU and CUDA.
 
-Each is a function here, a dispatcher op `torch.ops.panfpn_fast.<op>` and a plain-PyTorch twin in `ops.reference`.
+Each op is a function here and has a reference in plain PyTorch in `ops.reference`. It calls one or more dispatcher ops
+`torch.ops.panfpn_fast.<op>`, whose implementations are C++ on the CPU and C++/CUDA or Triton on CUDA.
 """
 
 from __future__ import annotations
 
-from panfpn_fast import _load
+from panfpn_fast.ops._winograd import winograd
 from panfpn_fast.ops.batched_nms import batched_nms
+from panfpn_fast.ops.conv3x3 import conv3x3
 from panfpn_fast.ops.conv_gn_relu_project import conv_gn_relu_project
 from panfpn_fast.ops.conv_gn_relu_upsample import conv_gn_relu_upsample
 from panfpn_fast.ops.group_norm_relu_upsample import group_norm_relu_upsample
@@ -24,6 +26,7 @@ from panfpn_fast.ops.upsample_cross_entropy import upsample_cross_entropy
 __all__ = [
     "PanopticSegments",
     "batched_nms",
+    "conv3x3",
     "conv_gn_relu_project",
     "conv_gn_relu_upsample",
     "group_norm_relu_upsample",
@@ -37,6 +40,5 @@ __all__ = [
     "roi_align",
     "upsample_argmax",
     "upsample_cross_entropy",
+    "winograd",
 ]
-
-_load.load_triton()

@@ -1,4 +1,4 @@
-"""Checks that several ops share. Each message names the argument, what it takes and what it got."""
+"""Argument checks that several ops share. Each message names the argument, the accepted values and the given value."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _MAX_SAMPLING_RATIO = 1024
 _MAX_SCALE_FACTOR = 2**16
-_MAX_SIDE = 2**31 - 1  # of an output or an image
+_MAX_SIDE = 2**31 - 1  # height or width of an output or an image
 INTEGER = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -23,7 +23,10 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
 def check_tensor(
     name: str, value: Any, dtypes: Sequence[torch.dtype], shape: str, dims: Sequence[int]
 ) -> None:
-    """Checks kind, dtype and number of dimensions; `shape` is how the message spells what is taken."""
+    """Checks that a value is a tensor with an accepted dtype and number of dimensions.
+
+    `shape` describes the accepted shapes in the message.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
     if value.dtype not in dtypes:
@@ -41,9 +44,9 @@ def check_feature_map(name: str, value: Any) -> None:
 
 
 def check_gpu_precision(name: str, value: Tensor) -> None:
-    """Refuses float64 on a GPU, for which most have no arithmetic worth the name: its place is in checks on the CPU."""
+    """Rejects float64 on a GPU: it is slow on most GPUs, and the ops accept it only for checks on the CPU."""
     if value.dtype == torch.float64 and value.device.type == "cuda":
-        raise TypeError(f"{name}: expected float32 or narrower on a GPU, got float64")
+        raise TypeError(f"{name}: expected float32, float16 or bfloat16 on a GPU, got float64")
 
 
 def check_boxes(name: str, boxes: Any, rows: int | None = None) -> None:
@@ -56,17 +59,17 @@ def check_boxes(name: str, boxes: Any, rows: int | None = None) -> None:
 
 
 def check_rows(name: str, value: Tensor, rows: int, counted: str) -> None:
-    """Checks that a 1-D tensor has one value for each of `rows` things, which `counted` names."""
+    """Checks that a 1-D tensor has `rows` values; `counted` names the objects that they belong to."""
     if value.shape[0] != rows:
         raise ValueError(
-            f"{name}: expected shape [{rows}], one for each of {counted}, got {list(value.shape)}"
+            f"{name}: expected shape [{rows}], one value for each of {counted}, got {list(value.shape)}"
         )
 
 
 def check_device(name: str, value: Tensor, device: torch.device, other: str) -> None:
     """Checks that a tensor is on the device of another argument."""
     if value.device != device:
-        raise ValueError(f"{name}: expected device {device}, as {other}, got {value.device}")
+        raise ValueError(f"{name}: expected device {device}, the device of {other}, got {value.device}")
 
 
 def check_number(name: str, value: Any) -> None:
@@ -85,15 +88,15 @@ def check_positive(name: str, value: Any) -> None:
 
 
 def check_int(name: str, value: Any, maximum: int = 2**62) -> None:
-    """Checks that a value is an integer that is not beyond all measure."""
+    """Checks that a value is an integer whose magnitude is at most `maximum`."""
     if not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected a Python int, got {type(value).__name__}")
     if not -maximum <= value <= maximum:
-        raise ValueError(f"{name}: expected an integer of at most {maximum}, got {value}")
+        raise ValueError(f"{name}: expected an integer with a magnitude of at most {maximum}, got {value}")
 
 
 def check_scale_factor(value: Any) -> None:
-    """Checks the factor of an upsampling."""
+    """Checks an upsampling factor."""
     check_int("scale_factor", value)
     if not 1 <= value <= _MAX_SCALE_FACTOR:
         raise ValueError(f"scale_factor: expected an integer from 1 to {_MAX_SCALE_FACTOR}, got {value}")
@@ -106,14 +109,14 @@ def check_bool(name: str, value: Any) -> None:
 
 
 def check_sampling_ratio(value: Any) -> None:
-    """Checks a number of samples; each costs time in every cell, so that a slip would look like a hang."""
+    """Checks the number of samples per bin. Each one costs time, so a mistyped large number would look like a hang."""
     check_int("sampling_ratio", value)
     if value > _MAX_SAMPLING_RATIO:
         raise ValueError(f"sampling_ratio: expected at most {_MAX_SAMPLING_RATIO}, got {value}")
 
 
 def int_pair(name: str, value: Any, minimum: int) -> tuple[int, int]:
-    """Reads one integer, or a (height, width) of two, each at least `minimum`."""
+    """Returns (height, width) from this pair or from one integer for both; each must be at least `minimum`."""
     pair: Any = (value, value) if isinstance(value, (int, torch.SymInt)) else value
     if not isinstance(pair, Sequence) or isinstance(pair, str):
         raise TypeError(f"{name}: expected a Python int or (height, width), got {type(value).__name__}")
@@ -128,14 +131,14 @@ def int_pair(name: str, value: Any, minimum: int) -> tuple[int, int]:
 
 
 def image_size_pair(image_size: Any) -> tuple[int, int]:
-    """Reads an image's (height, width)."""
+    """Checks the size of an image and returns (height, width)."""
     if not isinstance(image_size, Sequence):
         raise TypeError(f"image_size: expected (height, width), got {type(image_size).__name__}")
     return int_pair("image_size", image_size, 0)
 
 
 def full_precision(value: Tensor) -> Tensor:
-    """Upcasts float16 and bfloat16 to float32: what decides positions is small, and its rounding is not."""
+    """Converts float16 and bfloat16 to float32: half precision is too coarse for positions; the tensors are small."""
     return value if value.dtype == torch.float64 else value.to(torch.float32)
 
 
@@ -151,7 +154,10 @@ def check_masks(masks: Any) -> Tensor:
 
 
 def batched_boxes(boxes: Any, batch: int, like: Tensor) -> Tensor:
-    """Checks boxes, [K, 5] or a list of [L, 4] for each image; returns [K, 5] in the precision of coordinates."""
+    """Checks boxes, [K, 5] or one [L, 4] per image, and returns them as [K, 5].
+
+    Coordinates are float64 if `like` is float64, else float32.
+    """
     if isinstance(boxes, Tensor):
         check_tensor("boxes", boxes, FLOATING, "[K, 5] or a list of [L, 4]", (2,))
         if boxes.shape[1] != 5:
@@ -160,7 +166,9 @@ def batched_boxes(boxes: Any, batch: int, like: Tensor) -> Tensor:
         rois = boxes
     elif isinstance(boxes, (list, tuple)):
         if len(boxes) != batch:
-            raise ValueError(f"boxes: expected one tensor for each of {batch} images, got {len(boxes)}")
+            raise ValueError(
+                f"boxes: expected one tensor for each of {batch} images, got {len(boxes)} tensors"
+            )
         parts = []
         for i, of_image in enumerate(boxes):
             check_boxes(f"boxes[{i}]", of_image)
@@ -171,8 +179,3 @@ def batched_boxes(boxes: Any, batch: int, like: Tensor) -> Tensor:
     else:
         raise TypeError(f"boxes: expected a tensor [K, 5] or a list of [L, 4], got {type(boxes).__name__}")
     return rois.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
-
-
-def channels_last_only(x: Tensor) -> bool:
-    """Whether a feature map lies channels-last and not NCHW as well: the native ops' rule for their output."""
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""The convolution that comes before a GroupNorm, with that GroupNorm's statistics."""
+"""The convolution before a GroupNorm, together with the statistics of the GroupNorm."""
 
 from __future__ import annotations
 
@@ -7,49 +7,63 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from panfpn_fast import _load
-from panfpn_fast.ops import _checks
-from panfpn_fast.ops._conv3x3 import conv3x3
-
-
-def check_conv(x: Any, conv_weight: Any) -> None:
-    """Checks the map and the weights of a 3x3 convolution."""
-    _checks.check_feature_map("x", x)
-    # Under autocast both are cast to its dtype; without it they must agree. The meta device knows no autocast.
-    cast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    dtypes = tuple(dtype for dtype in _checks.FLOATING if dtype != torch.float64) if cast else (x.dtype,)
-    _checks.check_tensor("conv_weight", conv_weight, dtypes, "[C_out, C_in, 3, 3]", (4,))
-    if conv_weight.shape[1] != x.shape[1] or conv_weight.shape[2:] != (3, 3):
-        raise ValueError(
-            f"conv_weight: expected shape [C_out, {x.shape[1]}, 3, 3] for x's {x.shape[1]} channels, got "
-            f"{list(conv_weight.shape)}"
-        )
-    _checks.check_device("conv_weight", conv_weight, x.device, "x")
+from panfpn_fast.ops import _register
+from panfpn_fast.ops._winograd import takes_winograd
+from panfpn_fast.ops.conv3x3 import autocasts, conv3x3, conv3x3_gradients, takes_prepared
 
 
 def conv3x3_statistics(
-    x: Tensor, conv_weight: Tensor, num_groups: int, eps: float
+    x: Tensor, conv_weight: Tensor, num_groups: int, eps: float, prepared: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Convolves and finds the statistics of the result's groups; for devices that have native ops.
+    """Convolves and computes the statistics of the result's groups, on devices that have an implementation.
 
     Args:
         x: [N, C_in, H, W].
         conv_weight: [C_out, C_in, 3, 3]; padding 1, stride 1, no bias.
-        num_groups: Divides C_out.
+        num_groups: Divisor of C_out.
         eps: Added to the variance.
+        prepared: The transformed weights, or None.
 
     Returns:
-        The convolution's result y [N, C_out, H, W], in autocast's dtype where that is on, and the mean and the
-        reciprocal standard deviation of its groups, [N, num_groups] in float32 (float64 for float64). Only y is
-        differentiable: what normalises it answers for its gradient through the statistics.
+        The result y of the convolution [N, C_out, H, W], under autocast in autocast's dtype, and mean and reciprocal
+        standard deviation of its groups, float32 [N, num_groups] (float64 for float64). Only y is differentiable: the
+        op that normalizes y computes the part of its gradient that goes through the statistics.
     """
-    ops = _load.semantic_ops(x.device)
-    if x.device.type == "cuda":
-        if torch.is_autocast_enabled("cuda"):  # as it does with torch's own convolutions
-            dtype = torch.get_autocast_dtype("cuda")
-            x, conv_weight = x.to(dtype), conv_weight.to(dtype)
-        y, mean, rstd = ops.conv3x3_statistics(x, conv_weight, num_groups, eps)
-        return y, mean, rstd
-    y = conv3x3(x, conv_weight)
-    mean, rstd = ops.group_norm_statistics(y.detach(), num_groups, eps)
+    if takes_prepared(x, conv_weight, prepared):
+        y = torch.ops.panfpn_fast.conv3x3_prepared(x, prepared, conv_weight.shape[0], None, False, None)
+        return y, *torch.ops.panfpn_fast.group_norm_statistics(y, num_groups, eps)
+    if autocasts(x):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, conv_weight = x.to(dtype), conv_weight.to(dtype)
+    y, mean, rstd = torch.ops.panfpn_fast.conv3x3_statistics(x, conv_weight, num_groups, eps)
     return y, mean, rstd
+
+
+def _on_cpu(input: Tensor, weight: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    y = conv3x3(input, weight)
+    return y, *torch.ops.panfpn_fast.group_norm_statistics(y, num_groups, eps)
+
+
+@_register.register_fake("conv3x3_statistics")
+def _fake(input: Tensor, weight: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    if input.device.type == "cuda":
+        size = (input.shape[0], weight.shape[0], *input.shape[2:])
+        y = torch.empty(size, dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
+    else:
+        y = conv3x3(input, weight)  # in the layout that torch gives its result
+    return y, *torch.ops.panfpn_fast.group_norm_statistics(y, num_groups, eps)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    input, weight = ctx.saved_tensors
+    winograd = takes_winograd(input, weight)
+    return *conv3x3_gradients(grad, input, weight, ctx.needs_input_grad[:2], winograd), None, None
+
+
+_register.register_autograd("conv3x3_statistics", _backward, _setup_context)
+_register.implement_in_triton("conv3x3_statistics", on_cpu=_on_cpu)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from panfpn_fast import _load
-from panfpn_fast.ops import _checks, reference
+from panfpn_fast.ops import _checks, _register, reference
 from panfpn_fast.ops.nms import _check_inputs, nms
 
 
@@ -19,28 +19,32 @@ def batched_nms(
     iou_threshold: float,
     exact: Literal["class", "torchvision"] = "class",
 ) -> Tensor:
-    """Keeps the boxes that no better box of the same group overlaps by more than a threshold.
+    """Drops each box whose IoU with a higher-scored kept box of the same group exceeds a threshold.
 
     Args:
         boxes: [N, 4] rows of (x1, y1, x2, y2); float32, float16, bfloat16 or float64.
-        scores: [N], floating.
-        idxs: Group of each box [N], any integers: its class, its level, or both in one number.
-        iou_threshold: A box is struck out above this, not at it.
-        exact: "class" compares the groups themselves. "torchvision" reproduces the arithmetic of shifting each
-            group by a multiple of the largest coordinate, as torchvision does for few boxes: the shift rounds
-            coordinates, and negative coordinates let groups touch, so that some boxes differ. Half-precision boxes
-            are shifted in float32, where in their own type the shift would overflow.
+        scores: [N]; float32, float16, bfloat16 or float64.
+        idxs: Group of each box, [N], any integer dtype: its class, its level, or both combined in one number.
+        iou_threshold: A box is suppressed if its IoU with a kept box of its group is above this value. An equal IoU
+            does not suppress it.
+        exact: "class" compares the groups themselves. "torchvision" reproduces the arithmetic that torchvision uses
+            for few boxes: it shifts the boxes of each group by a multiple of the largest coordinate and then ignores
+            the groups. The shift rounds coordinates, and with negative coordinates boxes of different groups can
+            overlap, so the results differ for some boxes. Half-precision boxes are shifted in float32, because the
+            shift would overflow in their own dtype.
 
     Returns:
         int64 indices of the kept boxes, by descending score, on the device of `boxes`.
 
     Raises:
-        TypeError: An argument is of the wrong kind or dtype.
-        ValueError: An argument has the wrong shape, device or value.
+        TypeError: If `boxes`, `scores` or `idxs` is not a tensor of one of these dtypes, or `iou_threshold` is not a
+            number.
+        ValueError: If `boxes`, `scores` or `idxs` has another shape, they are on different devices, `iou_threshold` is
+            NaN, or `exact` is another string.
 
     Note:
-        Ties, empty boxes, half precision and determinism as in `nms`. On CUDA one host sync, for the length of the
-        result.
+        `nms` describes ties, NaN scores, boxes without area, half precision and determinism. On CUDA there is one host
+        sync, which reads the length of the result.
 
     Example:
         >>> import torch
@@ -64,7 +68,7 @@ def batched_nms(
     return torch.ops.panfpn_fast.batched_nms(boxes, scores, idxs.to(torch.int64), iou_threshold)
 
 
-@_load.register_fake("batched_nms")
+@_register.register_fake("batched_nms")
 def _fake(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
     kept = torch.library.get_ctx().new_dynamic_size()
     return boxes.new_empty((kept,), dtype=torch.int64)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from panfpn_fast import _load
-from panfpn_fast.ops import _checks, reference
-from panfpn_fast.ops._conv_statistics import check_conv, conv3x3_statistics
+from panfpn_fast.ops import _checks, _register, reference
+from panfpn_fast.ops._conv_statistics import conv3x3_statistics
+from panfpn_fast.ops.conv3x3 import check_convolution, check_prepared, dtypes_beside
 from panfpn_fast.ops.group_norm_relu_upsample import check_groups, check_parameters
 
 
@@ -23,42 +24,47 @@ def conv_gn_relu_project(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     residual: Tensor | None = None,
+    prepared: Tensor | None = None,
 ) -> Tensor:
-    """Convolves 3x3, normalises groups of channels, applies ReLU and a 1x1 convolution, and adds.
+    """Applies a 3x3 convolution, GroupNorm, ReLU and a 1x1 convolution, and adds a residual.
 
-    The first convolution has padding 1, stride 1 and no bias. A residual half as high and wide is upsampled
-    bilinearly as it is added, with align_corners=False: column 1 of the sum gets what lies at 0.25 between the
-    residual's columns 0 and 1.
+    The 3x3 convolution has padding 1, stride 1 and no bias. A residual with half the height and width is upsampled
+    bilinearly with align_corners=False: column 1 of the result gets the residual at 0.25 between its columns 0 and 1.
 
     Args:
         x: Feature map [N, C_in, H, W]; float32, float16, bfloat16, or float64 on the CPU. Channels-last is fastest.
-        conv_weight: [C_out, C_in, 3, 3] in the dtype of `x`; under autocast in any dtype.
-        gn_weight: [C_out], multiplies the normalised channels; in float32 or the dtype of `x`.
-        gn_bias: [C_out], is added to them; in the dtype of `gn_weight`.
-        num_groups: Divides C_out.
-        weight: [K, C_out], the 1x1 convolution's; in the dtype of `x`, under autocast in any dtype.
-        bias: [K], its bias, in the dtype of `weight`, or None.
+        conv_weight: Weight of the 3x3 convolution, [C_out, C_in, 3, 3], in the dtype of `x`; under autocast in any
+            dtype but float64.
+        gn_weight: Scale of the normalized channels, [C_out], in float32 or the dtype of `x`.
+        gn_bias: Shift of the normalized channels, [C_out], in the dtype of `gn_weight`.
+        num_groups: Number of groups; a divisor of C_out.
+        weight: Weight of the 1x1 convolution, [K, C_out], in the dtype of `x`; under autocast in any dtype but float64.
+        bias: Bias of the 1x1 convolution, [K], in the dtype of `weight`, or None.
         eps: Added to the variance; above 0.
-        residual: [N, K, H, W] or [N, K, H / 2, W / 2] in the dtype of `x`, under autocast in any dtype; or None.
+        residual: [N, K, H, W] or [N, K, H / 2, W / 2] in the dtype of `x`, under autocast in any dtype but float64; or
+            None.
+        prepared: The result of `winograd.prepare(conv_weight)`, or None; see `conv3x3`.
 
     Returns:
-        [N, K, H, W] on the device of `x` and in its dtype, under autocast in autocast's; channels-last, which is how
-        the ops that upsample it read it best.
+        [N, K, H, W] on the device of `x`, in its dtype or, under autocast, in autocast's; channels-last.
 
     Raises:
-        TypeError: An argument is of the wrong kind or dtype.
-        ValueError: An argument has the wrong shape, device or value.
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If an argument has the wrong shape, device or value.
+        ImportError: If the implementation for the device cannot be loaded.
 
     Note:
         Equals F.conv2d(F.relu(F.group_norm(F.conv2d(x, conv_weight, padding=1), num_groups, gn_weight, gn_bias,
-        eps)), weight[:, :, None, None], bias) + residual. The activations never reach memory, and with float16 and
-        bfloat16 they are not rounded. No host sync.
+        eps)), weight[:, :, None, None], bias) + residual. The activations are not written to memory. No host sync.
 
-        A predictor after an upsampling, or after a sum of maps, gives the same logits before it, because bilinear
-        weights sum to one. So the logits of a coarse level can be the residual of the next finer one.
+        Because bilinear weights sum to one, a predictor gives the same logits before and after an upsampling, and
+        before and after a sum of maps. So the logits of a coarse level can be the residual of the next finer level.
 
-        Differentiable once, in `x`, the parameters and `residual`; backward computes the activations again.
-        Deterministic but for what F.conv2d does on the CPU.
+        Differentiable once, in `x`, the parameters and `residual`; backward recomputes the activations. GroupNorm and
+        the 1x1 convolution are deterministic; their backward is as deterministic as torch's matrix products. The 3x3
+        convolution is as deterministic as torch's: on CUDA, cuDNN may use atomics for the gradient of `conv_weight`
+        unless `torch.backends.cudnn.deterministic` is set. On CUDA the implementation of the 3x3 convolution
+        depends on the GPU and on `panfpn_fast.tune`; implementations differ in rounding.
 
     Example:
         >>> import torch
@@ -69,20 +75,20 @@ def conv_gn_relu_project(
         >>> ops.conv_gn_relu_project(x, conv_weight, *gn, weight, residual=coarse).shape
         torch.Size([1, 5, 4, 6])
     """
-    check_conv(x, conv_weight)
+    check_convolution(x, conv_weight, "conv_weight")
+    check_prepared(prepared, conv_weight)
     channels = conv_weight.shape[0]
     check_parameters("gn_weight", gn_weight, "gn_bias", gn_bias, x, channels)
     check_groups(num_groups, channels, eps)
     _check_predictor(weight, bias, conv_weight)
     if residual is not None:
         _check_residual(residual, x, weight)
-    ops = _load.semantic_ops(x.device)
-    if ops is None:
+    if not _load.native(x.device, in_triton=True):
         return reference.conv_gn_relu_project(
             x, conv_weight, gn_weight, gn_bias, num_groups, weight, bias, eps, residual
         )
-    y, mean, rstd = conv3x3_statistics(x, conv_weight, num_groups, eps)
-    logits: Tensor = ops.group_norm_relu_project(
+    y, mean, rstd = conv3x3_statistics(x, conv_weight, num_groups, eps, prepared)
+    logits: Tensor = torch.ops.panfpn_fast.group_norm_relu_project(
         y,
         mean,
         rstd,
@@ -95,15 +101,8 @@ def conv_gn_relu_project(
     return logits
 
 
-def _dtypes_beside(x: Tensor) -> tuple[torch.dtype, ...]:
-    """What autocast brings to one dtype with `x`; without it that of `x` alone."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return tuple(dtype for dtype in _checks.FLOATING if dtype != torch.float64)
-    return (x.dtype,)
-
-
 def _check_predictor(weight: Any, bias: Any, conv_weight: Tensor) -> None:
-    _checks.check_tensor("weight", weight, _dtypes_beside(conv_weight), "[K, C_out]", (2,))
+    _checks.check_tensor("weight", weight, dtypes_beside(conv_weight), "[K, C_out]", (2,))
     channels = conv_weight.shape[0]
     if weight.shape[1] != channels or weight.shape[0] < 1:
         raise ValueError(f"weight: expected shape [K, {channels}], got {list(weight.shape)}")
@@ -116,7 +115,7 @@ def _check_predictor(weight: Any, bias: Any, conv_weight: Tensor) -> None:
 
 def _check_residual(residual: Any, x: Tensor, weight: Tensor) -> None:
     shape = "[N, K, H, W] or [N, K, H / 2, W / 2]"
-    _checks.check_tensor("residual", residual, _dtypes_beside(x), shape, (4,))
+    _checks.check_tensor("residual", residual, dtypes_beside(x), shape, (4,))
     batch, outputs, height, width = residual.shape
     same = height == x.shape[2] and width == x.shape[3]
     half = 2 * height == x.shape[2] and 2 * width == x.shape[3]
@@ -128,7 +127,7 @@ def _check_residual(residual: Any, x: Tensor, weight: Tensor) -> None:
     _checks.check_device("residual", residual, x.device, "x")
 
 
-@_load.register_fake("group_norm_relu_project")
+@_register.register_fake("group_norm_relu_project")
 def _fake(
     input: Tensor,
     mean: Tensor,
@@ -151,13 +150,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _pixels(x: Tensor) -> Tensor:
-    """[N, C, H, W] as a matrix [N * H * W, C]: a view where it lies channels-last."""
+    """Reshapes [N, C, H, W] to a matrix [N * H * W, C]; a view if the map is channels-last."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, mean, rstd, weight, bias, proj_weight = ctx.saved_tensors
-    ops = _load.semantic_ops(grad.device)
+    ops = torch.ops.panfpn_fast
     input_grad = weight_grad = bias_grad = proj_weight_grad = proj_bias_grad = residual_grad = None
     batch, channels, height, width = input.shape
     rows = _pixels(grad)  # [N * H * W, K]
@@ -176,4 +175,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return input_grad, None, None, weight_grad, bias_grad, proj_weight_grad, proj_bias_grad, residual_grad
 
 
-_load.register_autograd("group_norm_relu_project", _backward, _setup_context)
+_register.register_autograd("group_norm_relu_project", _backward, _setup_context)
+_register.implement_in_triton("group_norm_relu_project")

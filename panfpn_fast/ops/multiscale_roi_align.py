@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from panfpn_fast import _load
-from panfpn_fast.ops import _checks, reference
+from panfpn_fast._layout import channels_last_only
+from panfpn_fast.ops import _checks, _register, reference
 
 _MAX_LEVELS = 8
 
@@ -26,37 +27,44 @@ def multiscale_roi_align(
     canonical_level: int = 4,
     level_epsilon: float = 1e-8,
 ) -> Tensor:
-    """Resamples the region of each box, from the pyramid level that fits its size, in one pass over all levels.
+    """Pools each box with ROIAlign from the pyramid level that suits its size, in one pass over all levels.
 
     A box with the sides (w, h) belongs to level floor(canonical_level + log2(sqrt(w h) / canonical_box_size +
-    level_epsilon)), clamped to the levels there are: 224 x 224 belongs to level 4, of scale 1/16.
+    level_epsilon)), clamped to the available levels. For example, a 224 x 224 box belongs to level 4, whose scale is
+    1/16.
 
     Args:
-        features: Feature maps [N, C, H_l, W_l], finest first, 1 to 8 of them; float32, float16, bfloat16, or
-            float64 on the CPU. NCHW or channels-last.
-        boxes: [K, 5] rows of (index in the batch, x1, y1, x2, y2), or a list of N tensors [L, 4]; any floating dtype.
-        output_size: Cells along height and width, or one number for both.
-        spatial_scales: Feature pixels per unit of the boxes' coordinates for each map: consecutive powers of two,
+        features: 1 to 8 feature maps [N, C, H_l, W_l], finest first, all of the same dtype; float32, float16,
+            bfloat16, or float64 on the CPU; NCHW or channels-last.
+        boxes: [K, 5] rows of (image index, x1, y1, x2, y2), or a list with one tensor [L, 4] of (x1, y1, x2, y2) for
+            each of the N images; float32, float16, bfloat16 or float64.
+        output_size: Number of bins (height, width), or one number for both; at least 1.
+        spatial_scales: Feature pixels per unit of box coordinates for each feature map: consecutive powers of two,
             for example (1/4, 1/8, 1/16, 1/32).
-        sampling_ratio: Samples along each side of a cell; 0 or less means as many as it spans pixels, rounded up;
-            at most 1024.
-        aligned: Whether pixel centres lie at half coordinates, as in `roi_align`.
-        canonical_box_size: Side of the box that belongs to `canonical_level`.
-        canonical_level: Level k has the scale 2**-k.
-        level_epsilon: 1e-8 is detectron2's. torchvision and mmdetection add 1e-6, torchvision after the logarithm.
+        sampling_ratio: Samples per bin along each axis, at most 1024. With 0 or less, this is the size of the bin in
+            feature pixels, rounded up.
+        aligned: Whether the centres of pixels are at half-integer coordinates, as in `roi_align`.
+        canonical_box_size: Side of a square box that belongs to `canonical_level`, in units of box coordinates; finite
+            and above 0.
+        canonical_level: Level of a box with the side `canonical_box_size`. Level k has the scale 2**-k.
+        level_epsilon: Offset in the logarithm. 1e-8 is detectron2's. mmdetection's is 1e-6, and torchvision adds 1e-6
+            after the logarithm.
 
     Returns:
-        [K, C, height, width] in the dtype and on the device of the features; channels-last where all of them are.
+        [K, C, height, width] in the dtype and on the device of `features`; channels-last if all feature maps are.
 
     Raises:
-        TypeError: An argument is of the wrong kind or dtype.
-        ValueError: An argument has the wrong shape, device or value.
+        TypeError: If `features` is not a list of tensors of one of these dtypes, `boxes` is neither a tensor nor a list
+            of tensors of one of these dtypes, or another argument is not of the type in the signature.
+        ValueError: If `features` is empty, has more than 8 maps, or has maps that differ in N, C or device; if `boxes`
+            has another shape, number of tensors or device; if `spatial_scales` are not consecutive powers of two, one
+            for each map; or if a number is outside its range.
 
     Note:
-        Equals detectron2's ROIPooler (ROIAlignV2 for `aligned=True`); the level rule is equation 1 of Feature Pyramid
-        Networks (Lin et al. 2017). Boxes with NaN or infinite coordinates give zeros; boxes of negative area belong to
-        the finest level, where detectron2 leaves them out. No host sync. Differentiable once, in the features, and as
-        deterministic as `roi_align`.
+        Equals detectron2's ROIPooler (ROIAlignV2 for `aligned=True`). The rule for levels is equation 1 of Feature
+        Pyramid Networks (Lin et al. 2017). Boxes with NaN or infinite coordinates give zeros. Boxes of negative area
+        belong to the finest level, whereas detectron2 assigns them to no level. No host sync. Differentiable once with
+        respect to the features, and as deterministic as `roi_align`.
 
     Example:
         >>> import torch
@@ -110,11 +118,11 @@ def _check_features(features: Sequence[Tensor]) -> None:
         _checks.check_device(f"features[{i}]", feature, features[0].device, "features[0]")
         if feature.dtype != features[0].dtype:
             raise TypeError(
-                f"features[{i}]: expected {features[0].dtype}, as features[0], got {feature.dtype}"
+                f"features[{i}]: expected {features[0].dtype}, the dtype of features[0], got {feature.dtype}"
             )
         if feature.shape[:2] != features[0].shape[:2]:
             raise ValueError(
-                f"features[{i}]: expected N and C of {list(features[0].shape[:2])}, as features[0], "
+                f"features[{i}]: expected N and C to be {list(features[0].shape[:2])}, as in features[0], "
                 f"got {list(feature.shape[:2])}"
             )
 
@@ -124,7 +132,7 @@ def _check_scales(spatial_scales: Sequence[float], levels: int) -> None:
         raise TypeError(f"spatial_scales: expected a list of numbers, got {type(spatial_scales).__name__}")
     if len(spatial_scales) != levels:
         raise ValueError(
-            f"spatial_scales: expected {levels}, one for each feature map, got {len(spatial_scales)}"
+            f"spatial_scales: expected {levels} numbers, one for each feature map, got {len(spatial_scales)}"
         )
     for i, scale in enumerate(spatial_scales):
         _checks.check_positive(f"spatial_scales[{i}]", scale)
@@ -134,7 +142,7 @@ def _check_scales(spatial_scales: Sequence[float], levels: int) -> None:
             )
 
 
-@_load.register_fake("multiscale_roi_align")
+@_register.register_fake("multiscale_roi_align")
 def _fake(
     features: Sequence[Tensor],
     boxes: Tensor,
@@ -147,7 +155,7 @@ def _fake(
     canonical_level: int,
     level_epsilon: float,
 ) -> Tensor:
-    channels_last = all(_checks.channels_last_only(feature) for feature in features)
+    channels_last = all(channels_last_only(feature) for feature in features)
     return torch.empty(
         (boxes.shape[0], features[0].shape[1], pooled_height, pooled_width),
         dtype=features[0].dtype,
@@ -156,7 +164,7 @@ def _fake(
     )
 
 
-@_load.register_fake("multiscale_roi_align_backward")
+@_register.register_fake("multiscale_roi_align_backward")
 def _fake_backward(
     grad: Tensor,
     boxes: Tensor,
@@ -190,7 +198,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.batch = features[0].shape[0]
     ctx.heights = [feature.shape[2] for feature in features]
     ctx.widths = [feature.shape[3] for feature in features]
-    ctx.channels_last = all(_checks.channels_last_only(feature) for feature in features)
+    ctx.channels_last = all(channels_last_only(feature) for feature in features)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor] | None, ...]:
@@ -208,5 +216,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor] | None, ...]:
     return (grads, *[None] * 9)
 
 
-_load.register_autograd("multiscale_roi_align", _backward, _setup_context)
-_load.block_double_backward("multiscale_roi_align")
+_register.register_autograd("multiscale_roi_align", _backward, _setup_context)
+_register.block_double_backward("multiscale_roi_align")

@@ -6,32 +6,35 @@ import torch
 from torch import Tensor
 
 from panfpn_fast import _load
-from panfpn_fast.ops import _checks, reference
+from panfpn_fast.ops import _checks, _register, reference
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """Keeps the boxes that no better box overlaps by more than a threshold.
+    """Drops each box whose IoU with a higher-scored kept box exceeds a threshold.
 
-    Boxes are visited by descending score, equal scores in their given order, NaN first. A box that is still there
-    is kept, and strikes out each later box whose intersection over union with it is above the threshold.
+    Boxes are visited by descending score. NaN counts as the highest score, and equal scores keep the order of their
+    indices. A visited box that is not suppressed yet is kept, and suppresses each later box whose intersection over
+    union (IoU) with it is above the threshold.
 
     Args:
         boxes: [N, 4] rows of (x1, y1, x2, y2); float32, float16, bfloat16 or float64.
-        scores: [N], floating.
-        iou_threshold: A box is struck out above this, not at it.
+        scores: [N]; float32, float16, bfloat16 or float64.
+        iou_threshold: A box is suppressed if its IoU with a kept box is above this value. An equal IoU does not
+            suppress it.
 
     Returns:
         int64 indices of the kept boxes, by descending score, on the device of `boxes`.
 
     Raises:
-        TypeError: An argument is of the wrong kind or dtype.
-        ValueError: An argument has the wrong shape, device or value.
+        TypeError: If `boxes` or `scores` is not a tensor of one of these dtypes, or `iou_threshold` is not a number.
+        ValueError: If `boxes` or `scores` has another shape, they are on different devices, or `iou_threshold` is NaN.
 
     Note:
-        Equals torchvision.ops.nms: boxes without area are never struck out, since 0/0 is NaN. As there, the float32
-        overlap is compared with the float64 threshold on the CPU and with the threshold rounded to float32 on CUDA,
-        which differ for an overlap of exactly 0.3, say. Half-precision boxes are compared in float32.
-        Deterministic; on CUDA one host sync, for the length of the result.
+        Equals torchvision.ops.nms. Boxes without area are never suppressed at thresholds of 0 or more: their IoU is 0,
+        or 0/0 = NaN with another box without area. As in torchvision, the float32 IoU is compared with the float64
+        threshold on the CPU, and with the threshold rounded to float32 on CUDA. The devices can therefore differ for
+        exact ties, such as an IoU of 30/100 at 0.3. Half-precision boxes are converted to float32. Deterministic. On
+        CUDA there is one host sync, which reads the length of the result.
 
     Example:
         >>> import torch
@@ -55,7 +58,7 @@ def _check_inputs(boxes: Tensor, scores: Tensor, iou_threshold: float) -> None:
     _checks.check_number("iou_threshold", iou_threshold)
 
 
-@_load.register_fake("nms")
+@_register.register_fake("nms")
 def _fake(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     kept = torch.library.get_ctx().new_dynamic_size()
     return boxes.new_empty((kept,), dtype=torch.int64)

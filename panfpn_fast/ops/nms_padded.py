@@ -6,36 +6,40 @@ import torch
 from torch import Tensor
 
 from panfpn_fast import _load
-from panfpn_fast.ops import _checks, reference
+from panfpn_fast.ops import _checks, _register, reference
 
 
 def nms_padded(
     boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: float, max_output: int
 ) -> tuple[Tensor, Tensor]:
-    """Keeps the best boxes that no better one of the same group overlaps by more than a threshold, up to a number.
+    """Returns the first indices that `batched_nms` keeps, padded with -1 to a fixed length.
 
-    The first `max_output` of what `batched_nms` keeps (`nms`, without groups), in outputs whose shapes depend on the
-    shapes of the inputs alone. So there is no host sync on CUDA, and the call can be part of a CUDA graph.
+    Without groups, these are the first indices that `nms` keeps. The shapes of the outputs depend only on the shapes
+    of the inputs and on `max_output`. The call therefore needs no host sync on CUDA and can be part of a CUDA graph.
 
     Args:
-        boxes: [N, 4] or [B, N, 4] rows of (x1, y1, x2, y2); float32, float16, bfloat16 or float64. Each of B images is
-            on its own.
-        scores: [N] or [B, N], floating. Padding rows of a batch need boxes without area at the lowest score: they are
-            kept, after all others.
-        idxs: Group of each box [N] or [B, N], any integers; None for one group.
-        iou_threshold: A box is struck out above this, not at it.
-        max_output: How many boxes to keep at most.
+        boxes: [N, 4] or [B, N, 4] rows of (x1, y1, x2, y2); float32, float16, bfloat16 or float64. The B images are
+            processed independently.
+        scores: [N] or [B, N]; float32, float16, bfloat16 or float64. To pad a batch to N boxes per image, add boxes
+            without area with the lowest score. They are kept, but come after all other boxes.
+        idxs: Group of each box, [N] or [B, N], any integer dtype; None puts all boxes into one group.
+        iou_threshold: A box is suppressed if its IoU with a kept box of its group is above this value. An equal IoU
+            does not suppress it.
+        max_output: Maximum number of boxes to keep; at least 0.
 
     Returns:
-        A tuple of keep and count, int64 on the device of `boxes`. keep, [max_output] or [B, max_output]: indices of
-        the kept boxes by descending score, filled up with -1. count, [] or [B]: how many they are.
+        A tuple (keep, count), int64 on the device of `boxes`. keep, [max_output] or [B, max_output]: indices of the
+        kept boxes by descending score, padded with -1. count, [] or [B]: the number of indices before the padding.
 
     Raises:
-        TypeError: An argument is of the wrong kind or dtype.
-        ValueError: An argument has the wrong shape, device or value.
+        TypeError: If `boxes`, `scores` or `idxs` is not a tensor of one of these dtypes, `iou_threshold` is not a
+            number, or `max_output` is not an integer.
+        ValueError: If `boxes`, `scores` or `idxs` has another shape, they are on different devices, `iou_threshold` is
+            NaN, or `max_output` is negative.
 
     Note:
-        Ties, NaN, empty boxes, half precision and determinism as in `nms`, on CPU and CUDA. No host sync.
+        `nms` describes ties, NaN scores, boxes without area, half precision and determinism, on the CPU and on CUDA. No
+        host sync.
 
     Example:
         >>> import torch
@@ -76,7 +80,7 @@ def _check_inputs(
         raise ValueError(f"max_output: expected an integer of at least 0, got {max_output}")
 
 
-@_load.register_fake("nms_padded")
+@_register.register_fake("nms_padded")
 def _fake(
     boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: float, max_output: int
 ) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Merging of instances and semantic labels into one panoptic map."""
+"""Merges instances and semantic labels into one panoptic map."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from panfpn_fast import _load
-from panfpn_fast.ops import _checks, reference
+from panfpn_fast.ops import _checks, _register, reference
 from panfpn_fast.ops.reference import PanopticSegments
 
 __all__ = ["PanopticSegments", "panoptic_merge"]
@@ -32,7 +32,10 @@ def check_arguments(
     mask_threshold: float,
     rule: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int]:
-    """Checks what both forms of merging take; returns masks, boxes, scores and classes as the ops want them."""
+    """Checks the arguments of both merging ops; returns (masks, boxes, scores, classes, height, width).
+
+    The tensors have the shapes and dtypes that the dispatcher ops take.
+    """
     masks = _checks.check_masks(masks)
     _checks.check_boxes("boxes", boxes, masks.shape[0])
     _checks.check_tensor("scores", scores, _checks.FLOATING, "[N]", (1,))
@@ -43,7 +46,7 @@ def check_arguments(
     _checks.check_tensor("semantic", semantic, _LABEL_DTYPES, "[height, width]", (2,))
     if semantic.shape[0] != height or semantic.shape[1] != width:
         raise ValueError(
-            f"semantic: expected shape {[height, width]}, as image_size, got {list(semantic.shape)}"
+            f"semantic: expected shape {[height, width]}, which is image_size, got {list(semantic.shape)}"
         )
     for name, value in (("boxes", boxes), ("scores", scores), ("classes", classes), ("semantic", semantic)):
         _checks.check_device(name, value, masks.device, "masks")
@@ -59,9 +62,9 @@ def check_arguments(
 
 
 def segments_of(table: Tensor, scores: Tensor) -> PanopticSegments:
-    """Splits the ops' table, rows of (id, isthing, label, area, instance), and looks up the scores."""
+    """Splits the table of the dispatcher ops, rows of (id, isthing, label, area, instance), and adds the scores."""
     id, isthing, label, area, instance = table.unbind(1)
-    # The zero at the end is what -1, the instance of stuff, reads.
+    # The instance of stuff is -1, so its score is the zero that is appended here.
     score = torch.cat([scores, scores.new_zeros(1)])[instance]
     return PanopticSegments(id.to(torch.int32), isthing.to(torch.bool), label, score, area, instance)
 
@@ -80,57 +83,62 @@ def panoptic_merge(
     mask_threshold: float = 0.5,
     rule: Rule = "detectron2",
 ) -> tuple[Tensor, PanopticSegments]:
-    """Gives each pixel to one instance, to one stuff label or to nothing.
+    """Assigns each pixel to one instance, to one stuff class or to void.
 
-    Instances come by descending score, equal scores in their given order. Each takes the pixels of its pasted mask
-    that are still free, unless more than a share of them is taken already. What stays free goes to its semantic
-    label, unless too few pixels of that label are left.
+    Instances are placed by descending score; equal scores keep their given order. An instance is dropped if more than
+    a given share of its pasted mask is already taken. Otherwise it gets the pixels of its mask that are still free.
+    The pixels that remain get their semantic label, unless too few pixels with this label remain.
 
     Args:
-        masks: [N, M_h, M_w] or [N, 1, M_h, M_w], values in 0..1; float32, float16, bfloat16, float64 or bool.
-        boxes: [N, 4] rows of (x1, y1, x2, y2) in pixels of the image, floating.
-        scores: [N], floating; compared in float32.
-        classes: Thing class of each instance [N], any integers.
-        semantic: Label map [height, width], uint8, int16, int32 or int64; 1..4095 are stuff, everything else is void,
-            as 0 is for things and other.
+        masks: [N, M_h, M_w] or [N, 1, M_h, M_w], values in 0..1; float32, float16, bfloat16, bool, or float64 on the
+            CPU.
+        boxes: [N, 4] rows of (x1, y1, x2, y2) in pixels of the image; float32, float16, bfloat16 or float64.
+        scores: [N]; float32, float16, bfloat16 or float64. They are compared in float32.
+        classes: Thing class of each instance, [N], any integer dtype.
+        semantic: Label map [height, width]; uint8, int16, int32 or int64. Labels 1..4095 are stuff. All others are
+            void, including 0, the label of things and other pixels.
         image_size: (height, width) of the image.
-        score_threshold: Instances below this are dropped. mmdetection's merger has no such threshold: float("-inf")
-            gives that.
-        overlap_threshold: An instance is dropped when more than this share of its mask is taken.
-        stuff_area_threshold: Stuff with fewer pixels left than this is dropped.
-        mask_threshold: A pixel belongs to an instance where the pasted mask is at least this.
-        rule: Whose rules decide the corners: "detectron2", "mmdetection" or "panopticapi"; see Note.
+        score_threshold: Instances with a lower score are dropped. mmdetection's merger has no such threshold;
+            float("-inf") reproduces this.
+        overlap_threshold: An instance is dropped if more than this share of its mask is already taken.
+        stuff_area_threshold: A stuff class is dropped if fewer pixels than this remain for it.
+        mask_threshold: A pixel belongs to an instance if its value in the pasted mask is at least this.
+        rule: The framework whose rules decide corner cases: "detectron2", "mmdetection" or "panopticapi"; see Note.
 
     Returns:
-        The panoptic map, int32 [height, width] with 0 = void, and its `PanopticSegments`: one row per segment, things
-        in the order they were placed with ids 1.., then stuff by ascending label. No segment is without pixels.
+        A tuple of the panoptic map, int32 [height, width] with 0 for void, and its `PanopticSegments`, one row per
+        segment, both on the device of `masks`. Things come first, in the order in which they were placed, with ids
+        from 1. Stuff follows by ascending label. Each segment has at least one pixel.
 
     Raises:
-        TypeError: An argument is of the wrong kind or dtype.
-        ValueError: An argument has the wrong shape, device or value.
+        TypeError: If a tensor argument is not a tensor of one of these dtypes, or another argument is not of the type
+            in the signature.
+        ValueError: If a tensor has another shape, the tensors are on different devices, a threshold is NaN, or `rule`
+            is another string.
 
     Note:
-        In all rules a share of exactly `overlap_threshold` is kept, so is stuff of exactly `stuff_area_threshold`
-        pixels, the share is of the whole pasted mask, empty masks are skipped, and equal scores keep their given order
-        (detectron2 and mmdetection sort unstably); a NaN score comes last. Stuff is counted over the pixels that things
-        leave. The rules differ so:
+        The following holds for all rules. An instance is kept if exactly `overlap_threshold` of it is taken, and stuff
+        if exactly `stuff_area_threshold` pixels remain. The share is relative to the whole pasted mask. Empty masks are
+        skipped. Stuff pixels are counted after all things are placed. Equal scores keep their given order, whereas
+        detectron2 and mmdetection sort unstably. NaN scores come last. The rules differ as follows:
 
-        - "detectron2", combine_semantic_and_instance_outputs: claimed / area in float64; the first score below the
-          threshold ends the instances, and with them the NaN at the end.
-        - "panopticapi", combine_semantic_and_instance_predictions: the same share; every instance below the threshold
-          is dropped by itself, so that NaN, which is not below, still has its turn.
-        - "mmdetection", HeuristicFusionHead: claimed / (area + 1e-5) and the comparison in float32; scores as
-          "detectron2".
+        - "detectron2", combine_semantic_and_instance_outputs: the share is claimed / area in float64. The first score
+          below the threshold ends the placement of instances, so all later ones are dropped, including NaN scores.
+        - "panopticapi", combine_semantic_and_instance_predictions: the same share. Each instance below the threshold is
+          dropped on its own. NaN is not below the threshold, so instances with NaN scores are placed.
+        - "mmdetection", HeuristicFusionHead: the share is claimed / (area + 1e-5), computed and compared in float32.
+          Scores are handled as in "detectron2".
 
-        All rules give ids 1.. and void 0, and a segment without pixels is left out, where detectron2 lists it for an
-        `overlap_threshold` of 1 or more and panopticapi without a stuff area threshold. mmdetection's map has
-        `label + 1000 * id` at a thing, `80 + label - 1` at stuff (80 things) and 133 at void; panopticapi's ids are
-        colours, drawn at random for things. `semantic` keeps 0 for things and other in all rules: mmdetection's
-        channels are 0..52 for stuff and 53 for things, so its arg max `k` is given as `(k + 1) % 54`. mmdetection
-        pastes a stripe for a box without width or height; here it pastes nothing.
+        All rules give ids from 1 and void 0, and omit segments without pixels. detectron2 lists these if
+        `overlap_threshold` is 1 or more, and panopticapi if there is no stuff area threshold. mmdetection's map
+        contains `label + 1000 * id` for things, `80 + label - 1` for stuff (with 80 things) and 133 for void.
+        panopticapi's ids are colours, which are random for things. For all rules, 0 in `semantic` stands for things and
+        other pixels. mmdetection's semantic head has channels 0..52 for stuff and 53 for things, so its arg max `k` is
+        passed as `(k + 1) % 54`. For a box without width or height, mmdetection pastes a stripe; this op pastes
+        nothing.
 
-        Masks are pasted as by `paste_masks`. Never makes N x height x width. Deterministic; on CUDA one host sync, for
-        the number of segments: `panoptic_merge_padded` has none.
+        Masks are pasted as in `paste_masks`, without allocating [N, height, width]. Deterministic. On CUDA there is one
+        host sync, which reads the number of segments; `panoptic_merge_padded` has none.
 
     Example:
         >>> import torch
@@ -183,7 +191,7 @@ def panoptic_merge(
     return panoptic, segments_of(table, scores)
 
 
-@_load.register_fake("panoptic_merge")
+@_register.register_fake("panoptic_merge")
 def _fake(
     masks: Tensor,
     boxes: Tensor,

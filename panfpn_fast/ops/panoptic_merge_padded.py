@@ -1,4 +1,4 @@
-"""Panoptic merging that stays on the device."""
+"""Panoptic merging without a host sync."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from panfpn_fast import _load
-from panfpn_fast.ops import _checks, reference
+from panfpn_fast.ops import _checks, _register, reference
 from panfpn_fast.ops.panoptic_merge import Rule, check_arguments, segments_of
 from panfpn_fast.ops.reference import PanopticSegments
 
@@ -28,34 +28,39 @@ def panoptic_merge_padded(
     mask_threshold: float = 0.5,
     rule: Rule = "detectron2",
 ) -> tuple[Tensor, PanopticSegments, Tensor]:
-    """Merges as `panoptic_merge` does, into a segment table of a size that is known beforehand.
+    """Merges like `panoptic_merge`, with a segment table of fixed size.
 
     Args:
-        masks: [N, M_h, M_w] or [N, 1, M_h, M_w], as in panoptic_merge, and so are all arguments but `max_segments`.
-        boxes: [N, 4] rows of (x1, y1, x2, y2) in pixels of the image, floating.
-        scores: [N], floating. To pad the instances give the padding a score below `score_threshold`.
-        classes: Thing class of each instance [N], any integers.
-        semantic: Label map [height, width], uint8, int16, int32 or int64; 1..4095 are stuff.
+        masks: [N, M_h, M_w] or [N, 1, M_h, M_w], values in 0..1; float32, float16, bfloat16, bool, or float64 on the
+            CPU.
+        boxes: [N, 4] rows of (x1, y1, x2, y2) in pixels of the image; float32, float16, bfloat16 or float64.
+        scores: [N]; float32, float16, bfloat16 or float64. To pad the instances, give the padding a score below
+            `score_threshold`.
+        classes: Thing class of each instance, [N], any integer dtype.
+        semantic: Label map [height, width]; uint8, int16, int32 or int64. Labels 1..4095 are stuff, all others void.
         image_size: (height, width) of the image.
-        max_segments: Rows of the segment table. N plus the number of stuff labels always suffices.
-        score_threshold: Instances below this are dropped.
-        overlap_threshold: An instance is dropped when more than this share of its mask is taken.
-        stuff_area_threshold: Stuff with fewer pixels left than this is dropped.
-        mask_threshold: A pixel belongs to an instance where the pasted mask is at least this.
-        rule: "detectron2", "mmdetection" or "panopticapi".
+        max_segments: Number of rows of the segment table; at least 0. N plus the number of stuff classes always
+            suffices.
+        score_threshold: Instances with a lower score are dropped.
+        overlap_threshold: An instance is dropped if more than this share of its mask is already taken.
+        stuff_area_threshold: A stuff class is dropped if fewer pixels than this remain for it.
+        mask_threshold: A pixel belongs to an instance if its value in the pasted mask is at least this.
+        rule: "detectron2", "mmdetection" or "panopticapi"; see `panoptic_merge`.
 
     Returns:
-        The panoptic map, int32 [height, width]; its `PanopticSegments` with `max_segments` rows, unused ones with id 0,
-        label -1, instance -1 and zeros; and the number of segments, int64 []. A number above `max_segments` says that
-        rows are missing: the map has all segments, the table the first ones.
+        A tuple of the panoptic map, int32 [height, width]; its `PanopticSegments` with `max_segments` rows; and the
+        number of segments, int64 []. Unused rows have id 0, label -1, instance -1 and zeros elsewhere. If the number
+        exceeds `max_segments`, the map contains all segments, but the table only the first `max_segments`.
 
     Raises:
-        TypeError: An argument is of the wrong kind or dtype.
-        ValueError: An argument has the wrong shape, device or value.
+        TypeError: If a tensor argument is not a tensor of one of these dtypes, or another argument is not of the type
+            in the signature.
+        ValueError: If a tensor has another shape, the tensors are on different devices, a threshold is NaN,
+            `max_segments` is negative, or `rule` is another string.
 
     Note:
-        The rules, peers and corners are panoptic_merge's. Deterministic; no host sync, so it can be captured in a CUDA
-        graph.
+        `panoptic_merge` describes the rules, their sources and the corner cases. Deterministic. No host sync, so the
+        call can be captured in a CUDA graph.
 
     Example:
         >>> import torch
@@ -113,7 +118,7 @@ def panoptic_merge_padded(
     return panoptic, segments_of(table, scores), count
 
 
-@_load.register_fake("panoptic_merge_padded")
+@_register.register_fake("panoptic_merge_padded")
 def _fake(
     masks: Tensor,
     boxes: Tensor,

@@ -10,38 +10,43 @@ import torch
 from torch import Tensor
 
 from panfpn_fast import _load
-from panfpn_fast.ops import _checks, reference
+from panfpn_fast.ops import _checks, _register, reference
 
 
 def paste_masks_rle(
     masks: Tensor, boxes: Tensor, image_size: Sequence[int], threshold: float = 0.5
 ) -> list[dict[str, Any]]:
-    """Encodes what `paste_masks` would paste, without making it.
+    """Encodes the masks of `paste_masks` as COCO run lengths, without creating the pasted masks.
 
-    Pixel (0, 0) of the image is sampled at its centre (0.5, 0.5): a mask of ones in the box (10, 10, 20, 20) sets
-    exactly the pixels 10..19 along both sides.
+    Pixel (0, 0) of the image is sampled at its centre (0.5, 0.5). For example, a mask of ones in the box
+    (10, 10, 20, 20) sets exactly the pixels 10..19 along both axes.
 
     Args:
-        masks: [N, M_h, M_w] or [N, 1, M_h, M_w], values in 0..1; float32, float16, bfloat16, float64 or bool.
-        boxes: [N, 4] rows of (x1, y1, x2, y2) in pixels of the image, floating.
+        masks: [N, M_h, M_w] or [N, 1, M_h, M_w], values in 0..1; float32, float16, bfloat16, bool, or float64 on the
+            CPU.
+        boxes: [N, 4] rows of (x1, y1, x2, y2) in pixels of the image; float32, float16, bfloat16 or float64.
         image_size: (height, width) of the image.
-        threshold: A pixel is set where the interpolated value is at least this; not negative.
+        threshold: A pixel is set if its interpolated value is at least this; at least 0.
 
     Returns:
-        One {"size": [height, width], "counts": bytes} for each mask: COCO's compressed run lengths, column by column,
-        which pycocotools.mask reads and which are the bytes that it would write. For JSON decode `counts` as ASCII.
+        A dictionary {"size": [height, width], "counts": bytes} for each mask. `counts` are COCO's compressed run
+        lengths, column by column, byte for byte as pycocotools.mask writes them. For JSON, decode them as ASCII.
 
     Raises:
-        TypeError: An argument is of the wrong kind or dtype.
-        ValueError: An argument has the wrong shape, device or value.
+        TypeError: If `masks` or `boxes` is not a tensor of one of these dtypes, `image_size` is not a sequence of
+            integers, or `threshold` is not a number.
+        ValueError: If `masks` or `boxes` has another shape, they are on different devices, `image_size` is negative or
+            does not have two values, or `threshold` is NaN or negative.
 
     Note:
-        Equals pycocotools.mask.encode of paste_masks on the CPU, pixel by pixel. The result is in the host's memory, so
-        masks and boxes on a GPU are copied to the host first (one host sync, 3 KB for a mask of 28 x 28) and encoded
-        there; their decisions are the GPU's, which computes in the same order. Deterministic. Python dictionaries
-        cannot leave a graph: under torch.compile and torch.export use the op below this,
-        torch.ops.panfpn_fast.paste_masks_rle(masks, boxes, height, width, threshold) for float32 masks [N, M_h, M_w] on
-        the CPU, which returns all strings as one uint8 tensor and int64 offsets [N + 1].
+        Equals pycocotools.mask.encode of the output of `paste_masks` on the CPU, pixel by pixel. The result is in host
+        memory. Masks and boxes on a GPU are therefore copied to the host first (one host sync, 3 KB for a 28 x 28 mask)
+        and encoded there. The GPU's `paste_masks` sets the same pixels, because it computes in the same order.
+        Deterministic.
+
+        Python dictionaries cannot leave a graph. Under torch.compile and torch.export, use the dispatcher op
+        torch.ops.panfpn_fast.paste_masks_rle(masks, boxes, height, width, threshold) instead. It takes float32 masks
+        [N, M_h, M_w] on the CPU and returns all strings as one uint8 tensor, and their int64 offsets [N + 1].
 
     Example:
         >>> import torch
@@ -67,7 +72,7 @@ def paste_masks_rle(
     return [{"size": [height, width], "counts": text[begin:end]} for begin, end in pairwise(ends)]
 
 
-@_load.register_fake("paste_masks_rle")
+@_register.register_fake("paste_masks_rle")
 def _fake(masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float) -> tuple[Tensor, Tensor]:
     size = torch.library.get_ctx().new_dynamic_size()
     offsets = masks.new_empty(masks.shape[0] + 1, dtype=torch.int64)

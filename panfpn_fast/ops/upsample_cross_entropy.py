@@ -1,4 +1,4 @@
-"""Cross-entropy of bilinearly upsampled logits, which are never made in full."""
+"""Cross-entropy of bilinearly upsampled logits, which are never stored."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from panfpn_fast import _load
-from panfpn_fast.ops import _checks, reference
+from panfpn_fast._layout import memory_format_of
+from panfpn_fast.ops import _checks, _register, reference
 
 _REDUCTIONS = ("mean", "sum", "none")
 _LABELS = (torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -24,37 +25,39 @@ def upsample_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """Cross-entropy between bilinearly upsampled logits and a label map.
+    """Computes the cross-entropy between bilinearly upsampled logits and a label map.
 
-    Centres of pixels coincide (align_corners=False): with `scale_factor=4` output pixel 0 lies at -0.375 of the input
-    and reads input 0 alone, output pixel 2 lies at 0.125 and reads inputs 0 and 1 with weights 0.875 and 0.125.
+    The upsampling uses align_corners=False: with `scale_factor=4`, output pixel 0 is at -0.375 in the input and reads
+    only input 0; output pixel 2 is at 0.125 and reads inputs 0 and 1 with weights 0.875 and 0.125.
 
     Args:
         logits: [N, C, H, W]; float32, float16, bfloat16, or float64 on the CPU. NCHW or channels-last.
-        target: [N, H * scale_factor, W * scale_factor] classes from 0 to C - 1; uint8, int16, int32 or int64.
-        scale_factor: How many times larger the targets are than the logits, 1 to 1024.
-        ignore_index: Value in `target` of pixels that do not count; may lie outside of the classes.
-        weight: Factor of each class, [C], floating dtype; None means 1.
-        label_smoothing: Share of the targets' distribution that is spread evenly over the classes, 0 to 1.
-        reduction: "mean" is the weighted mean over the pixels that count (NaN where there are none), "sum" their sum,
-            "none" the loss of each pixel, 0 where it does not count.
+        target: Classes from 0 to C - 1, [N, H * scale_factor, W * scale_factor]; uint8, int16, int32 or int64.
+        scale_factor: Target pixels per logit along each axis, from 1 to 1024.
+        ignore_index: Value in `target` of pixels that do not count; usually not a class. With more than 255 classes the
+            default is a class, so pass another value, such as -1.
+        weight: Factor of each class, [C], in a floating dtype; None means 1.
+        label_smoothing: Share of the target distribution that is spread evenly over the classes, from 0 to 1.
+        reduction: "mean" is the weighted mean over the pixels that count (NaN if there are none), "sum" is their sum,
+            "none" is the loss of each pixel, 0 for pixels that do not count.
 
     Returns:
-        The loss, float32 (float64 for float64 logits), on the device of `logits`: a scalar, or the shape of `target`
-        for "none".
+        The loss, float32 (float64 for float64 logits), on the device of `logits`; a scalar, or for "none" with the
+        shape of `target`.
 
     Raises:
-        TypeError: An argument is of the wrong kind or dtype.
-        ValueError: An argument has the wrong shape, device or value.
-        RuntimeError: A target is neither a class nor `ignore_index` (on the CPU; on CUDA the loss is NaN instead,
-            because to raise would take a host sync).
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If an argument has the wrong shape, device or value.
+        RuntimeError: If a target on the CPU is neither a class nor `ignore_index`. On CUDA the loss is NaN instead,
+            because raising an error would need a host sync.
+        ImportError: If the implementation for the device cannot be loaded.
 
     Note:
         Equals F.cross_entropy(F.interpolate(logits, scale_factor=scale_factor, mode="bilinear"), target, ...) in
-        float32, whatever the dtype of `logits`; detectron2's and mmdetection's semantic heads train with that. The
-        upsampled logits never exist: forward keeps one number for each pixel, and backward computes the softmax again.
+        float32 for any dtype of `logits`, which is the loss of the semantic heads of detectron2 and mmdetection. The
+        upsampled logits are never stored: forward keeps one number per pixel, and backward recomputes the softmax.
 
-        Differentiable once, in `logits`. Deterministic, forward and backward; on the CPU the result does not depend
+        Differentiable once, in `logits`. Forward and backward are deterministic; on the CPU the result does not depend
         on the number of threads. No host sync.
 
     Example:
@@ -76,7 +79,7 @@ def upsample_cross_entropy(
     size = (count, height * scale_factor, width * scale_factor)
     if target.shape != size:
         raise ValueError(
-            f"target: expected shape {list(size)}, that of logits upsampled by {scale_factor}, got {list(target.shape)}"
+            f"target: expected shape {list(size)}, the logits upsampled by {scale_factor}, got {list(target.shape)}"
         )
     _checks.check_int("ignore_index", ignore_index)
     if weight is not None:
@@ -89,18 +92,17 @@ def upsample_cross_entropy(
         raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing}")
     if reduction not in _REDUCTIONS:
         raise ValueError(f'reduction: expected "mean", "sum" or "none", got {reduction!r}')
-    ops = _load.semantic_ops(logits.device)
-    if ops is None:
+    if not _load.native(logits.device, in_triton=True):
         return reference.upsample_cross_entropy(
             logits, target, scale_factor, ignore_index, weight, label_smoothing, reduction
         )
-    loss: Tensor = ops.upsample_cross_entropy(
+    loss: Tensor = torch.ops.panfpn_fast.upsample_cross_entropy(
         logits, target, weight, scale_factor, ignore_index, label_smoothing, reduction
     )[0]
     return loss
 
 
-@_load.register_fake("upsample_cross_entropy")
+@_register.register_fake("upsample_cross_entropy")
 def _fake(
     logits: Tensor,
     target: Tensor,
@@ -117,7 +119,7 @@ def _fake(
     return loss, log_sum_exp, total_weight
 
 
-@_load.register_fake("upsample_cross_entropy_backward")
+@_register.register_fake("upsample_cross_entropy_backward")
 def _fake_backward(
     grad: Tensor,
     logits: Tensor,
@@ -130,7 +132,7 @@ def _fake_backward(
     label_smoothing: float,
     reduction: str,
 ) -> Tensor:
-    memory_format = torch.channels_last if _checks.channels_last_only(logits) else torch.contiguous_format
+    memory_format = memory_format_of(logits)
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device, memory_format=memory_format)
 
 
@@ -138,7 +140,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     logits, target, weight, *ctx.settings = inputs
     _, log_sum_exp, total_weight = output
     ctx.mark_non_differentiable(log_sum_exp, total_weight)
-    ctx.set_materialize_grads(False)  # or those two would get zeros
+    ctx.set_materialize_grads(False)  # otherwise the gradients of these two would be zeros
     ctx.save_for_backward(logits, target, weight, log_sum_exp, total_weight)
 
 
@@ -146,12 +148,12 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     if grad is None:
         return (None,) * 7
     logits, target, weight, log_sum_exp, total_weight = ctx.saved_tensors
-    ops = _load.semantic_ops(grad.device)
-    logits_grad = ops.upsample_cross_entropy_backward(
+    logits_grad = torch.ops.panfpn_fast.upsample_cross_entropy_backward(
         grad, logits, target, weight, log_sum_exp, total_weight, *ctx.settings
     )
     return logits_grad, None, None, None, None, None, None
 
 
-_load.register_autograd("upsample_cross_entropy", _backward, _setup_context)
-_load.block_double_backward("upsample_cross_entropy")
+_register.register_autograd("upsample_cross_entropy", _backward, _setup_context)
+_register.block_double_backward("upsample_cross_entropy")
+_register.implement_in_triton("upsample_cross_entropy", "upsample_cross_entropy_backward")

@@ -1,34 +1,59 @@
-"""What a training run is made of: dataclasses, and presets of them by name."""
+"""Settings of a training run as dataclasses, and named presets."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
+
+from panfpn_fast._errors import UserError
+from panfpn_fast.data.categories import BUILT_IN
+from panfpn_fast.data.datasets import FILE_KINDS
+from panfpn_fast.data.loader import check_workers
+from panfpn_fast.data.rules import ReadingRules
+
+_MOST_PIXELS = 65_536
+"""Upper limit for the shorter edge and for crops; larger numbers are mistakes, which would exhaust the memory."""
 
 
 @dataclass
 class DataConfig:
-    """Where images and annotations come from, and how they are changed.
+    """Sources of images and annotations, and their augmentation.
 
     Attributes:
-        kind: "coco_panoptic", "cityscapes" or "synthetic".
-        images: Folder of the images (cityscapes: the folder that holds leftImg8bit and gtFine).
-        annotations: coco_panoptic: the JSON; its PNGs lie in the folder of the same name. cityscapes: the split.
-        val_images: The same for evaluation; empty: none.
-        val_annotations: The same.
-        categories: Name of a known data set; empty: those that the JSON lists.
+        kind: "coco_panoptic", "coco_instances", "yolo", "labelme", "masks", "cityscapes" or "synthetic".
+        images: Folder of the images (cityscapes: the folder that holds leftImg8bit and gtFine). For yolo also a key of
+            data.yaml; empty for "train".
+        annotations: The JSON for coco_panoptic, whose PNGs are in the folder of the same name, and for coco_instances;
+            data.yaml for yolo; the folder of the JSON files for labelme; the folder of the masks for masks; the split
+            for cityscapes.
+        val_images: Like `images`, for evaluation; empty for no evaluation. For yolo empty for "val", where
+            data.yaml has it.
+        val_annotations: Like `annotations`, for evaluation. For yolo empty for `annotations`.
+        background: Class of the pixels that no annotation covers: "stuff" for one stuff class, "background", or "void".
+            It and the next four are for annotations that are not panoptic; see `panfpn_fast.data.ReadingRules`.
+        stuff: Names of the classes that are stuff; all others are things.
+        classes: Names of the classes, where the annotations do not list them.
+        label_divisor: Meaning of the values of id masks: 0 for instances of one class, 1 for classes, D for
+            class * D + instance.
+        void_values: Values of id masks that are void.
+        categories: Name of a built-in set of classes: "coco_panoptic", "cityscapes" or "synthetic"; empty for the
+            classes that the annotations list. COCO's presets set "coco_panoptic".
+        boxes: Where the boxes of instances come from: "annotation" for the boxes of the annotated masks, resized and
+            mirrored with the image, as in detectron2; "mask" for boxes around the masks after all transforms. After
+            `crop`, boxes are always around the masks.
         synthetic_count: Number of synthetic scenes to train on.
-        synthetic_val_count: Number of synthetic scenes to evaluate on, of another seed.
-        short_edges: Lengths of the shorter edge to choose from in training.
+        synthetic_val_count: Number of synthetic scenes to evaluate on, made from another seed; 0 for no evaluation.
+        short_edges: Lengths in pixels; training draws the shorter edge from them.
         max_edge: Upper limit for the longer edge.
-        continuous_edges: short_edges are the least and the greatest of a range.
-        crop: Height and width of random crops; empty: none.
-        crop_most_of_one_class: Crops with a greater share of one class are drawn again.
+        continuous_edges: Whether short_edges holds the ends of a range to draw from instead of a list.
+        crop: Height and width of random crops; empty for no cropping.
+        crop_most_of_one_class: Largest share of one class in a crop; other crops are drawn again.
         flip: Probability of mirroring.
-        photometric: Whether colours are changed at random.
-        val_short_edge: Length of the shorter edge in evaluation.
-        val_max_edge: Upper limit for the longer edge in evaluation.
+        photometric: Whether brightness, contrast and colors are changed at random.
+        val_short_edge: Length of the shorter edge in evaluation; the network keeps it for its predictions.
+        val_max_edge: Upper limit for the longer edge in evaluation; the network keeps it, too.
     """
 
     kind: str = "coco_panoptic"
@@ -36,7 +61,13 @@ class DataConfig:
     annotations: str = ""
     val_images: str = ""
     val_annotations: str = ""
-    categories: str = "coco_panoptic"
+    background: str = "stuff"
+    stuff: list[str] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
+    label_divisor: int = 0
+    void_values: list[int] = field(default_factory=list)
+    categories: str = ""
+    boxes: str = "annotation"
     synthetic_count: int = 2000
     synthetic_val_count: int = 50
     short_edges: list[int] = field(default_factory=lambda: [640, 672, 704, 736, 768, 800])
@@ -49,23 +80,37 @@ class DataConfig:
     val_short_edge: int = 800
     val_max_edge: int = 1333
 
+    def rules(self) -> ReadingRules:
+        """Returns how annotations that are not panoptic are read.
+
+        Raises:
+            UserError: If a setting is invalid.
+        """
+        return ReadingRules(
+            self.background,
+            tuple(self.stuff),
+            tuple(self.classes),
+            self.label_divisor,
+            tuple(self.void_values),
+        )
+
 
 @dataclass
 class SolverConfig:
-    """How the weights are moved.
+    """Settings of the optimizer and its schedule.
 
     Attributes:
-        steps: How many.
+        steps: Number of steps.
         batch_size: Images in a step, over all processes.
-        learning_rate: After the warm-up.
-        momentum: Of SGD.
-        weight_decay: Of all parameters but those of normalisations.
+        learning_rate: Learning rate after the warm-up.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay of all parameters except those of normalization layers.
         warmup_steps: Steps over which the learning rate rises linearly.
-        warmup_factor: What it begins with, as a factor.
-        milestones: Steps after which it falls.
-        gamma: By this factor.
-        clip_gradients: Greatest norm of all gradients together; 0: any.
-        ema: Decay of an exponential moving average of the weights, which is what is evaluated and kept; 0: none.
+        warmup_factor: Factor on the learning rate at the first step.
+        milestones: Steps after which the learning rate is multiplied by `gamma`.
+        gamma: See `milestones`.
+        clip_gradients: Limit for the norm of all gradients together; 0 for no limit.
+        ema: Decay of an exponential moving average of the weights, which is then evaluated and saved; 0 for none.
     """
 
     steps: int = 90_000
@@ -83,30 +128,32 @@ class SolverConfig:
 
 @dataclass
 class TrainConfig:
-    """A training run.
+    """Settings of a training run.
 
     Attributes:
         preset: Name of the network's preset.
-        model: Fields of PanopticFPNConfig that differ from it. Classes come from the data.
-        data: See DataConfig.
-        solver: See SolverConfig.
+        model: Fields of PanopticFPNConfig that differ from the preset. The classes come from the data, and
+            `short_edge` and `max_edge` are `data.val_short_edge` and `data.val_max_edge`.
+        data: See `DataConfig`.
+        solver: See `SolverConfig`.
         lambda_instance: Weight of the instance branch's losses.
         lambda_semantic: Weight of the semantic branch's loss.
-        lambda_panoptic: Weight of the differentiable panoptic quality as a loss; 0: without it.
+        lambda_panoptic: Weight of the differentiable panoptic quality as a loss; 0 turns it off.
         rpn_samples: Anchors of each image that the region proposal network learns from.
         box_samples: Proposals of each image that the box and mask heads learn from.
-        alternate: Steps train the two branches in turn instead of together.
-        init: Weights to begin with: a checkpoint, or a ResNet of torchvision's or detectron2's naming; empty: random.
-        freeze_at: Stages of the backbone that keep their weights: 1 is the stem, 2 the first stage too; 0: none.
+        alternate: Whether steps train the two branches in turn instead of together.
+        init: Initial weights: a checkpoint, or a ResNet with the names of torchvision or detectron2; empty for random.
+        freeze_at: Number of parts of the backbone that do not learn: 1 is the stem, 2 also the first stage; 0 is none.
         precision: "float32", "bfloat16" or "float16", by autocast.
         channels_last: Memory format of the network and its features.
-        seed: Of weights, order, transforms and sampling.
-        workers: Processes that load images, for each process that trains.
-        subset: Train on so many images only; 0: all.
-        skip_bad: Images that cannot be read are counted and replaced, not an error.
-        log_every: Steps between two lines of the log.
-        checkpoint_every: Steps between two checkpoints.
-        evaluate_every: Steps between two evaluations; 0: only at the end.
+        seed: Seed of weights, order, augmentation and sampling.
+        workers: Number of processes that load images, for each process that trains.
+        subset: Number of images to train on; 0 for all.
+        skip_bad: Whether unreadable images are counted and replaced instead of raising an error; the evaluation leaves
+            them out.
+        log_every: Steps from one line of the log to the next.
+        checkpoint_every: Steps from one checkpoint to the next.
+        evaluate_every: Steps from one evaluation to the next; 0 evaluates only at the end.
     """
 
     preset: str = "panoptic_fpn_r50"
@@ -132,36 +179,94 @@ class TrainConfig:
     evaluate_every: int = 0
 
     def check(self) -> None:
-        """Looks for values that cannot be.
+        """Checks the values.
 
         Raises:
-            ValueError: Names the field.
+            UserError: If a value is invalid; the message names the field.
         """
         for name, value, choices in (
-            ("data.kind", self.data.kind, ("coco_panoptic", "cityscapes", "synthetic")),
+            ("data.kind", self.data.kind, (*FILE_KINDS, "synthetic")),
+            ("data.boxes", self.data.boxes, ("annotation", "mask")),
             ("precision", self.precision, ("float32", "bfloat16", "float16")),
         ):
             if value not in choices:
-                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+                raise UserError(f"{name}: expected one of {', '.join(choices)}, got {value!r:.40}")
+        data, solver = self.data, self.solver
         for name, number, least in (
-            ("solver.steps", self.solver.steps, 1),
-            ("solver.batch_size", self.solver.batch_size, 1),
+            ("data.synthetic_count", data.synthetic_count, 1),
+            ("data.synthetic_val_count", data.synthetic_val_count, 0),
+            ("data.max_edge", data.max_edge, 1),
+            ("data.val_short_edge", data.val_short_edge, 1),
+            ("data.val_max_edge", data.val_max_edge, 1),
+            ("solver.steps", solver.steps, 1),
+            ("solver.batch_size", solver.batch_size, 1),
+            ("solver.learning_rate", solver.learning_rate, 0),
+            ("solver.weight_decay", solver.weight_decay, 0),
+            ("solver.warmup_steps", solver.warmup_steps, 0),
+            ("solver.warmup_factor", solver.warmup_factor, 0),
+            ("solver.gamma", solver.gamma, 0),
+            ("solver.clip_gradients", solver.clip_gradients, 0),
+            ("lambda_instance", self.lambda_instance, 0),
+            ("lambda_semantic", self.lambda_semantic, 0),
+            ("lambda_panoptic", self.lambda_panoptic, 0),
             ("rpn_samples", self.rpn_samples, 2),
             ("box_samples", self.box_samples, 4),
             ("log_every", self.log_every, 1),
             ("checkpoint_every", self.checkpoint_every, 1),
             ("evaluate_every", self.evaluate_every, 0),
             ("subset", self.subset, 0),
-            ("workers", self.workers, 0),
         ):
-            if number < least:
-                raise ValueError(f"{name}: expected at least {least}, got {number}")
+            if not least <= number < math.inf:  # also false for NaN
+                raise UserError(f"{name}: expected at least {least}, got {number}")
+        for name, numbers, least in (
+            ("data.short_edges", data.short_edges, 1),
+            ("data.crop", data.crop, 1),
+            ("solver.milestones", solver.milestones, 0),
+        ):
+            if any(number < least for number in numbers):
+                raise UserError(f"{name}: expected numbers of at least {least}, got {numbers}")
+        for name, numbers in (
+            ("data.short_edges", data.short_edges),
+            ("data.crop", data.crop),
+            ("data.val_short_edge", [data.val_short_edge]),
+        ):
+            if any(number > _MOST_PIXELS for number in numbers):
+                raise UserError(f"{name}: expected at most {_MOST_PIXELS} pixels, got {max(numbers)}")
+        if not data.short_edges:
+            raise UserError("data.short_edges: expected at least one number of pixels, got none")
+        if data.continuous_edges and (
+            len(data.short_edges) != 2 or data.short_edges[0] > data.short_edges[1]
+        ):
+            raise UserError(
+                "data.short_edges: expected [least, most], because data.continuous_edges is true, "
+                f"got {data.short_edges}"
+            )
+        for name, share in (
+            ("data.flip", data.flip),
+            ("data.crop_most_of_one_class", data.crop_most_of_one_class),
+        ):
+            if not 0 <= share <= 1:
+                raise UserError(f"{name}: expected a number from 0 to 1, got {share}")
+        if not 0 <= solver.momentum < 1:
+            raise UserError(f"solver.momentum: expected a number from 0 to below 1, got {solver.momentum}")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed: expected a whole number from 0 to below 2**63, got {self.seed}")
+        check_workers(self.workers)
         if not 0 <= self.freeze_at <= 5:
-            raise ValueError(f"freeze_at: expected 0 to 5, got {self.freeze_at}")
+            raise UserError(f"freeze_at: expected 0 to 5, got {self.freeze_at}")
         if not 0 <= self.solver.ema < 1:
-            raise ValueError(f"solver.ema: expected a number from 0 to below 1, got {self.solver.ema}")
+            raise UserError(f"solver.ema: expected a number from 0 to below 1, got {self.solver.ema}")
+        if self.data.categories and self.data.categories not in BUILT_IN:
+            raise UserError(
+                f"data.categories: expected one of {', '.join(BUILT_IN)}, or nothing for the classes that the "
+                f"annotations list, got {self.data.categories!r}"
+            )
+        self.data.rules()
+        for name in ("short_edge", "max_edge"):
+            if name in self.model:
+                raise UserError(f"model.{name}: expected data.val_{name} instead, which also sets it")
         if len(self.data.crop) not in (0, 2):
-            raise ValueError(f"data.crop: expected nothing or [height, width], got {self.data.crop}")
+            raise UserError(f"data.crop: expected nothing or [height, width], got {self.data.crop}")
 
 
 def _cityscapes() -> TrainConfig:
@@ -171,7 +276,6 @@ def _cityscapes() -> TrainConfig:
             kind="cityscapes",
             annotations="train",
             val_annotations="val",
-            categories="cityscapes",
             short_edges=[512, 2048],
             continuous_edges=True,
             max_edge=4096,
@@ -208,7 +312,6 @@ def _tiny() -> TrainConfig:
         model=dict(_SMALL_MODEL),
         data=DataConfig(
             kind="synthetic",
-            categories="synthetic",
             short_edges=[128],
             max_edge=1000,
             val_short_edge=128,
@@ -235,7 +338,7 @@ def _nuclei() -> TrainConfig:
         model={
             "backbone_norm": "gn",
             "stride_in_1x1": False,
-            # Where there is nothing these images are black, as the padding is.
+            # The background of these images is black, like the padding.
             "pixel_mean": [0.0, 0.0, 0.0],
             "pixel_std": [50.0, 50.0, 50.0],
             "anchor_sizes": [8, 16, 32, 64, 128],
@@ -244,7 +347,6 @@ def _nuclei() -> TrainConfig:
             "stuff_area_threshold": 64,
         },
         data=DataConfig(
-            categories="",
             short_edges=[384, 768],
             continuous_edges=True,
             max_edge=1333,
@@ -269,17 +371,16 @@ def get_train_preset(name: str) -> TrainConfig:
     """Returns a new copy of a preset.
 
     Args:
-        name: "1x" and "3x" (detectron2's schedules for COCO), "cityscapes" (the paper's), "tiny" (synthetic scenes on a
-            CPU) or "nuclei".
+        name: "1x" and "3x" (detectron2's schedules for COCO), "cityscapes" (the paper's schedule), "tiny" (synthetic
+            scenes on a CPU) or "nuclei".
 
     Raises:
-        ValueError: There is no such preset; the message lists those there are.
+        ValueError: If there is no such preset; the message lists the presets.
     """
+    coco = TrainConfig(data=DataConfig(categories="coco_panoptic"))
     presets: dict[str, TrainConfig] = {
-        "1x": TrainConfig(),
-        "3x": dataclasses.replace(
-            TrainConfig(), solver=SolverConfig(steps=270_000, milestones=[210_000, 250_000])
-        ),
+        "1x": coco,
+        "3x": dataclasses.replace(coco, solver=SolverConfig(steps=270_000, milestones=[210_000, 250_000])),
         "cityscapes": _cityscapes(),
         "tiny": _tiny(),
         "nuclei": _nuclei(),

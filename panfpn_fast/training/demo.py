@@ -1,4 +1,4 @@
-"""A network trained from nothing on synthetic scenes, in minutes on a CPU, and what it has learned."""
+"""Trains a small network from scratch on synthetic scenes, in minutes on a CPU, and shows what it learned."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+from panfpn_fast._files import atomic_write, prepare_file
+from panfpn_fast.data.images import save_png
 from panfpn_fast.data.synthetic import HELD_OUT_SEED, SyntheticDataset
 from panfpn_fast.distributed import Process
-from panfpn_fast.evaluation import evaluate, format_table
 from panfpn_fast.inference import Predictor
-from panfpn_fast.inference.coco_format import atomic_write, save_png
-from panfpn_fast.inference.visualize import draw_panoptic
+from panfpn_fast.inference.annotations import draw_sample
+from panfpn_fast.inference.drawing import draw_panoptic
+from panfpn_fast.metrics.evaluation import evaluate
+from panfpn_fast.metrics.tables import format_table
 from panfpn_fast.training.config import TrainConfig, get_train_preset
 from panfpn_fast.training.trainer import Trainer, make_model
 
@@ -26,35 +29,43 @@ _PICTURES = 8
 _ENLARGE = 2
 
 
-def run_demo(out: Path, steps: int | None = None, seed: int = 0, quiet: bool = False) -> dict[str, Any]:
-    """Trains the tiny preset, evaluates it on scenes that it has not seen, and draws some.
+def run_demo(
+    out: Path, steps: int | None = None, seed: int = 0, quiet: bool = False, workers: int | None = None
+) -> dict[str, Any]:
+    """Trains the tiny preset, evaluates it on unseen scenes, and draws some of them.
 
     Args:
-        out: Folder for metrics.json, model.pth and the pictures.
-        steps: Of training; None: the preset's.
-        seed: Of weights and scenes.
-        quiet: No progress bars and no table.
+        out: Folder for metrics.json, model.pth and gallery.png.
+        steps: Number of training steps; None for the preset's.
+        seed: Seed of weights and scenes.
+        quiet: Whether to hide progress bars and the table.
+        workers: Number of processes that make scenes; None for the preset's. They do not change the results.
 
     Returns:
-        What metrics.json holds: PQ, SQ, RQ, things, stuff (PQ each, from 0 to 100) and seconds.
+        The content of metrics.json: PQ, SQ, RQ, things and stuff (their PQ, from 0 to 100), and seconds.
+
+    Raises:
+        UserError: If a file cannot be written to `out`, before the first step, or a value is invalid.
     """
     begin = time.perf_counter()
     config = dataclasses.replace(get_train_preset("tiny"), seed=seed)
     if steps is not None:
         config = stretch(config, steps)
+    if workers is not None:
+        config = dataclasses.replace(config, workers=workers)
+    config.check()
+    for name in ("metrics.json", "model.pth", "gallery.png"):
+        prepare_file(out / name, "out")
     dataset = SyntheticDataset(config.data.synthetic_count, seed)
     held_out = SyntheticDataset(config.data.synthetic_val_count, HELD_OUT_SEED + seed)
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:  # nobody resumes a run of minutes
+    with tempfile.TemporaryDirectory() as folder:  # a run of minutes is not resumed
         process = Process(0, 1, torch.device("cpu"))
         trainer = Trainer(config, dataset, make_model(config, dataset), Path(folder), process, quiet=quiet)
         trainer.run()
     trainer.save_result(out / "model.pth")
 
-    predictor = Predictor(
-        trainer.model, "cpu", short_edge=config.data.val_short_edge, max_edge=config.data.val_max_edge
-    )
-    result = evaluate(predictor, held_out, with_ap=False, quiet=quiet)
+    predictor = Predictor(trainer.model, "cpu", instances="panoptic")
+    result = evaluate(predictor, held_out, with_ap=False, quiet=quiet, workers=config.workers)
     summary = result["summary"]
     metrics = {name: summary[name] for name in ("PQ", "SQ", "RQ")}
     metrics |= {"things": summary["PQ_things"], "stuff": summary["PQ_stuff"]}
@@ -69,7 +80,7 @@ def run_demo(out: Path, steps: int | None = None, seed: int = 0, quiet: bool = F
 
 
 def stretch(config: TrainConfig, steps: int) -> TrainConfig:
-    """The same schedule over another number of steps."""
+    """Returns a configuration with the same schedule over another number of steps."""
     factor = steps / config.solver.steps
     solver = dataclasses.replace(
         config.solver,
@@ -81,7 +92,7 @@ def stretch(config: TrainConfig, steps: int) -> TrainConfig:
 
 
 def gallery(predictor: Predictor, dataset: SyntheticDataset) -> Image.Image:
-    """Rows of input, truth and prediction, side by side, each pixel enlarged."""
+    """Draws rows of input, truth and prediction, side by side and enlarged."""
     height, width = (side * _ENLARGE for side in dataset.size)
     count = min(_PICTURES, len(dataset))
     sheet = Image.new("RGB", (3 * width, count * height))
@@ -89,21 +100,10 @@ def gallery(predictor: Predictor, dataset: SyntheticDataset) -> Image.Image:
         sample = dataset.load(index)
         image = np.ascontiguousarray(sample.image.permute(1, 2, 0).numpy())
         result = predictor(image)
-        truth = [
-            (
-                row + 1,
-                (dataset.categories.things if isthing else dataset.categories.stuff)[label - (not isthing)],
-            )
-            for row, (isthing, label) in enumerate(
-                zip(sample.isthing.tolist(), sample.label.tolist(), strict=True)
-            )
-        ]
-        found = [(segment.id, result.category(segment)) for segment in result.segments]
-        maps = ((sample.segments.numpy(), truth), (result.panoptic.numpy(), found))
         large = image.repeat(_ENLARGE, 0).repeat(_ENLARGE, 1)
-        drawn = [
-            draw_panoptic(large, ids.repeat(_ENLARGE, 0).repeat(_ENLARGE, 1), table) for ids, table in maps
-        ]
+        found = [(segment.id, result.category(segment)) for segment in result.segments]
+        ids = result.panoptic.numpy().repeat(_ENLARGE, 0).repeat(_ENLARGE, 1)
+        drawn = [draw_sample(sample, dataset.categories, _ENLARGE), draw_panoptic(large, ids, found)]
         for column, picture in enumerate([Image.fromarray(large), *drawn]):
             sheet.paste(picture, (column * width, index * height))
     return sheet

@@ -1,9 +1,10 @@
-"""The weights that training begins with: a whole network's, or a ResNet's from ImageNet."""
+"""Initial weights for training: those of a whole network, or of a ResNet trained on ImageNet."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +12,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from panfpn_fast.checkpoints import detectron2, hub, mmdetection, own, reader
+from panfpn_fast.checkpoints import detectron2, hub, mmdetection, native, reader, wrappers
 from panfpn_fast.checkpoints.layout import Layout
 from panfpn_fast.checkpoints.reader import CheckpointError
+from panfpn_fast.data.categories import class_list
 from panfpn_fast.models.feature_extractor import FeatureExtractor
 from panfpn_fast.models.panoptic_fpn import PanopticFPN
 
-# torchvision's names and ours.
+# Patterns of torchvision's names, and our names.
 _TORCHVISION = (
     (r"^bn(\d)\.", r"norm\1."),
     (r"^(layer\d\.\d+)\.bn(\d)\.", r"\1.norm\2."),
     (r"^(layer\d\.\d+)\.downsample\.0\.", r"\1.shortcut.conv."),
     (r"^(layer\d\.\d+)\.downsample\.1\.", r"\1.shortcut.norm."),
 )
-# Caffe2's names, of detectron2's MSRA models, and ours. Its normalisations have a scale and a shift alone.
+# Branches of a block in Caffe2, which named detectron2's MSRA models, and the numbers of our convolutions. Its
+# normalization layers have only a scale and a shift.
 _CAFFE2_BRANCH = {"2a": "1", "2b": "2", "2c": "3"}
 
-# What the networks of each were trained with.
+# The settings that the two families of weights were trained with.
 _IMAGENET = {
     "stride_in_1x1": False,
     "channel_order": "RGB",
@@ -76,12 +79,12 @@ def _from_caffe2(weights: Mapping[str, Any]) -> dict[str, Any]:
 def _renamed(
     model: PanopticFPN, weights: Mapping[str, Any], layout: Layout, omitted: str = ""
 ) -> dict[str, Any]:
-    """Renames another framework's tensors; `omitted` is what the file's names lack at their front."""
+    """Renames another framework's tensors; `omitted` is the prefix that the names in the file lack."""
     found = {}
     for name in model.state_dict():
         try:
             theirs = layout.key(name).removeprefix(omitted)
-        except KeyError:  # a part that the framework's network does not have
+        except KeyError:  # the framework's network has no such part
             continue
         if theirs in weights:
             found[name] = weights[theirs]
@@ -89,25 +92,25 @@ def _renamed(
 
 
 def _backbone(model: PanopticFPN, weights: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A backbone's tensors by our names, and what is wrong with using them."""
+    """Returns a backbone's tensors under our names, and messages about mismatches."""
     if isinstance(model.backbone, FeatureExtractor):
         return {f"backbone.body.{name}": value for name, value in weights.items()}, []
     if "conv1_w" in weights:
         found, wanted = _from_caffe2(weights), _MSRA
     elif "stem.conv1.weight" in weights:
-        # detectron2 has torchvision's converted so; which of the two inputs it wants is not in the file.
+        # Converted by detectron2 from torchvision or Caffe2; the file does not say which input it expects.
         found, wanted = _renamed(model, weights, detectron2.LAYOUT, "backbone.bottom_up."), {}
     else:
         found, wanted = _from_torchvision(weights), _IMAGENET
     messages = []
     if model.config.backbone_norm == "gn":
         found = {name: value for name, value in found.items() if ".norm" not in name}
-        messages.append("GroupNorm cannot use the batch norms' values and begins anew")
+        messages.append("GroupNorm cannot use the values of the batch norms and keeps its initial values")
     return found, messages + _differences(model, wanted)
 
 
 def _differences(model: PanopticFPN, wanted: Mapping[str, Any]) -> list[str]:
-    """Says where a network's settings are not those that weights were trained with."""
+    """Lists the settings of a network that differ from those that the weights were trained with."""
     mine = vars(model.config)
     return [
         f"warning: these weights were trained with {field}={value!r}, here it is {mine[field]!r}"
@@ -117,39 +120,73 @@ def _differences(model: PanopticFPN, wanted: Mapping[str, Any]) -> list[str]:
 
 
 def initialize(model: PanopticFPN, path_or_name: str) -> list[str]:
-    """Puts weights into a network as far as they fit.
+    """Copies weights into a network as far as they fit.
 
     Args:
-        model: The network; what has no weights keeps its own.
-        path_or_name: A checkpoint that `panfpn_fast.load` takes; a file with a ResNet of torchvision's, of Caffe2's or
-            of detectron2's naming; one with the network of torchvision or timm that is the backbone; or
-            "detectron2://ImageNetPretrained/MSRA/R-50.pkl" (R-101.pkl).
+        model: The network; tensors without a counterpart in the file keep their values.
+        path_or_name: A checkpoint that `panfpn_fast.load` reads; the state dict of such a network without its settings;
+            a file with a ResNet, named as in torchvision, Caffe2 or detectron2; a file with the torchvision or timm
+            network that is the backbone; or "detectron2://ImageNetPretrained/MSRA/R-50.pkl" (R-101.pkl). Prefixes that
+            wrappers add to the names of tensors are removed.
 
     Returns:
-        What was taken over, what was not and why, and where the network's settings are not those that the weights were
-        trained with; to be shown.
+        Messages for the user: which tensors were copied, which were not and why, and which settings differ from those
+        that the weights were trained with.
 
     Raises:
-        CheckpointError: Nothing in the file fits; names the file.
+        CheckpointError: If nothing in the file fits; the message names the file.
+        OSError, ValueError: If there is no such file or name, see `hub.find`.
     """
-    path = hub.fetch(path_or_name) if "://" in path_or_name else Path(path_or_name)
+    path = hub.find(path_or_name)
     content = reader.read(path)
-    if own.is_own(content):
-        return _copy(model, content["model"], str(path))
-    weights = content
-    for level in ("model", "state_dict", "blobs"):
-        if isinstance(weights, Mapping) and isinstance(weights.get(level), Mapping):
-            weights = weights[level]
-            break
-    if not isinstance(weights, Mapping) or not weights or not all(isinstance(name, str) for name in weights):
-        raise CheckpointError(f"{path}: no dictionary of tensors by name")
+    if native.is_native(content) and isinstance(content.get("model"), Mapping):
+        return _copy(model, native.weights(content), str(path)) + _other_classes(model, content, path)
+    weights = wrappers.find_weights(content, partial(_is_known, model))
+    if not weights:
+        raise CheckpointError(
+            f"{path}: expected a dictionary of tensors by name, got {type(content).__name__}"
+        )
     if detectron2.is_detectron2(weights):
         return _copy(model, _renamed(model, weights, detectron2.LAYOUT), str(path))
     if mmdetection.is_mmdetection(weights):
         found = _renamed(model, mmdetection.things_first(weights), mmdetection.LAYOUT)
         return _copy(model, found, str(path)) + _differences(model, {**_IMAGENET, "resize": "mmdetection"})
+    if _is_ours(model, weights):
+        return _copy(model, weights, str(path))
     backbone, messages = _backbone(model, weights)
     return _copy(model, backbone, str(path)) + messages
+
+
+def _other_classes(model: PanopticFPN, content: Mapping[str, Any], path: Path) -> list[str]:
+    """Returns messages if the file's network has other classes, but as many, so that its heads were copied."""
+    try:
+        learned = native.settings(content)["categories"]
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    mine = model.config.categories
+    messages = []
+    for theirs, ours in ((learned.things, mine.things), (learned.stuff, mine.stuff)):
+        if len(theirs) == len(ours) and [c.name for c in theirs] != [c.name for c in ours]:
+            messages.append(
+                f"warning: {path} has other classes, and as many: {class_list(theirs)}, here {class_list(ours)}; each "
+                "class starts from the weights of the class in its place"
+            )
+    return messages
+
+
+def _is_known(model: PanopticFPN, names: Collection[str]) -> bool:
+    """Returns whether tensors of these names can initialise a network or its backbone."""
+    if detectron2.is_detectron2(names) or mmdetection.is_mmdetection(names):
+        return True
+    if _is_ours(model, names):
+        return True
+    found, _ = _backbone(model, dict.fromkeys(names))
+    return not set(found).isdisjoint(model.state_dict())
+
+
+def _is_ours(model: PanopticFPN, names: Collection[str]) -> bool:
+    """Returns whether names are those of our network; names in the backbone may be the same in other frameworks."""
+    return any(name.startswith("fpn.") and name in names for name in model.state_dict())
 
 
 def _copy(model: PanopticFPN, weights: Mapping[str, Any], source: str) -> list[str]:
@@ -158,15 +195,21 @@ def _copy(model: PanopticFPN, weights: Mapping[str, Any], source: str) -> list[s
     for name, value in weights.items():
         if name not in state:
             continue
-        tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
-        if tensor.shape != state[name].shape:
-            reshaped.append(f"{name}: {list(tensor.shape)}, here {list(state[name].shape)}")
+        if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "fiub":
+            value = torch.from_numpy(np.array(value, value.dtype.newbyteorder("=")))
+        if not isinstance(value, Tensor):
+            kind = getattr(value, "dtype", type(value).__name__)
+            raise CheckpointError(f"{source}: {name}: expected a tensor, got {kind}")
+        if value.shape != state[name].shape:
+            reshaped.append(f"{name}: {list(value.shape)}, here {list(state[name].shape)}")
             continue
-        state[name].copy_(tensor)
+        state[name].copy_(value)
         taken += 1
     if taken == 0:
         raise CheckpointError(f"{source}: none of its {len(weights)} tensors fits this network")
     messages = [f"{taken} of {len(state)} tensors are from {source}"]
     if reshaped:
-        messages.append("other classes or sizes, so these begin at random: " + "; ".join(reshaped))
+        messages.append(
+            "these keep their random initial values, because their shapes differ: " + "; ".join(reshaped)
+        )
     return messages

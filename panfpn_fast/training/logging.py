@@ -1,11 +1,13 @@
-"""What a run tells while it goes on: lines of JSON, TensorBoard where it is installed, and a progress bar."""
+"""The log of a run: lines of JSON, TensorBoard if it is installed, and a progress bar."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import time
+import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,7 +15,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from panfpn_fast.evaluation import without_nan
+from panfpn_fast._errors import one_line
+from panfpn_fast.metrics.tables import without_nan
 
 
 def _summary_writer(folder: Path) -> Any:
@@ -21,32 +24,35 @@ def _summary_writer(folder: Path) -> Any:
         tensorboard = importlib.import_module("torch.utils.tensorboard")
     except ImportError:
         return None
+    except Exception as error:  # TypeError, AttributeError: its packages do not fit together
+        warnings.warn(f"TensorBoard's files are not written: {one_line(error):.80}", stacklevel=2)
+        return None
     return tensorboard.SummaryWriter(str(folder / "tensorboard"))
 
 
 def _forget_after(step: int, path: Path) -> None:
-    """Takes the lines of later steps out of a log: the run was killed after them, and will take them again."""
+    """Removes the lines after a step from a log; the run was killed after them and will repeat those steps."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except ValueError:  # half a line
+        except (ValueError, TypeError, LookupError):  # an incomplete or a damaged line
             break
     path.write_text("".join(kept), encoding="utf-8")
 
 
 class TrainingLog:
-    """Writes `log.jsonl` in a folder, and the same to TensorBoard; moves a progress bar.
+    """Writes `log.jsonl` and the same figures to TensorBoard, and moves a progress bar.
 
     Args:
-        folder: Where to write; lines follow those of the run that this one continues.
-        steps: How many there will be.
-        start: How many there were before.
-        device: Whose memory is shown.
-        quiet: No progress bar.
+        folder: Folder to write to; a resumed run appends to its log.
+        steps: Number of steps of the whole run.
+        start: Number of steps taken before.
+        device: Device whose memory is shown.
+        quiet: Whether to hide the progress bar.
     """
 
     def __init__(
@@ -61,11 +67,11 @@ class TrainingLog:
         self._since = (start, time.perf_counter())
 
     def advance(self) -> None:
-        """One step was taken."""
+        """Moves the progress bar by one step."""
         self._bar.update(1)
 
     def losses(self, step: int, losses: Mapping[str, float], rate: float, batch_size: int) -> None:
-        """Notes the losses of a step, with the speed since the last such note."""
+        """Logs the losses of a step, with the speed since the previous call."""
         before, then = self._since
         now = time.perf_counter()
         self._since = (step, now)
@@ -83,7 +89,7 @@ class TrainingLog:
         self._bar.set_postfix(shown)
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Notes an evaluation."""
+        """Logs the figures of an evaluation."""
         self._write({"step": step, **metrics})
         self.say("  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
 
@@ -93,11 +99,11 @@ class TrainingLog:
             tqdm.write(message)
 
     def close(self) -> None:
-        """Ends the bar and the files."""
-        self._bar.close()
-        self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        """Closes the progress bar and the files."""
+        with ExitStack() as stack:  # closes all, also if the disk is full
+            for part in (self._tensorboard, self._file, self._bar):
+                if part is not None:
+                    stack.callback(part.close)
 
     def _write(self, line: Mapping[str, float]) -> None:
         self._file.write(json.dumps(without_nan(dict(line)), allow_nan=False) + "\n")
@@ -114,5 +120,5 @@ class TrainingLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Closes it."""
+        """Closes the log."""
         self.close()

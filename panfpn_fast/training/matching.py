@@ -1,4 +1,4 @@
-"""Which prediction learns from which instance: matching by overlap, and sampling. Static shapes, no host sync."""
+"""Matches predictions with instances by overlap, and samples them. Static shapes, no host sync."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ POSITIVE, NEGATIVE, IGNORED = 1, 0, -1
 
 
 class Matches(NamedTuple):
-    """What each box was matched with.
+    """The instance and the label that each box was matched with.
 
     Attributes:
-        instance: int64 [M], the instance that it overlaps most; 0 where there is none.
-        label: int64 [M]: 1 for an object, 0 for background, -1 for neither.
+        instance: int64 [M], the instance that the box overlaps most; 0 without instances.
+        label: int64 [M], 1 for an object, 0 for background, -1 for neither.
     """
 
     instance: Tensor
     label: Tensor
 
 
-class Samples(NamedTuple):
-    """A fixed number of boxes that a loss looks at.
+class SampledRows(NamedTuple):
+    """A fixed number of boxes that enter a loss.
 
     Attributes:
-        rows: int64 [count], which ones.
-        label: int64 [count]: 1 or 0, and -1 for the slots that were left over.
+        rows: int64 [count], indices of the boxes.
+        label: int64 [count], 1 or 0, and -1 for unused slots.
     """
 
     rows: Tensor
@@ -35,7 +35,7 @@ class Samples(NamedTuple):
 
 
 def pairwise_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """Intersection over union of every box [M, 4] with every other [G, 4]: [M, G]; 0 where a box is empty.
+    """Computes the IoU of all pairs of boxes [M, 4] and others [G, 4]: [M, G]; 0 where a box is empty.
 
     Example:
         >>> pairwise_iou(torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([[0.0, 0, 2, 1], [5.0, 5, 6, 6]]))
@@ -56,12 +56,12 @@ def match(boxes: Tensor, instances: Tensor, low: float, high: float, keep_best: 
         boxes: [M, 4].
         instances: [G, 4]; G may be 0.
         low: Below this overlap with every instance, a box is background.
-        high: From this overlap on, it is an object. In between it is neither.
-        keep_best: The boxes that overlap an instance most are objects however little that is, so that no instance goes
-            without one.
+        high: From this overlap on, a box is an object. In between it is neither.
+        keep_best: Whether the boxes that overlap an instance most are objects, however small the overlap, so that every
+            instance has one.
 
     Returns:
-        The matches. detectron2's Matcher has the same rules.
+        The matches, by the rules of detectron2's Matcher.
     """
     if len(instances) == 0:
         nothing = boxes.new_zeros(len(boxes), dtype=torch.int64)
@@ -78,9 +78,9 @@ def match(boxes: Tensor, instances: Tensor, low: float, high: float, keep_best: 
 
 
 def random_keys(count: int, seed: int, device: torch.device) -> Tensor:
-    """Random numbers float64 [count] in [0, 1) that depend on the seed alone: not on the device, nor on earlier calls.
+    """Returns random numbers, float64 [count] in [0, 1), that depend only on the seed, not on device or history.
 
-    So a run that is resumed, or spread over other processes, draws the same samples.
+    A run that is resumed, or distributed over other processes, therefore draws the same samples.
     """
     # The finalizer of SplitMix64 (Steele et al. 2014), on the numbers 1, 2, 3... times its odd constant.
     x = torch.arange(1, count + 1, device=device, dtype=torch.int64)
@@ -92,21 +92,21 @@ def random_keys(count: int, seed: int, device: torch.device) -> Tensor:
 
 
 def _shifted(x: Tensor, by: int) -> Tensor:
-    """Logical shift to the right; torch's keeps the sign."""
+    """Shifts right logically; torch's shift keeps the sign."""
     return (x >> by) & ((1 << (64 - by)) - 1)
 
 
-def sample(label: Tensor, count: int, most_positive: int, seed: int) -> Samples:
+def sample(label: Tensor, count: int, most_positive: int, seed: int) -> SampledRows:
     """Chooses boxes at random.
 
     Args:
-        label: [M], as `match` gives it.
-        count: How many to choose.
-        most_positive: At most so many of them are objects; background fills up the rest.
-        seed: Of the choice.
+        label: [M], as returned by `match`.
+        count: Number of boxes to choose.
+        most_positive: Limit for the number of objects; background fills the rest.
+        seed: Seed of the choice.
 
     Returns:
-        `count` slots: objects first, then background, then what was left over.
+        `count` slots: objects first, then background, then unused slots.
     """
     total = len(label)
     slots = min(count, total)
@@ -119,6 +119,6 @@ def sample(label: Tensor, count: int, most_positive: int, seed: int) -> Samples:
     value, index = rank.topk(slots)
     found = torch.where(value >= 2, POSITIVE, torch.where(value >= 0, NEGATIVE, IGNORED))
     missing = count - slots
-    return Samples(
+    return SampledRows(
         torch.cat((index, index.new_zeros(missing))), torch.cat((found, found.new_full((missing,), IGNORED)))
     )

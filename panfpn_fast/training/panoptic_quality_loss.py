@@ -1,22 +1,22 @@
-"""A differentiable panoptic quality, as a loss: -log of it.
+"""A differentiable panoptic quality, used as the loss -log(PQ).
 
-Panoptic quality (Kirillov et al. 2019) is, for a class, the sum of the IoU of its matched segments over
-TP + FP / 2 + FN / 2. Here it is made smooth:
+The panoptic quality of a class (Kirillov et al. 2019) is the sum of the IoU of its matched segments, divided by
+TP + FP / 2 + FN / 2. This module replaces the steps by smooth functions:
 
-- Stuff: the segment that an image has of a class is the softmax of the semantic branch at 1/4 of the resolution, void
-  left out; the true one is made of the pixels with that label.
-- Things: the segment of an instance is the mask head's probability, in each sampled box that belongs to it; the true
-  one is that box' mask target. The IoU of an instance is the mean over its boxes.
-- The IoU of soft masks p and true ones g is sum(p g) / sum(p + g - p g).
-- A pair is matched to the degree m = sigmoid((IoU - 1/2) / 0.1), scaled to m = 1 at IoU 1, where the measure asks
-  whether IoU > 1/2. The rest, 1 - m, is a false positive and a false negative, because the prediction and the truth
-  are both left alone. So each true segment adds m to the numerator, times its IoU, and m + (1 - m) / 2 + (1 - m) / 2,
-  which is 1, to the denominator.
-- PQ is the mean over the classes that the batch has.
+- Stuff: the predicted segment of a class in an image is the softmax of the semantic branch at 1/4 of the resolution,
+  without void pixels. The true segment consists of the pixels with that label.
+- Things: the predicted segment of an instance is the probability of the mask head in each sampled box of the instance.
+  The true segment is the mask target of that box. The IoU of an instance is the mean over its boxes.
+- The IoU of a soft mask p and a true mask g is sum(p g) / sum(p + g - p g).
+- PQ counts a pair as matched if IoU > 1/2. Here it is matched to the degree m = sigmoid((IoU - 1/2) / 0.1), scaled so
+  that m = 1 at IoU 1. The rest, 1 - m, counts as a false positive and as a false negative, because both the prediction
+  and the truth are unmatched. Each true segment therefore adds m times its IoU to the numerator, and
+  m + (1 - m) / 2 + (1 - m) / 2 = 1 to the denominator.
+- PQ is the mean over the classes in the batch.
 
-What is predicted where there is nothing of the class is no term of its own: probabilities sum to one, so it is missing
-elsewhere. Whether an instance gets the right class is left to the classification loss. In distributed training it is
-each process' own batch that counts, because the logarithm of a mean is no mean of logarithms.
+Predictions where the class does not occur have no term of their own: probabilities sum to one, so they are missing
+elsewhere. The classification loss is responsible for the classes of instances. In distributed training each rank uses
+its own batch, because the logarithm of a mean is not the mean of logarithms.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class ClassQuality(NamedTuple):
     """The segments of each class in a batch.
 
     Attributes:
-        quality: [classes], the sum of m IoU over them.
-        segments: [classes], how many there are.
+        quality: [classes], the sum of m * IoU over the true segments.
+        segments: [classes], the number of true segments.
     """
 
     quality: Tensor
@@ -48,7 +48,7 @@ class ClassQuality(NamedTuple):
 
 
 def _quality(iou: Tensor) -> Tensor:
-    """The IoU of pairs times the degree to which they are matched: 0 at 0, 1 at 1."""
+    """Returns IoU times the degree to which the pair is matched: 0 at IoU 0, 1 at IoU 1."""
     most = 1 / (1 + math.exp(-0.5 / _SOFTNESS))
     return iou * torch.sigmoid((iou - 0.5) / _SOFTNESS) / most
 
@@ -58,10 +58,10 @@ def stuff_quality(logits: Tensor, labels: Tensor) -> ClassQuality:
 
     Args:
         logits: [N, 1 + stuff, h, w]; channel 0 is things.
-        labels: uint8 [N, h, w]: 0 = things, 1.. = stuff, 255 = void.
+        labels: int16 [N, h, w]: 0 = things, 1.. = stuff, -1 = void.
 
     Returns:
-        Of each stuff class; a segment for each image that has it.
+        The quality of each stuff class, with one segment for each image in which it occurs.
     """
     probabilities = logits.to(at_least_float32(logits.dtype)).softmax(1)[:, 1:]
     probabilities = probabilities * (labels != IGNORE)[:, None]
@@ -70,7 +70,7 @@ def stuff_quality(logits: Tensor, labels: Tensor) -> ClassQuality:
     shared = (probabilities * truth).sum((2, 3))
     area = truth.sum((2, 3))
     union = probabilities.sum((2, 3)) + area - shared
-    # A class that an image lacks has nothing shared, hence no quality.
+    # A class that does not occur in an image has no intersection and so adds nothing to the quality.
     return ClassQuality(_quality(shared / union.clamp(min=_TINY)).sum(0), (area > 0).sum(0))
 
 
@@ -80,15 +80,15 @@ def thing_quality(
     """Compares the mask head with the instances.
 
     Args:
-        logits: [R, S, S], of sampled boxes.
+        logits: [R, S, S], predictions for the sampled boxes.
         truth: [R, S, S], zeros and ones.
-        counted: bool [R]; the other rows may hold anything finite.
-        instance: int64 [R], which of the batch's instances each belongs to.
-        classes: int64 [G], of the batch's instances.
-        num_things: How many classes there are.
+        counted: bool [R]; rows with False are ignored but must be finite.
+        instance: int64 [R], the index of each box's instance in the batch.
+        classes: int64 [G], the classes of the batch's instances.
+        num_things: Number of thing classes.
 
     Returns:
-        Of each thing class; a segment for each instance that has a sampled box with a part of it.
+        The quality of each thing class, with one segment for each instance that covers a part of a sampled box.
     """
     probabilities = logits.to(at_least_float32(logits.dtype)).sigmoid()
     truth = truth.to(probabilities)
@@ -103,10 +103,10 @@ def thing_quality(
 
 
 def panoptic_quality_loss(parts: Sequence[ClassQuality]) -> Tensor:
-    """-log of the mean over classes; 0 where there is no segment, 13.8 at most.
+    """Computes -log of the mean quality over classes: 0 without segments, at most 13.8.
 
     Args:
-        parts: Of stuff, of things, or of both.
+        parts: Qualities of stuff, of things, or of both.
 
     Returns:
         A scalar.

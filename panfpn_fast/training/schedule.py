@@ -1,4 +1,4 @@
-"""The learning rate over the steps, and the optimiser."""
+"""The learning rate schedule and the optimizer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 def learning_rate(solver: SolverConfig, step: int) -> float:
-    """The learning rate of a step, the first being 0.
+    """Returns the learning rate of a step; steps count from 0.
 
     Example:
         >>> solver = SolverConfig(learning_rate=0.1, warmup_steps=10, warmup_factor=0.0, milestones=[20])
@@ -26,7 +26,7 @@ def learning_rate(solver: SolverConfig, step: int) -> float:
 
 
 def make_optimizer(network: nn.Module, solver: SolverConfig) -> torch.optim.SGD:
-    """SGD with momentum over all parameters that learn; those of normalisations do not decay."""
+    """Returns SGD with momentum for all parameters that learn; those of normalization layers have no weight decay."""
     of_norms = {
         id(p) for module in network.modules() if isinstance(module, _NORMS) for p in module.parameters()
     }

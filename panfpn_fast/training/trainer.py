@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from panfpn_fast.checkpoints import own
+from panfpn_fast._errors import UserError, one_line
+from panfpn_fast._files import atomic_write, prepare_file
+from panfpn_fast.checkpoints import native
 from panfpn_fast.data.loader import Batch, PanopticDataset, TrainLoader
-from panfpn_fast.data.transforms import Compose, Crop, Flip, Photometric, Resize, Transform
+from panfpn_fast.data.transforms import Compose, Crop, Flip, KeepBoxes, Photometric, Resize, Transform
 from panfpn_fast.distributed import Process
 from panfpn_fast.models.backbone import ResNet
 from panfpn_fast.models.config import get_preset
 from panfpn_fast.models.panoptic_fpn import PanopticFPN
-from panfpn_fast.training.checkpoint import Checkpoints, save_atomically
+from panfpn_fast.training.average import Average
 from panfpn_fast.training.config import DataConfig, TrainConfig
 from panfpn_fast.training.logging import TrainingLog
 from panfpn_fast.training.network import TrainingNetwork, total
+from panfpn_fast.training.resume import check_fits
+from panfpn_fast.training.run_state import Checkpoints
 from panfpn_fast.training.schedule import learning_rate, make_optimizer
+from panfpn_fast.training.signals import StopSignals
+
+RESULT = "model.pth"
+"""Name of the file with the result of a run, in the folder of the run."""
 
 Evaluate = Callable[[PanopticFPN], dict[str, float]]
 
@@ -34,9 +42,14 @@ class Stopped(Exception):
     """The run was asked to stop (SIGTERM, SIGINT) and has saved its state."""
 
 
+class Diverged(UserError, FloatingPointError):
+    """The losses or weights are not finite; nothing was saved since they were."""
+
+
 def make_transform(data: DataConfig, resize: str) -> Transform:
-    """The random changes of training images that a configuration asks for; `resize` is the network's."""
-    steps: list[Transform] = [Resize(data.short_edges, data.max_edge, data.continuous_edges, resize)]
+    """Returns the augmentation that a configuration asks for; `resize` is the resize filter of the network."""
+    steps: list[Transform] = [KeepBoxes()] if data.boxes == "annotation" else []
+    steps.append(Resize(data.short_edges, data.max_edge, data.continuous_edges, resize))
     if data.crop:
         steps.append(Crop((data.crop[0], data.crop[1]), data.crop_most_of_one_class))
     steps.append(Flip(data.flip))
@@ -46,23 +59,33 @@ def make_transform(data: DataConfig, resize: str) -> Transform:
 
 
 def make_model(config: TrainConfig, dataset: PanopticDataset) -> PanopticFPN:
-    """The network for a data set, with random weights that depend on the seed alone."""
-    categories = dataset.categories
-    fields = {
-        "num_things": len(categories.things),
-        "num_stuff": len(categories.stuff),
-        "dataset": categories.name,
-        **config.model,
-    }
+    """Builds the network for a data set, in float32 on the CPU, with random weights that depend only on the seed.
+
+    Raises:
+        UserError: If a setting of the network is invalid; the message names it, such as `model.fpn_channels`.
+        ImportError: If the backbone's library is not installed.
+    """
     torch.manual_seed(config.seed)
-    return PanopticFPN.from_config(get_preset(config.preset).replace(**fields))
+    data = config.data
+    edges = {"short_edge": data.val_short_edge, "max_edge": data.val_max_edge}
+    fields = {"categories": dataset.categories, **config.model, **edges}
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        settings = get_preset(config.preset).replace(**fields)
+        with torch.device("cpu"):  # random numbers differ between devices
+            return PanopticFPN.from_config(settings)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model.{error}") from error
+    finally:
+        torch.set_default_dtype(default)
 
 
 def freeze(model: PanopticFPN, stages: int) -> None:
-    """Takes the first stages of the backbone out of the training: 1 is the stem, 2 the first stage too.
+    """Stops the first parts of the backbone from learning: 1 is the stem, 2 also the first stage.
 
     Raises:
-        ValueError: The backbone is no ResNet, and has no stages that are known.
+        ValueError: If the backbone is not one of our ResNets, whose stages are known.
     """
     if stages > 0 and not isinstance(model.backbone, ResNet):
         raise ValueError(f"freeze_at: expected 0 with the backbone {model.config.backbone!r}, got {stages}")
@@ -73,54 +96,23 @@ def freeze(model: PanopticFPN, stages: int) -> None:
             parameter.requires_grad_(False)
 
 
-class Average:
-    """An exponential moving average of a network's weights and statistics."""
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Moves the average towards the network as it is."""
-        for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point():
-                self.state[name].lerp_(tensor, 1 - self.decay)
-            else:
-                self.state[name].copy_(tensor)
-
-
-@contextmanager
-def _signals(handle: Callable[..., None]) -> Iterator[None]:
-    """Handles SIGTERM and SIGINT, where this is the main thread."""
-    try:
-        before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 class Trainer:
     """Trains a network and keeps its state on disk.
 
     Args:
-        config: The run.
-        dataset: What to train on.
-        model: The network, with the weights to begin with.
+        config: Settings of the run.
+        dataset: Annotated images to train on.
+        model: The network with its initial weights.
         out: Folder for checkpoints, the log and the result.
-        process: This process' place.
-        resume: Go on from the newest checkpoint in the folder, if there is one. Without it the folder must have none.
-        evaluate: Called with the network now and then and at the end; its figures go to the log.
-        quiet: No progress bar.
+        process: Rank, world size and device of this process.
+        resume: Whether to continue from the newest checkpoint in the folder, if there is one. If False, the folder must
+            not contain checkpoints.
+        evaluate: Called with the network every `evaluate_every` steps and at the end; its figures are logged.
+        quiet: Whether to hide the progress bar.
 
     Note:
-        A run that is stopped and resumed takes the very steps of one that is not: what is random depends on the seed
-        the step alone. On the CPU, and with deterministic algorithms on CUDA, the weights are equal bit for bit.
+        A run that is stopped and resumed takes exactly the steps of an uninterrupted run: random choices depend only on
+        the seed and the step. On the CPU, and with deterministic algorithms on CUDA, the weights are equal bit for bit.
     """
 
     def __init__(
@@ -141,6 +133,13 @@ class Trainer:
                 f"solver.batch_size: expected a multiple of the {process.world_size} processes, "
                 f"got {config.solver.batch_size}"
             )
+        learned, given = model.config.categories, dataset.categories
+        if learned != given:
+            raise ValueError(
+                f"model: its classes ({learned.name}) are not the data set's ({given.name}): "
+                + given.compared_with(learned)
+                + ". Leave out model.categories: the network takes the classes of the data"
+            )
         self.config = config
         self.dataset = dataset
         self.process = process
@@ -148,7 +147,7 @@ class Trainer:
         self.evaluate = evaluate
         self.quiet = quiet or not process.is_first
         self.step = 0
-        self._stop = False
+        self._signals = StopSignals(interrupts=process.world_size == 1)
 
         self.model = model.to(process.device).train()
         if config.channels_last:
@@ -167,13 +166,14 @@ class Trainer:
         self.average = Average(self.model, config.solver.ema) if config.solver.ema > 0 else None
         self.checkpoints = Checkpoints(out)
         if resume:
-            self._load(self.checkpoints.load_newest())
-        elif self.checkpoints.exist():
-            raise ValueError(
+            self._load()
+        elif self.checkpoints.newest is not None:
+            raise UserError(
                 f"out: {out} holds the checkpoints of another run; resume it, or give another folder"
             )
         if process.is_first:
-            out.mkdir(parents=True, exist_ok=True)
+            for name in (RESULT, "config.json", "log.jsonl"):
+                prepare_file(out / name, "out")
         self.network: nn.Module = network
         if process.world_size > 1:
             self.network = DistributedDataParallel(
@@ -183,14 +183,16 @@ class Trainer:
             )
 
     def run(self) -> dict[str, float]:
-        """Trains to the end.
+        """Trains until the last step.
 
         Returns:
-            The last evaluation's figures; none without `evaluate`.
+            The figures of the last evaluation; empty without `evaluate`.
 
         Raises:
-            Stopped: SIGTERM or SIGINT came; the state is saved.
-            FloatingPointError: The loss is no longer a number.
+            Stopped: If SIGTERM or SIGINT arrived; the state is saved.
+            Diverged: If the losses or the weights are not finite.
+            UserError: If an image cannot be read.
+            OSError: If a file cannot be written.
         """
         config, process = self.config, self.process
         loader = TrainLoader(
@@ -210,25 +212,40 @@ class Trainer:
         metrics: dict[str, float] = {}
         with (
             TrainingLog(self.out, config.solver.steps, self.step, process.device, self.quiet) as log,
-            _signals(self._ask_to_stop),
+            self._signals,
+            closing(loader),
         ):
             batches = iter(loader)
+            last: Batch | None = None
             while self.step < config.solver.steps:
-                losses = self._take_step(next(batches))
+                batch = self._signals.interruptible(partial(next, batches))
+                if batch is None:
+                    if last is not None:
+                        self._save(last)
+                    raise self._stopped()
+                losses = self._take_step(batch)
+                last = batch
                 self.step += 1
                 log.advance()
-                if self.step % config.log_every == 0 or self.step == config.solver.steps:
-                    self._log(log, losses)
                 done = self.step == config.solver.steps
                 stop = self._anyone_stops()
-                if stop or done or self.step % config.checkpoint_every == 0:
-                    self._save()
+                save = stop or done or self.step % config.checkpoint_every == 0
+                if save or self.step % config.log_every == 0:
+                    values = self._finite_values(losses)
+                    if done or self.step % config.log_every == 0:
+                        self._log(log, values)
+                if save:
+                    self._save(batch)
                 if stop and not done:
-                    raise Stopped(f"stopped after step {self.step}; --resume goes on")
-                if self.evaluate and (
-                    done or (config.evaluate_every and self.step % config.evaluate_every == 0)
-                ):
-                    metrics = self._evaluate(log)
+                    raise self._stopped()
+                every = config.evaluate_every
+                if self.evaluate and not done and every and self.step % every == 0:
+                    self._evaluate(log)
+            if self.evaluate:
+                found = self._evaluate(log)
+                if found is None:
+                    raise self._stopped()
+                metrics = found
             if loader.skipped:
                 log.say(f"{len(loader.skipped)} images could not be read and were skipped")
         return metrics
@@ -238,14 +255,10 @@ class Trainer:
         rate = learning_rate(config.solver, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        device = self.process.device
-        targets = [target.to(device, non_blocking=True) for target in batch.targets]
         branches: Sequence[str] = self.model.config.tasks
         if config.alternate:
             branches = (branches[self.step % len(branches)],)
-        dtype = getattr(torch, config.precision)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            losses: dict[str, Tensor] = self.network(batch.images, targets, batch.seeds, branches)
+        losses = self._losses(batch, branches)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(total(losses)).backward()
         if config.solver.clip_gradients > 0:
@@ -257,79 +270,144 @@ class Trainer:
             self.average.update(self.model)
         return losses
 
-    def _log(self, log: TrainingLog, losses: dict[str, Tensor]) -> None:
-        # The only read of the device's numbers in the loop.
+    def _losses(self, batch: Batch, branches: Sequence[str]) -> dict[str, Tensor]:
+        device = self.process.device
+        targets = [target.to(device, non_blocking=True) for target in batch.targets]
+        dtype = getattr(torch, self.config.precision)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            losses: dict[str, Tensor] = self.network(batch.images, targets, batch.seeds, branches)
+        return losses
+
+    def _finite_values(self, losses: dict[str, Tensor]) -> dict[str, float]:
+        """Returns the mean losses over all processes. Waits for the device, so that not every step reads them.
+
+        Raises:
+            Diverged: If a loss is not finite, in every process.
+        """
         values = torch.stack([loss.detach() for loss in losses.values()])
         if self.process.world_size > 1:
             torch.distributed.all_reduce(values)
             values /= self.process.world_size
+        found = dict(zip(losses, values.tolist(), strict=True))
         if not bool(values.isfinite().all()):
-            raise FloatingPointError(
-                f"the loss is no longer a number after step {self.step}: "
-                f"{dict(zip(losses, values.tolist(), strict=True))}; try a lower solver.learning_rate or "
-                "solver.clip_gradients"
-            )
+            raise self._diverged("loss", str(found))
+        return found
+
+    def _check_weights(self, batch: Batch) -> None:
+        """Checks that weights are finite and have finite losses; changes neither buffers nor random states.
+
+        The losses of a step precede its update of the weights, so they do not show that the update was good.
+
+        Raises:
+            Diverged: If a weight or a loss is not finite, in every process.
+        """
+        self._check_finite(self.model.state_dict())
+        if self.average is not None:
+            self._check_finite(self.average.state)
+        device = self.process.device
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            losses = self._losses(batch, self.model.config.tasks)
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        self._finite_values(losses)
+
+    def _check_finite(self, weights: dict[str, Tensor]) -> None:
+        for name, tensor in weights.items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise self._diverged("network", name)
+
+    def _diverged(self, what: str, detail: str) -> Diverged:
+        return Diverged(
+            f"the {what} is not finite after step {self.step}: {detail}; try a lower solver.learning_rate or "
+            "solver.clip_gradients"
+        )
+
+    def _log(self, log: TrainingLog, losses: dict[str, float]) -> None:
         if self.process.is_first:
             rate = learning_rate(self.config.solver, self.step - 1)
-            found = dict(zip(losses, values.tolist(), strict=True))
-            log.losses(self.step, found, rate, self.config.solver.batch_size)
+            log.losses(self.step, losses, rate, self.config.solver.batch_size)
 
-    def _evaluate(self, log: TrainingLog) -> dict[str, float]:
-        """Evaluates the network, or its average, and leaves it as it was."""
+    def _evaluate(self, log: TrainingLog) -> dict[str, float] | None:
+        """Evaluates the network, or its average, and restores the weights; returns None if a signal interrupts."""
         assert self.evaluate is not None
-        own = None
+        if self._signals.arrived and self.process.world_size == 1:
+            return None
+        weights = None
         if self.average is not None:
-            own = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+            weights = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
             self.model.load_state_dict(self.average.state)
         self.model.eval()
-        metrics = self.evaluate(self.model)
-        self.model.train()
-        if own is not None:
-            self.model.load_state_dict(own)
-        if self.process.is_first:
+        try:
+            metrics = self._signals.interruptible(partial(self.evaluate, self.model))
+        finally:
+            self.model.train()
+            if weights is not None:
+                self.model.load_state_dict(weights)
+        if metrics is not None and self.process.is_first:
             log.metrics(self.step, metrics)
         return metrics
 
-    def _ask_to_stop(self, *_: object) -> None:
-        self._stop = True
+    def _stopped(self) -> Stopped:
+        return Stopped(f"stopped after step {self.step}; --resume continues")
 
     def _anyone_stops(self) -> bool:
-        """Whether any process was asked to stop: all must leave the loop at the same step."""
+        """Whether any process was asked to stop; all must leave the loop at the same step."""
         if self.process.world_size == 1:
-            return self._stop
-        if self.step % self.config.log_every:  # asking waits for the device
+            return self._signals.arrived
+        if self.step % self.config.log_every:  # this waits for the device
             return False
-        stop = torch.tensor(int(self._stop), device=self.process.device)
+        stop = torch.tensor(int(self._signals.arrived), device=self.process.device)
         torch.distributed.all_reduce(stop)
         return bool(stop)
 
-    def _save(self) -> None:
-        if not self.process.is_first:
-            return
-        state: dict[str, Any] = {
+    def _save(self, batch: Batch) -> None:
+        """Writes a checkpoint; every process must call this, because the check of the weights computes losses."""
+        self._check_weights(batch)
+        if self.process.is_first:
+            self.checkpoints.save(self.step, self._state())
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            **native.description_of(self.model.config),  # with it, `panfpn_fast.load` reads checkpoints, too
+            "settings": dataclasses.asdict(self.config),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "average": None if self.average is None else self.average.state,
             "random_state": torch.get_rng_state(),
         }
-        self.checkpoints.save(self.step, state)
 
-    def _load(self, state: dict[str, Any] | None) -> None:
-        if state is None:
+    def _load(self) -> None:
+        path = self.checkpoints.newest
+        if path is None:
             return
+        state = self.checkpoints.load(path)
+        expected = self._state()
+        check_fits(path, state, self.config, expected)
         self.step = state["step"]
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        if self.average is not None and state["average"] is not None:
-            self.average.state = {n: t.to(self.process.device) for n, t in state["average"].items()}
-        torch.set_rng_state(state["random_state"])
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            if self.average is not None:
+                self.average.state = {n: t.to(self.process.device) for n, t in state["average"].items()}
+            torch.set_rng_state(state["random_state"])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise UserError(
+                f"{path}: damaged ({one_line(error):.80}); delete it to use an older one"
+            ) from error
 
     def save_result(self, path: Path) -> None:
-        """Writes what `panfpn_fast.load` reads: weights (their average where there is one), settings and classes."""
+        """Writes weights (their average if there is one), settings and classes, for `panfpn_fast.load`.
+
+        Raises:
+            Diverged: If a weight is not finite; nothing is written.
+            OSError: If the file cannot be written.
+        """
         if not self.process.is_first:
             return
         weights = self.model.state_dict() if self.average is None else self.average.state
-        config = dataclasses.asdict(self.model.config)
-        save_atomically(own.content_of(weights, config, self.dataset.categories), path)
+        self._check_finite(weights)
+        with atomic_write(path, durable=True) as file:
+            torch.save(native.content_of(weights, self.model.config), file)

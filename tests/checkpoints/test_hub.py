@@ -1,45 +1,50 @@
-"""Downloads: a local HTTP server plays the publisher, with and without ranges, honest and not."""
+"""Downloads from a local HTTP server, which can break connections and serve wrong files."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import threading
+import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from checkpoint_samples import (
+
+from panfpn_fast._files import cache_dir
+from panfpn_fast.checkpoints import DownloadError, hub, load
+from support.checkpoint_samples import (
     save_mmdetection,
     save_pickle,
     small_mmdetection_weights,
     small_network,
     small_weights,
 )
-
-from panfpn_fast._cache import cache_dir
-from panfpn_fast.checkpoints import DownloadError, hub, load
+from support.ranks import forked, run_ranks
+from support.web import QuietHandler, serving
 
 NAME = "detectron2://COCO-PanopticSegmentation/panoptic_fpn_R_50_3x"
+BACKBONE = "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
 MMDETECTION_NAME = "mmdetection://panoptic_fpn_r50_fpn_1x_coco"
 
 
 class Publisher:
-    """What the server serves, how it behaves, and what it was asked."""
+    """Files and faults of the server, and the requests that it received."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
-        self.ranges = True
         self.with_length = True
-        self.break_after: int | None = None
-        self.wrong_range = False
+        self.breaks = 0  # number of answers that end early
+        self.continues = threading.Event()  # each answer waits for it half-way
+        self.continues.set()
         self.requests: list[tuple[str, str | None]] = []
         self.url = ""
 
     def publish(self, content: bytes, monkeypatch: pytest.MonkeyPatch) -> str:
-        """Serves ``content`` under :data:`NAME`, in a file that is named after its check sum."""
+        """Serves `content` as `NAME`, in a file named after its checksum."""
         digest = hashlib.sha256(content).hexdigest()[:6]
         path = f"COCO-PanopticSegmentation/panoptic_fpn_R_50_3x/1/model_final_{digest}.pkl"
         monkeypatch.setitem(hub.PUBLISHED, NAME, path)
@@ -51,7 +56,7 @@ class Publisher:
 def publisher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Publisher]:
     state = Publisher()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_GET(self) -> None:
             asked = self.headers.get("Range")
             state.requests.append((self.path, asked))
@@ -59,44 +64,32 @@ def publisher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Publi
             if content is None:
                 self.send_error(404, "Not Found")
                 return
-            start = 0
-            if asked is not None and state.ranges:
-                start = int(asked.removeprefix("bytes=").removesuffix("-"))
-                if start >= len(content):
-                    self.send_response(416)
-                    self.send_header("Content-Range", f"bytes */{len(content)}")
-                    self.end_headers()
-                    return
-                start = 0 if state.wrong_range else start
-                self.send_response(206)
-                self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-            else:
-                self.send_response(200)
-            body = content[start:]
+            self.send_response(200)
             if state.with_length:
-                self.send_header("Content-Length", str(len(body)))
+                self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(body[: state.break_after])
+            state.breaks -= 1
+            with contextlib.suppress(OSError):  # the client was killed
+                self.wfile.write(content[:1_500_000])
+                state.continues.wait()
+                if state.breaks < 0:
+                    self.wfile.write(content[1_500_000:])
 
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    state.url = f"http://127.0.0.1:{server.server_port}/base"
-    monkeypatch.setenv("PANFPN_DETECTRON2_URL", state.url)
-    monkeypatch.setenv("PANFPN_MMDETECTION_URL", f"{state.url}/mm")
-    monkeypatch.setenv("PANFPN_CACHE", str(tmp_path / "cache"))
-    # A proxy of the machine's must not stand between the test and its server.
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    yield state
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Handler, monkeypatch) as address:
+        state.url = f"{address}/base"
+        monkeypatch.setenv("PANFPN_DETECTRON2_URL", state.url)
+        monkeypatch.setenv("PANFPN_MMDETECTION_URL", f"{state.url}/mm")
+        monkeypatch.setenv("PANFPN_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("pooch.core.time", SimpleNamespace(sleep=lambda seconds: None))  # between retries
+        yield state
+        state.continues.set()
 
 
-CONTENT = bytes(range(256)) * 10_000  # 2.5 MB: several chunks
+CONTENT = bytes(range(256)) * 10_000  # 2.56 MB: several chunks
+
+
+def _files(folder: Path) -> list[str]:
+    return [path.name for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
 def test_load_by_name(publisher: Publisher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -105,10 +98,10 @@ def test_load_by_name(publisher: Publisher, monkeypatch: pytest.MonkeyPatch, tmp
     for _ in range(2):
         state = load(NAME).state_dict()
         assert all(torch.equal(value, state[name]) for name, value in small_network().state_dict().items())
-    assert len(publisher.requests) == 1  # the second time it is in the cache
+    assert len(publisher.requests) == 1  # the second call uses the cache
 
 
-def test_load_mmdetections_by_name(
+def test_load_mmdetection_by_name(
     publisher: Publisher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     content = save_mmdetection(tmp_path / "a.pth", small_mmdetection_weights()).read_bytes()
@@ -133,15 +126,16 @@ def test_download(
     got = hub.fetch(NAME)
     assert got == tmp_path / "cache" / "detectron2" / path
     assert got.read_bytes() == CONTENT
-    assert [p.name for p in got.parent.iterdir() if p.suffix != ".lock"] == [got.name]
+    assert _files(tmp_path) == [got.name]
     shown = capsys.readouterr().err
-    assert re.search(rf"{got.name}: 100%.*2\.56M/2\.56M", shown)
+    assert re.search(r"100%.*2\.56M/2\.56M", shown)
+    assert got.stat().st_mode & 0o777 == 0o644  # other users of the cache can read it
     assert publisher.requests == [(f"/base/{path}", None)]
     assert hub.fetch(NAME) == got
     assert len(publisher.requests) == 1
 
 
-def test_a_server_that_tells_no_length(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_sends_no_length(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
     publisher.publish(CONTENT, monkeypatch)
     publisher.with_length = False
     assert hub.fetch(NAME).read_bytes() == CONTENT
@@ -157,88 +151,87 @@ def test_arguments_come_before_the_environment(
     assert got.read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize("ranges", [True, False])
-def test_a_broken_download_goes_on(
-    publisher: Publisher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ranges: bool
+def test_a_broken_download_is_tried_again(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+    publisher.publish(CONTENT, monkeypatch)
+    publisher.breaks = 2
+    assert hub.fetch(NAME).read_bytes() == CONTENT
+    assert len(publisher.requests) == 3
+
+
+@pytest.mark.parametrize("name", [NAME, BACKBONE])  # with and without a checksum
+def test_a_download_that_always_breaks_leaves_no_file(
+    publisher: Publisher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    publisher.publish(CONTENT, monkeypatch)
+    publisher.files[f"/base/{hub.BACKBONES[BACKBONE]}"] = CONTENT
+    publisher.breaks = 3
+    message = (
+        r"^http://.*\.pkl: the download to .*\.pkl failed \(IncompleteRead\(1500000 bytes read, 1060000 more"
+    )
+    with pytest.raises(DownloadError, match=rf"{message}.*\. Try again, or download the file by hand"):
+        hub.fetch(name)
+    assert _files(tmp_path) == []
+    assert len(publisher.requests) == 3
+    assert hub.fetch(name).read_bytes() == CONTENT
+
+
+def test_a_killed_download_leaves_no_file_that_is_taken_for_whole(
+    publisher: Publisher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path = publisher.publish(CONTENT, monkeypatch)
-    publisher.ranges = ranges
-    publisher.break_after = 1_500_000
-    part = tmp_path / "cache" / "detectron2" / f"{path}.part"
-    with pytest.raises(DownloadError, match=r"broke after 1500000 of 2560000 bytes.*kept in .*\.part"):
-        hub.fetch(NAME)
-    assert part.read_bytes() == CONTENT[:1_500_000]
-    publisher.break_after = None
-    got = hub.fetch(NAME)
-    assert got.read_bytes() == CONTENT
-    assert not part.exists()
-    assert [asked for _, asked in publisher.requests] == [None, "bytes=1500000-"]
-
-
-def test_a_download_that_was_complete_but_not_renamed(
-    publisher: Publisher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    part = tmp_path / "cache" / "detectron2" / f"{publisher.publish(CONTENT, monkeypatch)}.part"
-    part.parent.mkdir(parents=True)
-    part.write_bytes(CONTENT)
-    assert hub.fetch(NAME).read_bytes() == CONTENT
-    assert [asked for _, asked in publisher.requests] == ["bytes=2560000-"]
-
-
-@pytest.mark.parametrize("size", [3_000_000, 2_560_001])
-def test_a_part_longer_than_the_file_is_dropped(
-    publisher: Publisher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, size: int
-) -> None:
-    part = tmp_path / "cache" / "detectron2" / f"{publisher.publish(CONTENT, monkeypatch)}.part"
-    part.parent.mkdir(parents=True)
-    part.write_bytes(bytes(size))
-    assert hub.fetch(NAME).read_bytes() == CONTENT
-    assert [asked for _, asked in publisher.requests] == [f"bytes={size}-", None]
-
-
-def test_a_part_of_another_file_is_noticed_and_removed(
-    publisher: Publisher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    part = tmp_path / "cache" / "detectron2" / f"{publisher.publish(CONTENT, monkeypatch)}.part"
-    part.parent.mkdir(parents=True)
-    part.write_bytes(b"from another file")
-    with pytest.raises(DownloadError, match=r"not the published file.*It has been removed"):
-        hub.fetch(NAME)
-    assert not part.exists()
+    publisher.continues.clear()
+    folder = (tmp_path / "cache" / "detectron2" / path).parent
+    with forked(lambda: hub.fetch(NAME)):
+        deadline = time.monotonic() + 30
+        while not any(file.stat().st_size for file in folder.glob("tmp*")):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    publisher.continues.set()
+    assert not (folder / Path(path).name).exists()
     assert hub.fetch(NAME).read_bytes() == CONTENT
 
 
-def test_a_server_that_sends_another_range(
-    publisher: Publisher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    part = tmp_path / "cache" / "detectron2" / f"{publisher.publish(CONTENT, monkeypatch)}.part"
-    part.parent.mkdir(parents=True)
-    part.write_bytes(CONTENT[:1000])
-    publisher.wrong_range = True
-    with pytest.raises(DownloadError, match="another part than asked for"):
-        hub.fetch(NAME)
-    assert hub.fetch(NAME).read_bytes() == CONTENT
-
-
-def test_a_file_with_another_check_sum_is_removed(
+def test_a_file_with_another_checksum_is_removed(
     publisher: Publisher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path = publisher.publish(CONTENT, monkeypatch)
     publisher.files[f"/base/{path}"] = b"something else"
-    wanted = path[-10:-4]
-    with pytest.raises(DownloadError, match=rf"sha256 [0-9a-f]{{64}} does not begin with {wanted}.*removed"):
+    digits = path[-10:-4]
+    with pytest.raises(
+        DownloadError, match=rf"SHA-256 [0-9a-f]{{64}} does not begin with {digits}, so the file was deleted"
+    ):
         hub.fetch(NAME)
-    folder = (tmp_path / "cache" / "detectron2" / path).parent
-    assert [p for p in folder.iterdir() if p.suffix != ".lock"] == []
+    assert _files(tmp_path) == []
 
 
-def test_a_missing_file_and_an_absent_server(publisher: Publisher, tmp_path: Path) -> None:
-    with pytest.raises(DownloadError, match=r"panoptic_fpn_R_50_3x/.*the server answered 404 Not Found"):
+def test_a_missing_file_and_an_absent_server(publisher: Publisher) -> None:
+    with pytest.raises(DownloadError, match=r"panoptic_fpn_R_50_3x/.*404 Client Error: Not Found"):
         hub.fetch(NAME)
     with pytest.raises(
-        DownloadError, match=r"could not be reached \(.*put the file at .*model_final_c10459.pkl"
+        DownloadError,
+        match=r"^http://127.0.0.1:9/.*model_final_c10459.pkl failed \(\[Errno 111\].*by hand and pass its path\.$",
     ):
         hub.fetch(NAME, base_url="http://127.0.0.1:9")
+
+
+def test_an_unusable_cache_directory(
+    publisher: Publisher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    publisher.publish(CONTENT, monkeypatch)
+    (tmp_path / "file").touch()
+    message = r"^http://.*: no cache directory \(.*\)\. Set PANFPN_CACHE to a writable directory, or download"
+    with pytest.raises(DownloadError, match=message):
+        hub.fetch(NAME, cache=tmp_path / "file" / "cache")
+    for name in ("PANFPN_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def no_entry(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr("pwd.getpwuid", no_entry)  # a container's user without a name
+    with pytest.raises(DownloadError, match=message):
+        hub.fetch(NAME)
+    assert publisher.requests == []
 
 
 def test_downloads_at_the_same_time(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,6 +248,16 @@ def test_downloads_at_the_same_time(publisher: Publisher, monkeypatch: pytest.Mo
     assert len(publisher.requests) == 1
 
 
+def test_ranks_download_once(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+    publisher.publish(CONTENT, monkeypatch)
+
+    def check(rank: int) -> None:
+        assert hub.fetch(NAME).read_bytes() == CONTENT
+
+    run_ranks(3, check)
+    assert len(publisher.requests) == 1
+
+
 def test_where_downloads_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PANFPN_CACHE", str(tmp_path / "own"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
@@ -268,7 +271,7 @@ def test_where_downloads_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert cache_dir() == Path.home() / ".cache" / "panfpn_fast"
 
 
-def test_published_names_and_their_check_sums() -> None:
+def test_published_names_and_their_checksums() -> None:
     found = {name.rsplit("/", 1)[1]: path for name, path in hub.PUBLISHED.items()}
     sums = {name: re.split("[-_]", path)[-1].split(".")[0] for name, path in found.items()}
     assert sums == {

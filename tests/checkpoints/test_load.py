@@ -1,8 +1,7 @@
-"""load(): both of detectron2's file formats, what it says of files that do not fit."""
+"""load(): both file formats of detectron2, and the errors for files that do not fit."""
 
 from __future__ import annotations
 
-import dataclasses
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoint_samples import SMALL, Weights, save_pickle, save_torch, small_network, small_weights
 
 import panfpn_fast
-from panfpn_fast.checkpoints import CheckpointError, detectron2, load, own
-from panfpn_fast.data.categories import Categories, Category
+from panfpn_fast.checkpoints import CheckpointError, detectron2, load, native
+from panfpn_fast.data.categories import Categories, Category, get_categories
+from panfpn_fast.inference import Predictor
 from panfpn_fast.models import PanopticFPN
+from panfpn_fast.training.initialize import initialize
+from support.checkpoint_samples import SMALL, Weights, save_pickle, save_torch, small_network, small_weights
+from support.tensors import assert_same_tensors
+from support.training_samples import small_model
 
 CATEGORIES = [Category(i, f"c{i}", i < 4, (i, i, i)) for i in range(1, 8)]
 
@@ -32,12 +35,10 @@ def weights() -> Weights:
 
 def _assert_equal(model: PanopticFPN, original: PanopticFPN) -> None:
     assert not model.training
-    state, expected = model.state_dict(), original.state_dict()
-    assert state.keys() == expected.keys()
-    for name, value in state.items():
+    assert_same_tensors(model.state_dict(), original.state_dict())
+    for name, value in model.state_dict().items():
         assert value.dtype == torch.float32, name
         assert value.device.type == "cpu", name
-        assert torch.equal(value, expected[name]), name
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         assert not tensor.is_meta, name
     assert all(p.requires_grad for p in model.parameters())
@@ -61,7 +62,7 @@ def test_torch_file_with_training_state(
     _assert_equal(load(save_torch(tmp_path / "model.pth", weights, legacy, **training)), original)
 
 
-def test_the_content_tells_the_format(tmp_path: Path, weights: Weights, original: PanopticFPN) -> None:
+def test_the_content_determines_the_format(tmp_path: Path, weights: Weights, original: PanopticFPN) -> None:
     _assert_equal(load(save_torch(tmp_path / "a.pkl", weights)), original)
     _assert_equal(load(str(save_pickle(tmp_path / "b.pth", {"model": weights}))), original)
     _assert_equal(load(save_pickle(tmp_path / "weights without extension", weights)), original)
@@ -123,7 +124,7 @@ def test_overrides(tmp_path: Path, weights: Weights) -> None:
         load(tmp_path / "not even there", nms_treshold=0.5)
 
 
-def test_the_depth_is_read_off_the_names(tmp_path: Path) -> None:
+def test_the_names_determine_the_depth(tmp_path: Path) -> None:
     with torch.device("meta"):
         shapes = PanopticFPN(
             **{**SMALL, "backbone": "resnet101", "num_things": 8, "num_stuff": 11}
@@ -131,7 +132,7 @@ def test_the_depth_is_read_off_the_names(tmp_path: Path) -> None:
     zeros = {detectron2.key(name): np.zeros(value.shape, np.float16) for name, value in shapes.items()}
     model = load(save_pickle(tmp_path / "a.pkl", {"model": zeros}))
     assert model.config.backbone == "resnet101"
-    assert model.config.dataset == "cityscapes"
+    assert model.config.categories == get_categories("cityscapes")
 
 
 def test_everything_that_does_not_fit_is_named_in_one_error(tmp_path: Path, weights: Weights) -> None:
@@ -164,23 +165,23 @@ def test_a_tensor_of_integers_is_named(tmp_path: Path, weights: Weights) -> None
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model": {"conv1_w": np.zeros(3, np.float32)}}, "a backbone alone"),
+        ({"model": {"conv1_w": np.zeros(3, np.float32)}}, "only the weights of a backbone"),
         (
             {"state_dict": {"neck.lateral_convs.0.conv.weight": np.zeros(3)}},
-            r"backbone of \(0, 0, 0, 0\) basic blocks",
+            r"unknown backbone with \(0, 0, 0, 0\) basic blocks",
         ),
         (
             {"model": {"transformer.weight": np.zeros(3)}},
-            "not the layout of a checkpoint of detectron2.*transformer.weight",
+            "not a checkpoint of panfpn_fast, detectron2 or mmdetection.*transformer.weight",
         ),
         (
             {"model": {"backbone.fpn_lateral2.weight": np.zeros(3)}},
-            r"backbone of \(0, 0, 0, 0\) basic blocks",
+            r"unknown backbone with \(0, 0, 0, 0\) basic blocks",
         ),
-        ({}, "not the layout"),
-        ([1, 2], "no dictionary of tensors by name, but list"),
-        ({"model": 3}, "not the layout"),
-        ({3: np.zeros(3)}, "no dictionary of tensors by name"),
+        ({}, "not a checkpoint of"),
+        ([1, 2], "expected a dictionary of tensors with string keys, got list"),
+        ({"model": 3}, "not a checkpoint of"),
+        ({3: np.zeros(3)}, "expected a dictionary of tensors with string keys"),
     ],
 )
 def test_other_layouts_are_explained(tmp_path: Path, content: Any, message: str) -> None:
@@ -190,13 +191,13 @@ def test_other_layouts_are_explained(tmp_path: Path, content: Any, message: str)
     assert str(path) in str(info.value)
 
 
-def test_files_that_are_no_checkpoint(tmp_path: Path, weights: Weights) -> None:
+def test_files_that_are_not_checkpoints(tmp_path: Path, weights: Weights) -> None:
     whole = save_torch(tmp_path / "whole.pth", {"a": np.zeros(1000, np.float32)}).read_bytes()
     legacy = save_torch(tmp_path / "old.pth", {"a": np.zeros(1000, np.float32)}, legacy=True).read_bytes()
     plain = pickle.dumps({"model": {"a": np.zeros(1000, np.float32)}})
     for content, message in [
-        (b"", "neither a pickle nor"),
-        (b"<html>404</html>", "neither a pickle nor"),
+        (b"", "not a checkpoint: expected a pickle"),
+        (b"<html>404</html>", "not a checkpoint: expected a pickle"),
         (whole[: len(whole) // 2], "not a readable checkpoint"),
         (legacy[: len(legacy) // 2], "not a readable checkpoint"),
         (plain[: len(plain) // 2], "not a readable checkpoint"),
@@ -209,7 +210,7 @@ def test_files_that_are_no_checkpoint(tmp_path: Path, weights: Weights) -> None:
         assert str(path) in str(info.value)
 
 
-def test_names_that_lead_nowhere(tmp_path: Path) -> None:
+def test_unknown_names(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no such file.*detectron2://COCO-Panoptic"):
         load(tmp_path / "missing.pkl")
     with pytest.raises(FileNotFoundError, match=r"PanopticFPN.from_config\('panoptic_fpn_r50'\)"):
@@ -222,24 +223,49 @@ def test_names_that_lead_nowhere(tmp_path: Path) -> None:
         load("detectron2://COCO-PanopticSegmentation/panoptic_fpn_R_18_1x")
     with pytest.raises(TypeError, match="path_or_name"):
         load(b"model.pkl")  # type: ignore[arg-type]
-    with pytest.raises(OSError, match="directory"):
+    with pytest.raises(OSError, match=r"expected a checkpoint file, such as .*, got a folder"):
         load(tmp_path)
 
 
 def test_loading_draws_no_random_numbers(tmp_path: Path, weights: Weights, original: PanopticFPN) -> None:
     save_pickle(tmp_path / "a.pkl", {"model": weights})
-    original.save(tmp_path / "a.pth")
+    panfpn_fast.save(original, tmp_path / "a.pth")
     before = torch.get_rng_state()
     load(tmp_path / "a.pkl")
     load(tmp_path / "a.pth")
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("default", [torch.device("meta"), torch.float64, torch.float16])
+@pytest.mark.parametrize("layout", ["native", "detectron2", "mmdetection"])
+def test_the_default_device_and_dtype_do_not_matter(
+    tmp_path: Path, request: pytest.FixtureRequest, layout: str, default: torch.device | torch.dtype
+) -> None:
+    network = small_model(backbone="resnet18", backbone_norm="bn", mask_head_convs=4, score_threshold=0.0)
+    panfpn_fast.save(network, tmp_path / "a.pth", layout)
+    image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    expected = Predictor(load(tmp_path / "a.pth"), "cpu", short_edge=64)(image)
+    request.addfinalizer(lambda: torch.set_default_device(None))
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
+    if isinstance(default, torch.device):
+        torch.set_default_device(default)
+    else:
+        torch.set_default_dtype(default)
+    model = load(tmp_path / "a.pth")
+    assert {value.dtype for value in model.state_dict().values()} <= {torch.float32, torch.int64}
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    result = Predictor(model, "cpu", short_edge=64)(image)
+    assert torch.equal(result.panoptic, expected.panoptic)
+    assert result.segments == expected.segments
+    panfpn_fast.save(model, tmp_path / "b.pth", layout)
+    initialize(network, str(tmp_path / "b.pth"))
+
+
 @pytest.mark.parametrize(
     ("task", "others"), [("instance", "sem_seg_head."), ("semantic", ("proposal_generator.", "roi_heads."))]
 )
 def test_one_branch(tmp_path: Path, weights: Weights, task: str, others: Any) -> None:
-    """Of a checkpoint with one, such as a Mask R-CNN's; or of one with both, by wish."""
+    """A checkpoint with one branch, such as a Mask R-CNN, and one branch of a checkpoint with both."""
     alone = {name: value for name, value in weights.items() if not name.startswith(others)}
     model = load(save_pickle(tmp_path / "a.pkl", {"model": alone}))
     assert model.config.tasks == (task,)
@@ -254,17 +280,16 @@ def test_one_branch(tmp_path: Path, weights: Weights, task: str, others: Any) ->
         load(tmp_path / "a.pkl", tasks=("instance", "semantic"))
 
 
-def test_one_branch_of_our_own(tmp_path: Path, original: PanopticFPN) -> None:
+def test_one_branch_of_the_native_format(tmp_path: Path, original: PanopticFPN) -> None:
     categories = Categories("four", tuple(CATEGORIES[:3]), tuple(CATEGORIES[3:]))
-    config = {**dataclasses.asdict(original.config), "dataset": "four"}
-    torch.save(own.content_of(original.state_dict(), config, categories), tmp_path / "a.pth")
+    config = original.config.replace(categories=categories)
+    torch.save(native.content_of(original.state_dict(), config), tmp_path / "a.pth")
     assert load(tmp_path / "a.pth").config.tasks == ("instance", "semantic")
     model = load(tmp_path / "a.pth", tasks=("semantic",))
     assert {name.split(".")[0] for name in model.state_dict()} == {"backbone", "fpn", "semantic_head"}
     assert all(torch.equal(value, original.state_dict()[name]) for name, value in model.state_dict().items())
-    torch.save(
-        own.content_of(model.state_dict(), dataclasses.asdict(model.config), categories), tmp_path / "b.pth"
-    )
+    assert model.config.categories == categories
+    torch.save(native.content_of(model.state_dict(), model.config), tmp_path / "b.pth")
     assert load(tmp_path / "b.pth").config.tasks == ("semantic",)
     with pytest.raises(CheckpointError, match="Missing key"):
         load(tmp_path / "b.pth", tasks=("instance", "semantic"))

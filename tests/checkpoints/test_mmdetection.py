@@ -1,4 +1,4 @@
-"""mmdetection's checkpoints: recognised by content, set up as mmdetection runs them."""
+"""mmdetection's checkpoints are recognized by content and configured as mmdetection runs them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoint_samples import (
+
+import panfpn_fast
+from panfpn_fast.checkpoints import CheckpointError, detectron2, load, mmdetection
+from panfpn_fast.data import Categories, Category, get_categories
+from panfpn_fast.models import PanopticFPN
+from panfpn_fast.training.initialize import initialize
+from support.checkpoint_samples import (
     SMALL,
     Weights,
     save_mmdetection,
@@ -18,13 +24,10 @@ from checkpoint_samples import (
     small_mmdetection_weights,
     small_network,
 )
+from support.tensors import assert_same_tensors
 
-from panfpn_fast.checkpoints import CheckpointError, load, mmdetection
-from panfpn_fast.models import PanopticFPN
-from panfpn_fast.training.initialize import initialize
-
-# mmdetection 3.3.0, configs/panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py and what it inherits.
-AS_THERE: dict[str, Any] = {
+# mmdetection 3.3.0, configs/panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py and its base files.
+MMDETECTION_SETTINGS: dict[str, Any] = {
     "stride_in_1x1": False,
     "channel_order": "RGB",
     "pixel_mean": (123.675, 116.28, 103.53),
@@ -39,16 +42,16 @@ AS_THERE: dict[str, Any] = {
 }
 
 
+UNNAMED = {name: value for name, value in SMALL.items() if name not in ("num_things", "num_stuff", "tasks")}
+
+
 @pytest.fixture
 def weights() -> Weights:
     return small_mmdetection_weights()
 
 
 def _assert_equal(model: PanopticFPN, original: PanopticFPN) -> None:
-    state, expected = model.state_dict(), original.state_dict()
-    assert state.keys() == expected.keys()
-    for name, value in state.items():
-        assert torch.equal(value, expected[name]), name
+    assert_same_tensors(model.state_dict(), original.state_dict())
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
@@ -56,7 +59,7 @@ def test_load(tmp_path: Path, weights: Weights) -> None:
     path = save_mmdetection(tmp_path / "epoch_12.pth", weights, CLASSES=("person",), epoch=12)
     model = load(path)
     _assert_equal(model, small_network())
-    assert model.config == small_network().config.replace(**AS_THERE)
+    assert model.config == small_network().config.replace(**MMDETECTION_SETTINGS)
     [output] = model([torch.zeros(3, 40, 60, dtype=torch.uint8)])
     assert output.panoptic.shape == (40, 60)
     assert load(path, stride_in_1x1=True, score_threshold=0.05).config == model.config.replace(
@@ -65,7 +68,7 @@ def test_load(tmp_path: Path, weights: Weights) -> None:
 
 
 def test_names() -> None:
-    """One tensor of each rule; the golden's parity shows that all of the values go where they belong."""
+    """One tensor per rule; the parity tests check that every tensor goes to its place."""
     for ours, theirs in {
         "backbone.norm1.running_var": "backbone.bn1.running_var",
         "backbone.layer3.5.conv2.weight": "backbone.layer3.5.conv2.weight",
@@ -85,7 +88,7 @@ def test_names() -> None:
         mmdetection.LAYOUT.key("fpn.semantic.lateral.p2.bias")
 
 
-def test_the_things_channel_is_last_there(tmp_path: Path, weights: Weights) -> None:
+def test_the_channel_of_things_is_moved_to_the_front(tmp_path: Path, weights: Weights) -> None:
     weights["semantic_head.conv_logits.bias"] = np.arange(5, dtype=np.float32)
     model = load(save_mmdetection(tmp_path / "a.pth", weights))
     bias = model.semantic_head.logits.bias
@@ -93,7 +96,7 @@ def test_the_things_channel_is_last_there(tmp_path: Path, weights: Weights) -> N
     assert bias.tolist() == [4, 0, 1, 2, 3]
 
 
-def test_a_mask_rcnn_has_its_own_thresholds(tmp_path: Path, weights: Weights) -> None:
+def test_a_mask_rcnn_has_other_thresholds(tmp_path: Path, weights: Weights) -> None:
     alone = {name: value for name, value in weights.items() if not name.startswith("semantic_head.")}
     model = load(save_mmdetection(tmp_path / "a.pth", alone))
     assert model.config.tasks == ("instance",)
@@ -108,14 +111,14 @@ def test_other_forms_of_the_file(tmp_path: Path, weights: Weights) -> None:
     _assert_equal(load(save_pickle(tmp_path / "b.pkl", weights)), small_network())
 
 
-def test_backbone_norm_that_counts_its_batches(tmp_path: Path, weights: Weights) -> None:
+def test_a_backbone_norm_with_a_counter_of_batches(tmp_path: Path, weights: Weights) -> None:
     model = load(save_mmdetection(tmp_path / "a.pth", weights), backbone_norm="bn")
     assert model.get_buffer("backbone.norm1.num_batches_tracked").item() == 0
     mean = model.get_buffer("backbone.norm1.running_mean")
     assert torch.equal(mean, small_network().get_buffer("backbone.norm1.running_mean"))
 
 
-def test_what_does_not_fit_is_named_as_there(tmp_path: Path, weights: Weights) -> None:
+def test_errors_use_the_names_of_mmdetection(tmp_path: Path, weights: Weights) -> None:
     del weights["roi_head.bbox_head.shared_fcs.1.bias"]
     weights["semantic_head.conv_logits.bias"] = np.float32(0)  # type: ignore[assignment]
     weights["roi_head.grid_head.weight"] = np.zeros(2, np.float32)
@@ -132,14 +135,23 @@ def test_what_does_not_fit_is_named_as_there(tmp_path: Path, weights: Weights) -
 def test_a_log_beside_the_weights_is_left_out(
     tmp_path: Path, weights: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """mmengine's checkpoints have objects of its own, with arrays in them, which nobody needs here."""
+    """Mmengine's checkpoints contain its objects, with arrays in them, which are not loaded."""
 
     class HistoryBuffer:
         def __init__(self) -> None:
             self.history = np.arange(3.0)
             self.last = np.float64(2)
 
+        def mean(self) -> float:
+            return float(self.history.mean())
+
+        def __getstate__(self) -> dict[str, Any]:
+            # mmengine's state has a table of methods; pickle writes a method as getattr(class, name).
+            return {**self.__dict__, "statistics_methods": {"mean": HistoryBuffer.mean}}
+
+    HistoryBuffer.mean.__qualname__ = "HistoryBuffer.mean"
     HistoryBuffer.__module__, HistoryBuffer.__qualname__ = "mmengine.logging.history_buffer", "HistoryBuffer"
+    HistoryBuffer.mean.__module__ = HistoryBuffer.__module__
     for name in ("mmengine", "mmengine.logging", "mmengine.logging.history_buffer"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     sys.modules[HistoryBuffer.__module__].HistoryBuffer = HistoryBuffer  # type: ignore[attr-defined]
@@ -150,10 +162,64 @@ def test_a_log_beside_the_weights_is_left_out(
     _assert_equal(load(tmp_path / "b.pth"), small_network())
 
 
-def test_training_begins_with_it(tmp_path: Path, weights: Weights) -> None:
+def test_the_other_values_of_mmcvs_ema_hook_are_left_out(tmp_path: Path, weights: Weights) -> None:
+    """The hook saves the averages under the names of the network, and what they replace as `ema_` and a flat name."""
+    others = {f"ema_{name.replace('.', '_')}": np.zeros_like(value) for name, value in weights.items()}
+    _assert_equal(load(save_mmdetection(tmp_path / "a.pth", {**weights, **others})), small_network())
+
+
+def test_training_starts_from_it(tmp_path: Path, weights: Weights) -> None:
     torch.manual_seed(1)
     model = PanopticFPN(**SMALL)
     messages = initialize(model, str(save_mmdetection(tmp_path / "a.pth", weights)))
     _assert_equal(model, small_network())
     assert "warning: these weights were trained with stride_in_1x1=False, here it is True" in messages
     assert len(messages) == 1 + 5
+
+
+@pytest.mark.parametrize("key", ["CLASSES", "classes"])
+def test_names_of_a_mask_rcnn(tmp_path: Path, key: str) -> None:
+    """A network with one branch has only the names of that branch."""
+    for count, names, expected in (
+        (2, ("cell", "crack"), ["cell", "crack"]),
+        (2, ("cell",), None),
+        (80, tuple(c.name for c in get_categories("coco_panoptic").things), "coco_panoptic"),
+        (8, tuple(c.name for c in get_categories("cityscapes").things), "cityscapes"),
+    ):
+        network = PanopticFPN(**UNNAMED, tasks=("instance",), num_things=count)
+        meta = {"CLASSES": names} if key == "CLASSES" else {"dataset_meta": {"classes": names}}
+        weights = {name: value.numpy() for name, value in mmdetection.tensors(network).items()}
+        config = load(save_mmdetection(tmp_path / "epoch_1.pth", weights, **meta)).config
+        assert config.tasks == ("instance",)
+        if isinstance(expected, str):
+            assert config.categories == get_categories(expected)
+        else:
+            assert [c.name for c in config.categories.things] == (expected or ["thing 1", "thing 2"])
+
+
+@pytest.mark.parametrize("framework", [detectron2, mmdetection])
+def test_classes_that_the_caller_names(tmp_path: Path, framework: Any) -> None:
+    """A checkpoint with one branch needs only the classes of that branch."""
+    things = (Category(1, "cell", True, (0, 0, 0)), Category(2, "crack", True, (0, 0, 0)))
+    stuff = (Category(3, "glass", False, (0, 0, 0)),)
+    both, alone = Categories("both", things, stuff), Categories("alone", things, ())
+    network = PanopticFPN(**UNNAMED, num_things=2, num_stuff=1)
+    single = PanopticFPN(**UNNAMED, num_things=2, num_stuff=1, tasks=("instance",))
+    key = "model" if framework is detectron2 else "state_dict"
+    for model, categories in ((network, both), (single, both), (single, alone)):
+        torch.save({key: framework.tensors(model)}, tmp_path / "a.pth")
+        found = load(tmp_path / "a.pth", categories=categories)
+        assert found.config.categories == categories
+        assert found.config.tasks == model.config.tasks
+        panfpn_fast.save(model, tmp_path / "b.pth")
+        assert load(tmp_path / "b.pth", categories=categories).config.categories == categories
+    torch.save({key: framework.tensors(network)}, tmp_path / "a.pth")
+    for wrong, message in (
+        (alone, "categories: expected 1 stuff classes, as many as the network has; 'alone' has 0"),
+        (
+            Categories("one", things[:1], stuff),
+            "categories: expected 2 thing classes, as many .*; 'one' has 1",
+        ),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            load(tmp_path / "a.pth", categories=wrong)

@@ -1,49 +1,38 @@
-"""Every CUDA op, host function and kernels, compiled for the CPU: the bodies that a GPU would run, run here."""
+"""Compiles every CUDA op, host function and kernels, for the CPU and compares it with its reference."""
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
-import shutil
-import subprocess
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from op_checks import OPS, assert_agrees, averaging_tolerance
-from op_samples import DEGENERATE_BOXES, random_rois
 
 import panfpn_fast.ops
+from cuda_on_host.build import OPS_VARIABLE, build_ops, cached_folder, missing_for_ops
+from support.op_checks import OPS, assert_agrees, averaging_tolerance
+from support.op_samples import DEGENERATE_BOXES, half_covered, random_rois
 
 NAN = float("nan")
 ROOT = Path(__file__).resolve().parents[2]
-CUDA_OPS = [name for name, op in OPS.items() if not op.triton]
+CUDA_OPS = [name for name, op in OPS.items() if op.cuda_in_csrc]
 ORDERS = {"forward": 0, "reverse": 1, "random": 2}
 
 
 @pytest.fixture(scope="session")
-def host_library(request: pytest.FixtureRequest) -> ctypes.CDLL:
-    """Builds _C_cuda_on_host.so (again only where a source changed) and registers its ops."""
-    if not (ROOT / "csrc").is_dir():
-        pytest.skip("csrc/ is not beside tests/: the kernels cannot be compiled for the host")
-    for program in ("cmake", "ninja", "g++"):
-        if shutil.which(program) is None:
-            pytest.skip(f"{program} is not installed: the kernels cannot be compiled for the host")
-    build = request.config.cache.mkdir(f"cuda_on_host-torch-{torch.__version__}")
-    torch_dir = Path(torch.__file__).parent
-    commands = [
-        ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DPANFPN_BUILD_CUDA_ON_HOST=ON",
-         f"-DPANFPN_TORCH_DIR={torch_dir}"],
-        ["cmake", "--build", str(build)],
-    ]  # fmt: skip
-    for command in commands:
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}\n{result.stderr}"
-    path = build / "_C_cuda_on_host.so"
-    torch.ops.load_library(str(path))
-    library = ctypes.CDLL(str(path))
+def host_library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """Builds _C_cuda_on_host.so and registers its ops."""
+    path = os.environ.get(OPS_VARIABLE)
+    if path is None:
+        if reason := missing_for_ops():
+            pytest.skip(reason)
+        path = str(build_ops(cached_folder("cuda_on_host", request.config, tmp_path_factory)))
+    torch.ops.load_library(path)
+    library = ctypes.CDLL(path)
     library.panfpn_host_launch_count.restype = ctypes.c_ulonglong
     library.panfpn_host_set_order.argtypes = [ctypes.c_int, ctypes.c_ulonglong]
     return library
@@ -51,14 +40,14 @@ def host_library(request: pytest.FixtureRequest) -> ctypes.CDLL:
 
 @pytest.fixture(params=ORDERS)
 def thread_order(request: pytest.FixtureRequest, host_library: ctypes.CDLL) -> Iterator[str]:
-    """Runs the threads of each block in different orders: a missing barrier shows in one of them."""
+    """Runs the threads of each block in different orders, one of which reveals a missing barrier."""
     host_library.panfpn_host_set_order(ORDERS[request.param], 1)
     yield request.param
     host_library.panfpn_host_set_order(ORDERS["forward"], 0)
 
 
 def op_samples(name: str) -> list[Any]:
-    """The samples with which the op's own tests check the CPU op, in float32 and float16 feature maps."""
+    """Returns the samples that the op's own tests use for the CPU op, with float32 and float16 feature maps."""
     path = ROOT / "tests" / "ops" / f"test_{name}.py"
     spec = importlib.util.spec_from_file_location(f"samples_of_{name}", path)
     assert spec is not None
@@ -71,7 +60,7 @@ def op_samples(name: str) -> list[Any]:
 
 @pytest.fixture
 def on_host(monkeypatch: pytest.MonkeyPatch, host_library: ctypes.CDLL) -> None:
-    """Makes the public functions call the CUDA ops."""
+    """Makes the public functions call the CUDA ops that were compiled for the CPU."""
     for name in CUDA_OPS:
         monkeypatch.setattr(torch.ops.panfpn_fast, name, getattr(torch.ops.panfpn_fast_cuda_on_host, name))
 
@@ -108,9 +97,10 @@ def test_channels_last_kernel(on_host: None, thread_order: str) -> None:
 def test_wide_loads_of_channels(
     channels: int, dtype: torch.dtype, on_host: None, host_library: ctypes.CDLL
 ) -> None:
-    """Whole packs of 16 bytes, lanes without channels, more channels than lanes, and none of it divisible."""
+    """Full 16-byte packs, lanes without channels, more channels than lanes, and channels that fill no pack."""
     features = torch.randn(1, channels, 9, 11, generator=torch.Generator().manual_seed(0)).to(dtype)
-    # Of few samples, of more than a warp has lanes, and of few samples that lie further apart than a warp.
+    # Boxes with few samples, with more samples than a warp has lanes, and with few samples that are further apart
+    # than a warp has lanes.
     boxes = torch.tensor(
         [[0.0, 1.0, 2.0, 8.0, 7.0], [0.0, -90.0, -70.0, 90.0, 80.0], [9.0, 0.0, 0.0, 5.0, 5.0]]
     )
@@ -126,12 +116,12 @@ def test_wide_loads_of_channels(
 @pytest.mark.parametrize(
     ("output_size", "sampling_ratio"),
     [((2, 3), 0), ((28, 17), 2), ((3, 2), 100), ((24, 2), 17), ((1, 400), 1)],
-    ids=["few cells", "cells in several turns", "cells in turn", "too many samples", "too many cells"],
+    ids=["few bins", "bins in several rounds", "one bin at a time", "too many samples", "too many bins"],
 )
 def test_planes_of_channels(
     channels: int, output_size: tuple[int, int], sampling_ratio: int, on_host: None, thread_order: str
 ) -> None:
-    """NCHW: channels that fill no group of planes, and boxes whose taps shared memory holds or does not hold."""
+    """NCHW: channels that fill no group of planes, and boxes whose taps fit in shared memory or do not."""
     features = torch.randn(2, channels, 9, 11, generator=torch.Generator().manual_seed(0))
     rois = torch.tensor(
         [
@@ -149,8 +139,20 @@ def test_planes_of_channels(
     assert_agrees(panfpn_fast.ops.roi_align(*args), expected, tolerance, thread_order)
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("samples", [2, 6, 10, 12, 34, 60])
+def test_half_of_the_samples_is_exactly_half(samples: int, channels: int, on_host: None) -> None:
+    """A warp has fewer lanes than 34 samples, and the taps of 60 samples do not fit in shared memory."""
+    masks = half_covered(samples).expand(-1, channels, -1, -1)
+    side = masks.shape[-1]
+    rois = torch.tensor([[float(i), 0.0, 0.0, side, side] for i in range(len(masks))])
+    for layout in (torch.contiguous_format, torch.channels_last):
+        pooled = panfpn_fast.ops.roi_align(masks.contiguous(memory_format=layout), rois, 7, aligned=True)
+        assert torch.equal(pooled, torch.full_like(pooled, 0.5))
+
+
 def backward_calls(name: str) -> list[tuple[Any, ...]]:
-    """Arguments of the backward op but the last, on odd and degenerate inputs, for every layout and dtype."""
+    """Returns arguments of the backward op except the last, with odd and degenerate inputs, all layouts and dtypes."""
     calls: list[tuple[Any, ...]] = []
     random = torch.Generator().manual_seed(5)
     degenerate = torch.cat([torch.zeros(len(DEGENERATE_BOXES), 1), DEGENERATE_BOXES], dim=1)
@@ -203,14 +205,14 @@ def test_deterministic_backward_does_not_depend_on_the_order_of_threads(
 
 
 def test_threshold_follows_the_cuda_peer(on_host: None) -> None:
-    # IoU 30 / 100 against 0.3: equal in float32, above the double 0.3.
+    # The IoU of 30 / 100 equals 0.3 in float32 but is greater than the double 0.3.
     boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 3.0]])
     assert panfpn_fast.ops.nms(boxes, torch.tensor([0.9, 0.8]), 0.3).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("rule", ["detectron2", "mmdetection", "panopticapi"])
 def test_merge_with_many_claims(on_host: None, thread_order: str, rule: str) -> None:
-    """Instances that overlap again and again: what one claims the next must see, whichever thread looks."""
+    """Instances that overlap repeatedly: every thread must see the pixels that earlier instances have claimed."""
     random = torch.Generator().manual_seed(3)
     corner = torch.rand(60, 2, generator=random) * 60
     boxes = torch.cat([corner, corner + 10 + 50 * torch.rand(60, 2, generator=random)], dim=1)
@@ -230,7 +232,7 @@ def test_merge_with_many_claims(on_host: None, thread_order: str, rule: str) -> 
 
 
 def test_merge_of_instances_that_share_a_barrier(on_host: None, thread_order: str) -> None:
-    """Many small boxes, few of which meet, over rows of more than one piece: waves of every length."""
+    """Many small boxes with few overlaps, over rows of more than one piece, which gives waves of every length."""
     random = torch.Generator().manual_seed(5)
     corner = torch.rand(90, 2, generator=random) * torch.tensor([290.0, 30.0])
     boxes = torch.cat([corner, corner + 3 + 9 * torch.rand(90, 2, generator=random)], dim=1)
@@ -246,7 +248,7 @@ def test_merge_of_instances_that_share_a_barrier(on_host: None, thread_order: st
 
 @pytest.mark.parametrize("threshold", [0.5, 0.0, -1.0])
 def test_paste_over_several_tiles(threshold: float, on_host: None, thread_order: str) -> None:
-    """Images of three tiles that begin at no multiple of 16, and boxes of more than a warp takes at a time."""
+    """Images of three tiles that do not begin at a multiple of 16, and boxes with more rows than one warp handles."""
     random = torch.Generator().manual_seed(6)
     masks = torch.rand(5, 9, 6, generator=random)
     boxes = torch.tensor(
@@ -266,7 +268,7 @@ def test_paste_over_several_tiles(threshold: float, on_host: None, thread_order:
 def test_paste_into_images_of_few_bytes(
     image_size: tuple[int, int], on_host: None, thread_order: str
 ) -> None:
-    """Several images share 16 bytes, or end in the middle of them."""
+    """Images of which several share one 16-byte chunk, or that end in the middle of a chunk."""
     random = torch.Generator().manual_seed(7)
     corner = torch.rand(21, 2, generator=random) * 6 - 3
     boxes = torch.cat([corner, corner + 8 * torch.rand(21, 2, generator=random)], dim=1)
@@ -276,7 +278,7 @@ def test_paste_into_images_of_few_bytes(
 
 @pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 128, 129, 1000, 1201])
 def test_suppression_at_the_edges_of_tiles(count: int, on_host: None, thread_order: str) -> None:
-    """Boxes in long chains of overlaps, so that which are kept depends on many others in and between tiles."""
+    """Long chains of overlapping boxes: whether a box is kept depends on many boxes of its own and other tiles."""
     random = torch.Generator().manual_seed(count)
     corner = torch.rand(count, 2, generator=random) * torch.tensor([3.0 * count**0.5, 40.0])
     boxes = torch.cat([corner, corner + 5 + 30 * torch.rand(count, 2, generator=random)], dim=1)
@@ -290,11 +292,45 @@ def test_suppression_at_the_edges_of_tiles(count: int, on_host: None, thread_ord
 
 
 def test_suppression_in_sorted_order(on_host: None) -> None:
-    """More boxes than are ordered by counting, in a batch of different orders."""
+    """More boxes than are ranked by counting, so they are sorted, in a batch with different orders."""
     random = torch.Generator().manual_seed(0)
     corner = torch.rand(2, 8193, 2, generator=random) * 30
     boxes = torch.cat([corner, corner + 5 + 30 * torch.rand(2, 8193, 2, generator=random)], dim=2)
     scores = torch.rand(2, 8193, generator=random)
+    # NaN comes first, whatever its sign, as it does where the scores are ranked by counting.
+    scores[:, [5, 6]] = torch.tensor([NAN, NAN]).copysign(torch.tensor([1.0, -1.0]))
     args = (boxes, scores, None, 0.3, 40)
     actual = panfpn_fast.ops.nms_padded(*args)
     torch.testing.assert_close(actual, OPS["nms_padded"].reference(*args), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("capability", "kib"), [(75, 64), (86, 99), (90, 227)])
+def test_more_boxes_than_shared_memory_allows(
+    capability: int, kib: int, on_host: None, host_library: ctypes.CDLL
+) -> None:
+    most = (kib * 1024 - 32) // 8 * 64
+    boxes = torch.zeros(most + 1, 4)
+    host_library.panfpn_host_set_compute_capability(capability)
+    try:
+        with pytest.raises(
+            RuntimeError, match=f"at most {most} boxes are supported on this GPU, got {most + 1}"
+        ):
+            panfpn_fast.ops.nms_padded(boxes, boxes[:, 0], None, 0.5, 1)
+    finally:
+        host_library.panfpn_host_set_compute_capability(75)
+
+
+def test_merge_on_a_busy_gpu(on_host: None, host_library: ctypes.CDLL) -> None:
+    """Fewer blocks than the device promises are resident at once, so the grid is halved until it fits."""
+    random = torch.Generator().manual_seed(3)
+    corner = torch.rand(20, 2, generator=random) * 60
+    boxes = torch.cat([corner, corner + 10 + 50 * torch.rand(20, 2, generator=random)], dim=1)
+    masks, scores = torch.rand(20, 28, 20, generator=random), torch.rand(20, generator=random)
+    semantic = torch.randint(0, 9, (77, 301), generator=random)
+    args = (masks, boxes, scores, torch.arange(20), semantic, (77, 301))
+    host_library.panfpn_host_set_resident_blocks(2)
+    try:
+        actual = panfpn_fast.ops.panoptic_merge(*args)
+    finally:
+        host_library.panfpn_host_set_resident_blocks(6)
+    torch.testing.assert_close(actual, OPS["panoptic_merge"].reference(*args), rtol=0, atol=0)

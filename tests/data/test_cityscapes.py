@@ -1,4 +1,4 @@
-"""Cityscapes' folders, by the rules of createPanopticImgs.py."""
+"""CityscapesDataset follows the rules of createPanopticImgs.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from city_samples import CAR, PARKING, PERSON, ROAD, SKY, street, write_city
 from PIL import Image
 
 from panfpn_fast.data.cityscapes import CityscapesDataset
@@ -17,8 +16,9 @@ from panfpn_fast.data.files import DataError
 from panfpn_fast.data.loader import TrainLoader
 from panfpn_fast.data.sample import IGNORE, make_target
 from panfpn_fast.data.transforms import Compose, Crop, Flip, Resize
-from panfpn_fast.training.command import make_datasets
 from panfpn_fast.training.config import get_train_preset
+from panfpn_fast.training.setup import make_datasets
+from support.city_samples import CAR, PARKING, PERSON, ROAD, SKY, street, write_city
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_every_kind_of_number(root: Path) -> None:
         assert category.id == (number if number < 1000 else number // 1000)
     assert torch.equal(sample.segments == 0, numbers == PARKING)
     target = make_target(sample)
-    assert target.classes.tolist() == [2, 2]  # the cars; a group is no instance
+    assert target.classes.tolist() == [2, 2]  # the cars; a group is not an instance
     assert torch.equal(target.semantic == IGNORE, numbers == PARKING)
 
 
@@ -74,14 +74,14 @@ def fails(root: Path, path: Path, message: str) -> None:
 def test_damage_is_named(root: Path) -> None:
     path = truth_of(root)
     write(path, street(32, 60))
-    fails(root, path, "is 60 x 32 pixels, and its image .*aachen_0_leftImg8bit.png 64 x 32")
+    fails(root, path, "expected 64 x 32 pixels, the size of .*aachen_0_leftImg8bit.png, got 60 x 32")
     for number in (34, 999):
         write(path, np.where(street() == SKY, np.uint16(number), street()))
-        fails(root, path, f"has the number {number}, whose label {number} Cityscapes does not know")
+        fails(root, path, f"the value {number} has label {number}, which Cityscapes does not define")
     write(path, np.where(street() == SKY, np.uint16(34_000), street()))
-    fails(root, path, "expected numbers from 0 to 33999, got 7..34000")
+    fails(root, path, "expected values from 0 to 33999, got 7..34000")
     write(path, np.zeros((32, 64, 3), np.uint8))
-    fails(root, path, "expected grey pixels of 8 or 16 bits, got Pillow's mode RGB")
+    fails(root, path, "expected gray pixels of 8 or 16 bits, got pixels of Pillow's mode RGB")
     write(path, street())
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
@@ -90,14 +90,14 @@ def test_damage_is_named(root: Path) -> None:
     fails(root, path, "no such file")
 
 
-def test_missing_folders_are_named(root: Path) -> None:
+def test_missing_directories_are_named(root: Path) -> None:
     with pytest.raises(DataError, match=r"leftImg8bit.train: no such folder"):
         CityscapesDataset(root, "train")
     (root / "leftImg8bit" / "train").mkdir()
     with pytest.raises(DataError, match=r"gtFine.train: no such folder"):
         CityscapesDataset(root, "train")
     (root / "gtFine" / "train").mkdir()
-    with pytest.raises(DataError, match=r"has no images named <city>/<name>_leftImg8bit\.png"):
+    with pytest.raises(DataError, match=r"no image is named <city>/<name>_leftImg8bit\.png"):
         CityscapesDataset(root, "train")
 
 

@@ -1,4 +1,4 @@
-"""Every way in which COCO's files can be wrong: named in the error, or skipped and counted."""
+"""Defects of COCO files are named in an error, or the images are skipped and counted."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from panfpn_fast.cli import main
+from panfpn_fast.cli.main import main
+from panfpn_fast.data.categories import Categories, Category, class_list
+from panfpn_fast.data.class_check import ClassMismatchError
 from panfpn_fast.data.coco_panoptic import CocoPanopticDataset
-from panfpn_fast.data.files import DataError, read_grey, read_rgb
+from panfpn_fast.data.files import DataError, read_label_map, read_segment_ids
 from panfpn_fast.data.loader import TrainLoader
 from panfpn_fast.data.transforms import Compose
 from panfpn_fast.inference import encode_panoptic
 
 IDS = np.array([[5, 5, 300, 300], [5, 5, 300, 0], [5, 70_000, 70_000, 0]])
-CATEGORIES = [
+CATEGORIES: list[dict[str, Any]] = [
     {"id": 1, "name": "cell", "isthing": 1, "color": [1, 2, 3]},
     {"id": 2, "name": "glass", "isthing": 0, "color": [4, 5, 6]},
 ]
@@ -29,7 +31,7 @@ CATEGORIES = [
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Three annotated images; tests damage the second."""
+    """Three annotated images; the tests damage the second one."""
     images, annotations = [], []
     for number in range(3):
         pixels = np.random.default_rng(number).integers(0, 256, (3, 4, 3), dtype=np.uint8)
@@ -52,7 +54,7 @@ def open_it(root: Path) -> CocoPanopticDataset:
 
 
 def edit(root: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Changes the JSON's second annotation."""
+    """Changes the second annotation in the JSON."""
     content = json.loads((root / "truth.json").read_text())
     change(content["annotations"][1])
     (root / "truth.json").write_text(json.dumps(content))
@@ -74,7 +76,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated PNG": (lambda root: halve(root / "truth/1.png"), "truth/1.png: cannot be decoded: "),
     "another size": (
         lambda root: shrink(root / "truth/1.png"),
-        "truth/1.png: is 3 x 3 pixels, and its image ",
+        "truth/1.png: expected 4 x 3 pixels, the size of ",
     ),
     "unknown category": (
         lambda root: edit(root, lambda entry: entry["segments_info"][2].update(category_id=77)),
@@ -82,21 +84,25 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "segment only in the PNG": (
         lambda root: edit(root, lambda entry: entry["segments_info"].pop(1)),
-        "truth/1.png: has the segment 300, which its segments_info lacks",
+        "truth/1.png: segment 300 is missing from segments_info in the JSON",
     ),
     "segment only in the JSON": (
         lambda root: edit(root, lambda entry: entry["segments_info"][0].update(id=6)),
-        "truth/1.png: has the segment 5, which its segments_info lacks",
+        "truth/1.png: segment 5 is missing from segments_info in the JSON",
     ),
     "segment without a pixel": (
         lambda root: edit(
             root, lambda entry: entry["segments_info"].append({"id": 9, "category_id": 1, "area": 1})
         ),
-        "truth/1.png: lacks the segment 9 of its segments_info",
+        "truth/1.png: segment 9 of segments_info in the JSON has no pixels",
+    ),
+    "area below the number of pixels": (
+        lambda root: edit(root, lambda entry: entry["segments_info"][1].update(area=2.5)),
+        "truth.json: image 1: segment 300 has the area 2.5 in the JSON, but 3 pixels in the map; count the areas anew",
     ),
     "segment without its area": (
         lambda root: edit(root, lambda entry: entry["segments_info"][0].pop("area")),
-        "truth.json: a segment of image 1 lacks 'area'",
+        "truth.json: annotations[1].segments_info[0] (image 1) lacks 'area'",
     ),
 }
 
@@ -130,15 +136,55 @@ def test_whole_files_load(root: Path) -> None:
 @pytest.mark.parametrize("key", ["image_id", "file_name", "segments_info"])
 def test_annotations_that_lack_a_part(root: Path, key: str) -> None:
     edit(root, lambda entry: entry.pop(key))
-    with pytest.raises(DataError, match=f"truth.json: an annotation lacks '{key}'"):
+    with pytest.raises(DataError, match=rf"truth.json: annotations\[1\] lacks '{key}'"):
         open_it(root)
 
 
-def test_a_file_cut_at_any_byte_is_read_or_named(tmp_path: Path) -> None:
+def test_classes_that_contradict_the_json(root: Path) -> None:
+    """Given classes must agree with the classes that the file lists."""
+    path = root / "truth.json"
+    cell, glass = (Category(c["id"], c["name"], bool(c["isthing"]), (0, 0, 0)) for c in CATEGORIES)
+    more = Category(3, "crack", True, (0, 0, 0))
+    given = Categories("mine", (cell, more), (glass,))
+    assert CocoPanopticDataset(root / "images", path, categories=given).categories is given
+    for wrong, message in (
+        (
+            Categories("mine", (cell._replace(name="crack"),), (glass,)),
+            "1 is 'cell' (thing), but 'crack' (thing)",
+        ),
+        (
+            Categories("mine", (cell, glass._replace(isthing=True)), ()),
+            "2 is 'glass' (stuff), but 'glass' (thing)",
+        ),
+        (
+            Categories("mine", (cell,), (more._replace(isthing=False),)),
+            "2 is 'glass', an id that the given classes (mine) lack",
+        ),
+    ):
+        with pytest.raises(
+            ClassMismatchError, match=f"^{re.escape(f'{path}: category {message}')}"
+        ) as caught:
+            CocoPanopticDataset(root / "images", path, categories=wrong)
+        assert f" File: 1 cell, 2 glass. Given: {class_list(wrong.all)}" in str(caught.value)
+    with pytest.raises(ValueError, match=r"categories: expected a Categories object or one of .*got 'coco'"):
+        CocoPanopticDataset(root / "images", path, categories="coco")
+    content = json.loads(path.read_text())
+    content["categories"][1]["id"] = 1
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"truth.json: categories\[1\]\.id: expected a unique id, got 1"):
+        open_it(root)
+    del content["categories"]
+    path.write_text(json.dumps(content))
+    assert CocoPanopticDataset(root / "images", path, categories=given).categories is given
+    with pytest.raises(DataError, match=r"truth.json: expected a list 'categories'"):
+        open_it(root)
+
+
+def test_a_file_truncated_at_any_byte_is_read_or_named(tmp_path: Path) -> None:
     colours = np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)
     for name, picture, read in (
-        ("c.png", colours, read_rgb),
-        ("g.png", colours[..., 0].astype(np.uint16), read_grey),
+        ("c.png", colours, read_segment_ids),
+        ("g.png", colours[..., 0].astype(np.uint16), read_label_map),
     ):
         path = tmp_path / name
         Image.fromarray(picture).save(path)

@@ -1,7 +1,8 @@
-"""Batches depend on the seed alone: not on workers, ranks or restarts."""
+"""Batches depend only on the seed, not on workers, ranks or restarts."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from itertools import islice
 
@@ -13,6 +14,7 @@ from panfpn_fast.data.loader import Batch, TrainLoader
 from panfpn_fast.data.sample import Sample
 from panfpn_fast.data.synthetic import SyntheticDataset
 from panfpn_fast.data.transforms import Compose, Flip, Photometric, Resize
+from support.processes import run
 
 TRANSFORM = Compose([Resize((48, 64), 96), Flip(), Photometric()])
 DATASET = SyntheticDataset(7, seed=1, size=(48, 64))
@@ -38,11 +40,11 @@ def test_workers_change_nothing() -> None:
     assert same(batches(5), batches(5, workers=2))
 
 
-def test_a_resumed_run_goes_on_where_it_stopped() -> None:
+def test_a_resumed_run_continues_where_it_stopped() -> None:
     assert same(batches(6)[4:], batches(2, start=4))
 
 
-def test_ranks_share_what_one_process_sees() -> None:
+def test_ranks_share_the_batches_of_one_process() -> None:
     together = batches(3, batch_size=4)
     ranks = [batches(3, batch_size=2, rank=rank, world_size=2) for rank in range(2)]
     for step in range(3):
@@ -57,7 +59,7 @@ def test_seeds_and_epochs_differ() -> None:
 
 
 class Numbered:
-    """A data set whose images tell their index; some cannot be read."""
+    """A dataset whose pixel values are the index of the image; some images cannot be read."""
 
     categories = DATASET.categories
 
@@ -127,5 +129,57 @@ def test_nothing_readable_is_an_error() -> None:
 def test_bad_numbers_are_named(options: dict[str, int], name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: expected"):
         TrainLoader(DATASET, TRANSFORM, **{"batch_size": 1, **options})  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="no images"):
+    with pytest.raises(ValueError, match="expected at least one image"):
         TrainLoader(Numbered(0), TRANSFORM, 1)
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        "",
+        # torch's own clean-up of garbage fails here: the queue to a worker is finalized before the iterator.
+        "circle = [batches, loader]; circle.append(circle); del circle, batches, loader; gc.collect()",
+    ],
+    ids=["in use", "garbage in a cycle"],
+)
+def test_process_with_an_open_loader_ends(then: str) -> None:
+    """Its workers ignore SIGTERM, with which Python ends the children of a process that exits."""
+    script = f"""
+import gc
+
+from panfpn_fast.data import SyntheticDataset, TrainLoader
+from panfpn_fast.data.transforms import Compose
+
+loader = TrainLoader(SyntheticDataset(8, seed=0, size=(64, 64)), Compose([]), 2, seed=0, workers=2)
+batches = iter(loader)
+print(len(next(batches).images))
+{then}
+"""
+    finished = run([sys.executable, "-c", script], seconds=60)
+    assert finished.stdout == "2\n"
+    assert "Traceback" not in finished.stderr
+
+
+def test_process_whose_workers_missed_their_end_ends() -> None:
+    """The garbage collector deletes an iterator in any thread, where its message to the workers can be lost."""
+    script = """
+from panfpn_fast.data import SyntheticDataset, TrainLoader
+from panfpn_fast.data.transforms import Compose
+
+loader = TrainLoader(SyntheticDataset(8, seed=0, size=(64, 64)), Compose([]), 2, seed=0, workers=1)
+batches = iter(loader)
+print(len(next(batches).images))
+loader._loader._iterator._shutdown = True  # it sends no message when it is deleted
+batches.gi_frame.f_locals["batches"]._workers = []
+del batches, loader
+"""
+    finished = run([sys.executable, "-c", script], seconds=60)
+    assert finished.stdout == "2\n"
+
+
+def test_an_error_while_loading_ends_the_workers() -> None:
+    loader = TrainLoader(Numbered(3, bad=(0, 1, 2)), TRANSFORM, 1, workers=1)
+    batches = iter(loader)
+    with pytest.raises(DataError):
+        next(batches)
+    assert not any(worker.is_alive() for worker in loader._loader._iterator._workers)  # type: ignore[union-attr]

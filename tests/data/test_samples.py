@@ -1,4 +1,4 @@
-"""Samples, targets, transforms, the synthetic scenes and the reader of COCO's format."""
+"""Samples, targets, transforms, synthetic scenes and the reader of COCO's format."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoint_samples import shared_folder
 from PIL import Image
 
 from panfpn_fast.data.coco_panoptic import CocoPanopticDataset
 from panfpn_fast.data.files import DataError
 from panfpn_fast.data.sample import IGNORE, Sample, make_target, segment_boxes
 from panfpn_fast.data.synthetic import SyntheticDataset
-from panfpn_fast.data.transforms import Crop, Flip, Photometric, Resize
+from panfpn_fast.data.transforms import Crop, Flip, KeepBoxes, Photometric, Resize
+from support.checkpoint_samples import shared_folder
 
 
 def small_sample() -> Sample:
@@ -35,7 +35,7 @@ def small_sample() -> Sample:
 
 def test_target_of_every_kind_of_segment() -> None:
     target = make_target(small_sample())
-    # Segment 2 is a crowd, segment 5 has no pixel.
+    # Segment 2 is a crowd region, and segment 5 has no pixel.
     assert target.classes.tolist() == [7, 3]
     assert target.boxes.tolist() == [[0, 0, 2, 2], [2, 1, 3, 3]]
     assert target.instances.tolist() == [[1, 1, 0, 0], [0, 1, 2, 0], [0, 0, 2, 0]]
@@ -86,7 +86,27 @@ def test_resize_keeps_the_maps_together() -> None:
     assert lengths <= set(range(30, 51))
 
 
-def test_crop_cuts_what_there_is() -> None:
+def test_boxes_of_the_annotation_are_resized_and_mirrored() -> None:
+    random = np.random.default_rng(0)
+    sample = KeepBoxes()(small_sample(), random)
+    assert make_target(sample).boxes.tolist() == [[0, 0, 2, 2], [2, 1, 3, 3]]
+    resized = Resize((7,), 100)(sample, random)
+    assert resized.size == (7, 9)
+    y, x = 7 / 3, 9 / 4
+    expected = torch.tensor([[0, 0, 2 * x, 2 * y], [2 * x, y, 3 * x, 3 * y]])
+    torch.testing.assert_close(make_target(resized).boxes, expected)
+    flipped = make_target(Flip(1.0)(resized, random)).boxes
+    torch.testing.assert_close(
+        flipped, torch.tensor([[9 - 2 * x, 0, 9, 2 * y], [9 - 3 * x, y, 9 - 2 * x, 7]])
+    )
+    # After a crop, and without `KeepBoxes`, the boxes are around the masks.
+    around = make_target(Resize((7,), 100)(small_sample(), random)).boxes
+    assert torch.equal(around, around.round())
+    assert not torch.equal(around, make_target(resized).boxes)
+    assert torch.equal(make_target(Crop((7, 9))(resized, random)).boxes, around)
+
+
+def test_crop_larger_than_the_image() -> None:
     sample = SyntheticDataset(1).load(0)
     crop = Crop((40, 500))(sample, np.random.default_rng(0))
     assert crop.size == (40, 192)
@@ -106,7 +126,7 @@ def test_crop_avoids_windows_of_one_class() -> None:
         found = Crop((16, 16), 0.75)(sample, np.random.default_rng(seed)).segments
         shares.append(float((found == 1).float().mean()))
     mixed = sum(0.2 < share < 0.8 for share in shares)
-    assert mixed > 20  # without the rule one window in five is
+    assert mixed > 20  # without the rule, one window in five is mixed
 
 
 def test_segments_are_resized_as_pillow_does() -> None:
@@ -132,7 +152,7 @@ def test_photometric_changes_the_image_only() -> None:
     assert (same.image.int() - sample.image.int()).abs().max() <= 1
 
 
-def test_scenes_depend_on_seed_and_index_alone() -> None:
+def test_scenes_depend_only_on_seed_and_index() -> None:
     first, again = SyntheticDataset(5, seed=2).load(3), SyntheticDataset(9, seed=2).load(3)
     assert torch.equal(first.image, again.image)
     assert torch.equal(first.segments, again.segments)
@@ -141,7 +161,7 @@ def test_scenes_depend_on_seed_and_index_alone() -> None:
         SyntheticDataset(5).load(5)
 
 
-def test_scenes_have_what_they_promise() -> None:
+def test_scenes_have_all_classes_and_little_void() -> None:
     dataset = SyntheticDataset(40)
     things, stuff, void = set(), set(), 0
     for index in range(40):
@@ -159,7 +179,7 @@ def test_scenes_have_what_they_promise() -> None:
 
 @pytest.fixture
 def nuclei(tmp_path: Path) -> Path:
-    """A copy of the validation images' annotations, to damage."""
+    """A copy of the validation images and annotations, which the tests damage."""
     source = shared_folder() / "nuclei"
     shutil.copytree(source / "panoptic_val", tmp_path / "panoptic_val")
     shutil.copytree(source / "val", tmp_path / "val")
@@ -181,7 +201,7 @@ def test_real_annotations_load(nuclei: Path) -> None:
     )
 
 
-def test_coco_categories_have_their_place() -> None:
+def test_labels_match_the_categories_of_coco() -> None:
     root = shared_folder() / "coco_sample"
     dataset = CocoPanopticDataset(root / "images", root / "panoptic.json", categories="coco_panoptic")
     sample = dataset.load(0)
@@ -204,7 +224,7 @@ def test_damage_is_named(nuclei: Path) -> None:
 
     segment = annotation["segments_info"].pop()
     path.write_text(json.dumps(content))
-    with pytest.raises(DataError, match=f"has the segment {segment['id']}, which its segments_info lacks"):
+    with pytest.raises(DataError, match=f"segment {segment['id']} is missing from segments_info"):
         load()
     annotation["segments_info"].append({**segment, "category_id": 77})
     path.write_text(json.dumps(content))
@@ -225,5 +245,5 @@ def test_damage_is_named(nuclei: Path) -> None:
     with pytest.raises(DataError, match=r"panoptic_val\.json: cannot be read as JSON"):
         load()
     path.write_text('{"annotations": []}')
-    with pytest.raises(DataError, match="lists no 'images'"):
+    with pytest.raises(DataError, match="expected a list 'images'"):
         load()

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from panfpn_fast.data import get_categories
 from panfpn_fast.inference import Instances, PanopticResult, Segment
 
 
 class Segments(NamedTuple):
-    """The columns of `panfpn_fast.ops.panoptic_merge`'s second result."""
+    """The columns of the second result of `panfpn_fast.ops.panoptic_merge`."""
 
     id: Tensor
     isthing: Tensor
@@ -35,12 +36,11 @@ class Output(NamedTuple):
 
 
 class HalvesModel(nn.Module):
-    """Stands in for a network: finds a dog in the left half of any image, and sky in the right half."""
+    """Stand-in for a network. Detects a dog in the left half of any image and sky in the right half."""
 
     def __init__(self, **config: Any) -> None:
         super().__init__()
-        defaults = {"dataset": "coco_panoptic", "num_things": 80, "num_stuff": 53}
-        self.config = SimpleNamespace(**{**defaults, **config})
+        self.config = SimpleNamespace(**{"categories": get_categories("coco_panoptic"), **config})
         self.weight = nn.Parameter(torch.ones(1, 1))
         self.seen: list[Tensor] = []
         self.product_dtype: torch.dtype | None = None
@@ -77,21 +77,21 @@ def _halves(height: int, width: int) -> Output:
 
 @pytest.fixture
 def halves_model() -> Callable[..., HalvesModel]:
-    """Makes stand-in networks; keywords become fields of `config`."""
+    """Creates stand-in networks; keyword arguments become fields of `config`."""
     return HalvesModel
 
 
 @pytest.fixture
 def result() -> PanopticResult:
-    """A 120 x 200 image: two persons (top), grass (below), and a void column at the right."""
+    """Result for a 120 x 200 image: two persons (top), grass (bottom) and a void column (right)."""
     panoptic = torch.full((120, 200), 3, dtype=torch.int32)
     panoptic[:60, :90] = 1
     panoptic[:60, 90:190] = 2
     panoptic[:, 190:] = 0
     segments = [
-        Segment(1, 1, "person", True, 0, 0.9, 60 * 90),
-        Segment(2, 1, "person", True, 0, 0.8, 60 * 100),
-        Segment(3, 193, "grass-merged", False, 45, 0.0, 60 * 190),
+        Segment(1, 1, "person", True, 0, 0.9, 60 * 90, 0),
+        Segment(2, 1, "person", True, 0, 0.8, 60 * 100, 1),
+        Segment(3, 193, "grass-merged", False, 45, None, 60 * 190),
     ]
     instances = Instances(
         boxes=torch.tensor([[0.0, 0.0, 90.0, 60.0], [90.0, 0.0, 190.0, 60.0]]),
@@ -100,4 +100,4 @@ def result() -> PanopticResult:
         mask_probs=torch.ones(2, 28, 28),
     )
     semantic = torch.where(panoptic == 3, 46, 0).to(torch.uint8)
-    return PanopticResult(panoptic, segments, instances, semantic)
+    return PanopticResult(panoptic, segments, instances, semantic, get_categories("coco_panoptic"))

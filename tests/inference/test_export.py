@@ -1,10 +1,8 @@
-"""What `panfpn-fast export` writes runs in a process that has the ops and nothing else of this package."""
+"""Exported programs run in a process that has the ops but no other module of this package."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,15 +11,18 @@ import pytest
 import torch
 import torch._inductor
 from torch import Tensor
-from training_samples import make_sample, small_model
 
-from panfpn_fast.cli import main
+import panfpn_fast
+from panfpn_fast.cli.main import main
 from panfpn_fast.inference import export as module
 from panfpn_fast.inference.export import compiler, export
-from panfpn_fast.models import PanopticFPN, fusion
+from panfpn_fast.models import PanopticFPN, conv_fusion
 from panfpn_fast.models.padded import PaddedPanopticFPN
+from panfpn_fast.ops._winograd import _VECTORS
+from support.processes import environment, run
+from support.training_samples import make_sample, small_model
 
-# Shorter to compile, by what this takes in speed.
+# These settings shorten compilation at the cost of slower code.
 QUICK = {
     "aot_inductor.compile_wrapper_opt_level": "O0",
     "aot_inductor.precompile_headers": False,
@@ -35,7 +36,7 @@ from importlib.abc import MetaPathFinder
 class OpsOnly(MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.startswith("panfpn_fast.") and not name.startswith(("panfpn_fast.ops", "panfpn_fast._")):
-            raise ImportError(f"{name} is not to be needed")
+            raise ImportError(f"an exported program must not import {name}")
 
 sys.meta_path.insert(0, OpsOnly())
 import torch
@@ -82,15 +83,17 @@ def run_elsewhere(kind: str, path: Path, images: Tensor, folder: Path) -> tuple[
     torch.save(images, folder / "images.pth")
     arguments = [kind, str(path), str(folder / "images.pth"), str(folder / "results.pth")]
     command = [sys.executable, "-c", LOADED_ELSEWHERE, *arguments]
-    env = {**os.environ, "AOTI_RUNTIME_CHECK_INPUTS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run(command, env=environment(AOTI_RUNTIME_CHECK_INPUTS="1"))
     found, description = torch.load(folder / "results.pth")
     return found, json.loads(description)
 
 
 def check_description(description: Any, model: PanopticFPN, found: dict[str, Tensor]) -> None:
-    assert description["config"] == json.loads(json.dumps(vars(model.config)))
+    settings = {name: value for name, value in vars(model.config).items() if name != "categories"}
+    assert description["config"] == json.loads(
+        json.dumps({**settings, "dataset": model.config.categories.name})
+    )
+    assert len(description["categories"]) == model.config.num_things + model.config.num_stuff
     assert description["input"]["shape"] == [1, 3, 64, 96]
     assert description["input"]["dtype"] == "uint8"
     assert description["outputs"]["panoptic"] == {"shape": [1, 33, 80], "dtype": "int32"}
@@ -105,18 +108,22 @@ def test_archive(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Through the command line: the same operations where nothing is fused, so the same numbers."""
-    model.save(tmp_path / "model.pth")
+    """Exports on the command line. Without fused ops, the archive runs the same operations and gives equal results."""
+    panfpn_fast.save(model, tmp_path / "model.pth")
     out = tmp_path / "out"
     out.mkdir()
     sizes = ["--size", "64", "96", "--output-size", "33", "80"]
     arguments = ["export", str(tmp_path / "model.pth"), str(out / "net"), *sizes, "--format", "export"]
     assert main([*arguments, "--device", "cpu"]) == 0
-    assert capsys.readouterr().out == f"{out / 'net.pt2'}\n"
+    said, path = capsys.readouterr().out.splitlines()
+    assert said.startswith(
+        f"{tmp_path / 'model.pth'}: images of 64 x 96 pixels; Categories('numbered', things: "
+    )
+    assert path == str(out / "net.pt2")
     assert [path.name for path in out.iterdir()] == ["net.pt2"]
     found, description = run_elsewhere("export", out / "net.pt2", images, tmp_path)
     check_description(description, model, found)
-    monkeypatch.setattr(fusion, "_HAS_FUSED_OPS", False)
+    monkeypatch.setattr(conv_fusion, "_HAS_FUSED_OPS", False)
     expected = PaddedPanopticFPN(model, (33, 80))(images)
     assert int(expected["count"]) > 0
     assert list(found) == list(expected)
@@ -124,9 +131,26 @@ def test_archive(
         assert torch.equal(found[name], value), name
 
 
-@pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler for AOTInductor")
+@pytest.mark.skipif(not _VECTORS, reason="Winograd's algorithm needs AVX2")
+def test_weights_can_be_transformed_before_the_export(
+    model: PanopticFPN, images: Tensor, tmp_path: Path
+) -> None:
+    """As docs/export.md says. Otherwise the program transforms them in each call."""
+    ops = {}
+    for name, network in [("plain", model), ("prepared", conv_fusion.for_prediction(model))]:
+        [path] = export(network, tmp_path / name, (64, 96), formats=["export"])
+        program = torch.export.load(path)
+        ops[name] = {str(node.target).removeprefix("panfpn_fast.") for node in program.graph.nodes}
+        assert program.module()(images)["panoptic"].shape == (1, 64, 96)
+    assert "conv3x3.default" in ops["plain"]
+    assert "conv3x3_prepared.default" not in ops["plain"]
+    assert "conv3x3_prepared.default" in ops["prepared"]
+    assert not {"conv3x3.default", "conv3x3_prepare.default"} & ops["prepared"]
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler for AOTInductor")
 def test_package(model: PanopticFPN, images: Tensor, tmp_path: Path) -> None:
-    """Compiled code orders sums otherwise: here probabilities differ by 3e-6 at most, and no integer."""
+    """Compiled code sums in a different order: here probabilities differ by at most 3e-6, integers are equal."""
     [path] = export(
         model, tmp_path / "net.pt2", (64, 96), output_size=(33, 80), formats=["aoti"], options=QUICK
     )
@@ -143,7 +167,7 @@ def test_package(model: PanopticFPN, images: Tensor, tmp_path: Path) -> None:
             assert torch.equal(found[name], value), name
 
 
-def test_a_failure_leaves_nothing(
+def test_a_failed_export_keeps_the_old_file(
     model: PanopticFPN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "net.pt2").write_text("an older one")
@@ -161,14 +185,31 @@ def test_a_failure_leaves_nothing(
     assert (tmp_path / "net.pt2").read_text() == "an older one"
 
 
+def test_the_size_is_by_default_that_of_the_networks_images(
+    model: PanopticFPN, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def note(model: PanopticFPN, path: Path, size: tuple[int, int], **_: Any) -> list[Path]:
+        seen.append(size)
+        return []
+
+    monkeypatch.setattr(module, "export", note)
+    network = PanopticFPN.from_config(model.config.replace(short_edge=64, max_edge=90))
+    panfpn_fast.save(network, tmp_path / "model.pth")
+    assert main(["export", str(tmp_path / "model.pth"), str(tmp_path / "net"), "--device", "cpu"]) == 0
+    assert seen == [(60, 90)]
+    assert "images of 60 x 90 pixels" in capsys.readouterr().out
+
+
 def test_no_compiler(
     model: PanopticFPN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CXX", str(tmp_path / "missing"))
     with pytest.raises(RuntimeError, match=r"needs a C\+\+ compiler: install g\+\+, or set CXX"):
         export(model, tmp_path / "net", (64, 96))
-    model.save(tmp_path / "model.pth")
-    assert main(["export", str(tmp_path / "model.pth"), str(tmp_path / "net"), "--size", "64", "96"]) == 2
+    # The weights, which may be a download, come later.
+    assert main(["export", "missing.pth", str(tmp_path / "net"), "--size", "64", "96"]) == 2
     assert capsys.readouterr().err.startswith("panfpn-fast: AOTInductor needs a C++ compiler")
 
 
@@ -180,7 +221,11 @@ def test_no_compiler(
         ({"size": (64.0, 96)}, TypeError, "size: expected a Python int, got float"),
         ({"batch": 0}, ValueError, "batch: expected an integer of at least 1, got 0"),
         ({"output_size": (3,)}, ValueError, "output_size: "),
-        ({"formats": ["onnx"]}, ValueError, r"formats: expected some of export, aoti, got \['onnx'\]"),
+        (
+            {"formats": ["onnx"]},
+            ValueError,
+            r"formats: expected a list of names among export, aoti, got \['onnx'\]",
+        ),
         ({"formats": []}, ValueError, "formats: "),
         ({"formats": "aoti"}, ValueError, "formats: "),
     ],

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from panfpn_fast.data import get_categories
 from panfpn_fast.inference import ImageReadError, PanopticResult, Predictor, Segment, resize_shortest_edge
 
 MakeModel = Callable[..., Any]
@@ -21,8 +22,8 @@ def test_result(halves_model: MakeModel) -> None:
     assert (result.panoptic.dtype, tuple(result.panoptic.shape)) == (torch.int32, (30, 50))
     assert (result.semantic.dtype, tuple(result.semantic.shape)) == (torch.uint8, (30, 50))
     assert result.segments == [
-        Segment(1, 18, "dog", True, 16, 0.75, 30 * 25),
-        Segment(2, 187, "sky-other-merged", False, 39, 0.0, 30 * 25),
+        Segment(1, 18, "dog", True, 16, 0.75, 30 * 25, 0),
+        Segment(2, 187, "sky-other-merged", False, 39, None, 30 * 25),
     ]
     assert result.summary() == "1 dog, sky"
     assert result.instances.boxes.tolist() == [[0.0, 0.0, 25.0, 30.0]]
@@ -49,7 +50,7 @@ def test_network_sees_the_resized_rgb_image(halves_model: MakeModel) -> None:
     )
 
 
-def test_every_kind_of_image_gives_the_same(halves_model: MakeModel, tmp_path: Path) -> None:
+def test_all_kinds_of_images_give_the_same_result(halves_model: MakeModel, tmp_path: Path) -> None:
     path = tmp_path / "photo.png"
     Image.fromarray(PHOTO).save(path)
     model = halves_model()
@@ -59,6 +60,17 @@ def test_every_kind_of_image_gives_the_same(halves_model: MakeModel, tmp_path: P
     for image in (PHOTO, flipped, Image.fromarray(PHOTO), path, str(path)):
         assert predictor(image).summary() == "1 dog, sky"
         assert torch.equal(model.seen[0], reference)
+
+
+def test_results_are_ordinary_tensors(halves_model: MakeModel) -> None:
+    """They can be edited in place and used in a loss."""
+    result = Predictor(halves_model(), "cpu")(np.zeros((48, 64, 3), np.uint8))
+    tensors = (result.panoptic, result.semantic, *vars(result.instances).values())
+    assert not any(tensor.is_inference() or tensor.requires_grad for tensor in tensors)
+    factor = torch.ones((), requires_grad=True)
+    (factor * result.instances.mask_probs).sum().backward()
+    assert factor.grad is not None
+    result.instances.boxes.mul_(2)
 
 
 def test_several_images(halves_model: MakeModel) -> None:
@@ -72,9 +84,20 @@ def test_several_images(halves_model: MakeModel) -> None:
     assert predictor([]) == []
 
 
+def test_warm_up_runs_the_network_at_each_size(halves_model: MakeModel) -> None:
+    model = halves_model()
+    predictor = Predictor(model, device="cpu", short_edge=20)
+    predictor.warm_up()
+    assert [tuple(image.shape) for image in model.seen] == [(3, 20, 27)]
+    predictor.warm_up([(30, 50), (50, 30)])
+    assert [tuple(image.shape[1:]) for image in model.seen[-1:]] == [(33, 20)]
+    with pytest.raises(ValueError, match=r"sizes\[1\]: expected integers of at least 1, got \(0, 5\)"):
+        predictor.warm_up([(8, 8), (0, 5)])
+
+
 def test_files_are_turned_upright(halves_model: MakeModel, tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
+    exif[0x0112] = 6  # rotated by 90 degrees
     Image.fromarray(PHOTO).save(tmp_path / "turned.jpg", exif=exif)
     result = Predictor(halves_model(), device="cpu", short_edge=20)(tmp_path / "turned.jpg")
     assert tuple(result.panoptic.shape) == (50, 30)
@@ -82,16 +105,14 @@ def test_files_are_turned_upright(halves_model: MakeModel, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dtype_is_what_the_network_computes_in(halves_model: MakeModel, dtype: torch.dtype) -> None:
+def test_network_computes_in_dtype(halves_model: MakeModel, dtype: torch.dtype) -> None:
     model = halves_model()
     Predictor(model, device="cpu", dtype=dtype, short_edge=20)(PHOTO)
     assert model.product_dtype == dtype
 
 
 def test_cityscapes(halves_model: MakeModel) -> None:
-    with pytest.raises(ValueError, match=r"model: expected 8 things and 11 stuff classes.*got 80 and 53"):
-        Predictor(halves_model(dataset="cityscapes"), device="cpu")
-    predictor = Predictor(halves_model(dataset="cityscapes", num_things=8, num_stuff=11), device="cpu")
+    predictor = Predictor(halves_model(categories=get_categories("cityscapes")), device="cpu")
     assert predictor.categories.things[0].name == "person"
 
 
@@ -100,7 +121,17 @@ def test_cityscapes(halves_model: MakeModel) -> None:
     [
         (PHOTO.astype(np.float32), TypeError, "image: expected dtype uint8"),
         (PHOTO[:, :, 0], ValueError, r"image: expected shape \[H, W, 3\].*got \[30, 50\]"),
-        (torch.zeros(3, 4, 4), TypeError, "image: expected .* got torch.Tensor"),
+        (torch.zeros(3, 4, 4), TypeError, r"image: expected dtype uint8 .* got torch\.float32"),
+        (
+            torch.zeros(4, 5, 3).byte(),
+            ValueError,
+            r"image: expected a tensor .* \[4, 5, 3\]; tensor\.permute\(2, 0, 1\)",
+        ),
+        (
+            torch.zeros(1, 4, 5).byte(),
+            ValueError,
+            r"image: expected a tensor of shape \[3, H, W\].* got \[1, 4, 5\]; tensor\.expand\(3, -1, -1\)",
+        ),
         (None, TypeError, "image: expected .* got NoneType"),
         ([PHOTO, 3], TypeError, r"image\[1\]: expected .* got int"),
         ([PHOTO, PHOTO[:0]], ValueError, r"image\[1\]: expected shape"),
@@ -128,7 +159,8 @@ def test_broken_file_is_named(halves_model: MakeModel, tmp_path: Path) -> None:
         ({"dtype": torch.int8}, ValueError, r"dtype: expected one of .* got torch\.int8"),
         ({"short_edge": 0}, ValueError, "short_edge: expected a positive number"),
         ({"max_edge": -5}, ValueError, "max_edge: expected a positive number"),
-        ({"short_edge": 800.0}, TypeError, "short_edge: expected a whole number"),
+        ({"instances": "none"}, ValueError, "instances: expected 'all' or 'panoptic', got 'none'"),
+        ({"short_edge": 800.0}, TypeError, "short_edge: expected an integer number"),
     ],
 )
 def test_bad_settings(
@@ -138,9 +170,28 @@ def test_bad_settings(
         Predictor(halves_model(), **arguments)
 
 
-@pytest.mark.parametrize("model", ["weights.pkl", None, torch.nn.Linear(1, 1)])
+def test_instances_outside_the_map_are_left_out_on_request(halves_model: MakeModel) -> None:
+    class Network(type(halves_model())):  # type: ignore[misc]
+        def forward(self, images: Any, output_sizes: Any, instances: str = "all") -> Any:
+            self.wanted = instances
+            return super().forward(images, output_sizes)
+
+    for wanted in ("all", "panoptic"):
+        model = Network()
+        predictor = Predictor(model, device="cpu", short_edge=20, instances=wanted)  # type: ignore[arg-type]
+        predictor(PHOTO)
+        assert model.wanted == predictor.instances == wanted
+    with pytest.raises(
+        TypeError, match='instances: "panoptic" needs a network whose forward has a parameter'
+    ):
+        Predictor(halves_model(), device="cpu", instances="panoptic")
+
+
+@pytest.mark.parametrize("model", [None, torch.nn.Linear(1, 1)])
 def test_bad_model(model: Any) -> None:
-    with pytest.raises(TypeError, match="model: expected a PanopticFPN, got"):
+    with pytest.raises(
+        TypeError, match="model: expected a PanopticFPN, or the path or name of a checkpoint, got"
+    ):
         Predictor(model)
 
 

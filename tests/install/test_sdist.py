@@ -1,37 +1,22 @@
-"""The source distribution holds everything that a build needs."""
+"""The source distribution contains everything that a build needs."""
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from support.processes import ROOT, run
 
 
 def test_sdist_has_the_sources(tmp_path: Path) -> None:
     if not (ROOT / "setup.py").is_file():
-        pytest.skip("setup.py is not beside tests/: no source distribution can be made")
+        pytest.skip("there is no setup.py next to tests/: a source distribution cannot be built")
     pytest.importorskip("setuptools", minversion="77", reason="setuptools 77 is not installed")
-    subprocess.run(
-        [
-            sys.executable,
-            "setup.py",
-            "-q",
-            "egg_info",
-            "--egg-base",
-            tmp_path,
-            "sdist",
-            "--dist-dir",
-            tmp_path,
-        ],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-    )
+    command = ["setup.py", "-q", "egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path]
+    run([sys.executable, *command], cwd=ROOT)
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {"setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE", "README.md", "panfpn_fast/py.typed"}

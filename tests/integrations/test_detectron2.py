@@ -1,4 +1,4 @@
-"""What is replaced in detectron2: against stand-ins for its functions, and against detectron2 where it is installed."""
+"""Compares the replacements with stand-ins for detectron2's functions, and with detectron2 if it is installed."""
 
 from __future__ import annotations
 
@@ -10,20 +10,31 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from op_samples import generator, random_boxes, random_features, random_masks, random_rois
-from patch_samples import Calls, falls_back, gradients, handed_on, never, own, paste, replace, same, same_step
 from torch import Tensor, nn
 
 from panfpn_fast.integrations import patch
 from panfpn_fast.integrations.detectron2 import FRAMEWORK
 from panfpn_fast.ops import reference
+from support.op_samples import generator, random_boxes, random_features, random_masks, random_rois
+from support.patch_samples import (
+    Calls,
+    falls_back,
+    framework_class,
+    gradients,
+    never,
+    paste,
+    replace,
+    return_sentinel,
+    same,
+    same_step,
+)
 
-# The stand-ins follow detectron2's behaviour, which its functions' replacements ask for by name: those that
-# `inference` calls are found among the globals of its module, here this one.
+# The stand-ins behave as detectron2's functions do. The replacement for `inference` looks functions up by name in the
+# module of the original `inference`, which in these tests is this module.
 
 
 class Boxes:
-    """Corners in a wrapper that is changed in place."""
+    """Box corners in a wrapper that functions modify in place."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -58,9 +69,9 @@ class Instances:
         del self.fields[name]
 
 
-@own("detectron2")
+@framework_class("detectron2")
 class ROIAlign(nn.Module):
-    """One level."""
+    """Stand-in for the pooler of one level."""
 
     def __init__(self, scale: float, output_size: tuple[int, int] = (5, 5), sampling_ratio: int = 0) -> None:
         super().__init__()
@@ -73,7 +84,7 @@ class ROIAlign(nn.Module):
 
 
 class Pooler(nn.Module):
-    """A pyramid of them."""
+    """Stand-in for ROIPooler, which pools from a pyramid of levels."""
 
     def __init__(self, *levels: nn.Module) -> None:
         super().__init__()
@@ -99,7 +110,7 @@ def pyramid(dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 
 def box_lists(dtype: torch.dtype = torch.float32) -> list[Boxes]:
-    inverted = torch.tensor([[50.0, 20.0, 30.0, 90.0]])  # its area has no root: it belongs to no level
+    inverted = torch.tensor([[50.0, 20.0, 30.0, 90.0]])  # negative area: it has no level
     first = torch.cat([random_boxes(9, (190, 250), 0), inverted])
     return [Boxes(first.to(dtype)), Boxes(random_boxes(6, (90, 60), 1).to(dtype))]
 
@@ -122,11 +133,11 @@ def test_pooler() -> None:
         torch.testing.assert_close(feature.grad, other.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_pooler_hands_on() -> None:
+def test_pooler_falls_back() -> None:
     class RoIPool(ROIAlign):
         pass
 
-    forward = replace(FRAMEWORK, "ROIPooler.forward", handed_on)
+    forward = replace(FRAMEWORK, "ROIPooler.forward", return_sentinel)
     pooler, features, boxes = Pooler(*map(ROIAlign, SCALES)), pyramid(), box_lists()
     falls_back(forward, Pooler(*map(RoIPool, SCALES)), features, boxes)
     falls_back(forward, Pooler(*(ROIAlign(s, (5, 5), i) for i, s in enumerate(SCALES))), features, boxes)
@@ -134,10 +145,20 @@ def test_pooler_hands_on() -> None:
     falls_back(forward, pooler, features[:2], boxes)
     falls_back(forward, pooler, features, boxes[:1])
     falls_back(forward, pooler, features, [])
-    falls_back(forward, pooler, pyramid(torch.bfloat16), boxes)  # levels and positions of rounded boxes
+    falls_back(forward, pooler, [level[:0] for level in features], [])
+    falls_back(forward, pooler, pyramid(torch.bfloat16), boxes)  # detectron2 rounds boxes first
     falls_back(forward, pooler, features, box_lists(torch.float64))
     falls_back(forward, pooler, features, [Boxes(torch.rand(2, 5)), Boxes(torch.rand(1, 5))])  # rotated
     falls_back(forward, Pooler(ROIAlign(0.25), ROIAlign(0.125), ROIAlign(0.125)), features, boxes)
+
+
+def test_calls_without_boxes() -> None:
+    pooler, features, none = Pooler(*map(ROIAlign, SCALES)), pyramid(), torch.zeros(0, 4)
+    forward = replace(FRAMEWORK, "ROIPooler.forward", never)
+    assert forward(pooler, features, [Boxes(none), Boxes(none)]).shape == (0, 3, 5, 5)
+    forward = replace(FRAMEWORK, "ROIAlign.forward", never)
+    for level in (features[0], features[0][:0]):
+        assert forward(ROIAlign(0.25), level, torch.zeros(0, 5)).shape == (0, 3, 5, 5)
 
 
 def test_roi_align() -> None:
@@ -147,12 +168,12 @@ def test_roi_align() -> None:
     channels_last = features.contiguous(memory_format=torch.channels_last)
     assert forward(pooler, channels_last, rois).is_contiguous()
     half = features.bfloat16()
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # which pools in float32 there
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # under autocast detectron2 pools in float32
         got = forward(pooler, half, rois)
     expected = pooler(half.float(), rois.bfloat16().float()).bfloat16()
     torch.testing.assert_close(got, expected)
 
-    forward = replace(FRAMEWORK, "ROIAlign.forward", handed_on)
+    forward = replace(FRAMEWORK, "ROIAlign.forward", return_sentinel)
     falls_back(forward, pooler, half, rois)
     falls_back(forward, pooler, features, rois[:, :4])
     falls_back(forward, ROIAlign(0.25, (5, 5), 5000), features, rois)
@@ -162,7 +183,7 @@ def shifted_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     return reference.nms(boxes + (idxs * (boxes.max() + 1))[:, None], scores, iou_threshold)
 
 
-@pytest.mark.parametrize("count", [0, 300, 1001])  # above 1000 boxes torchvision goes class by class
+@pytest.mark.parametrize("count", [0, 300, 1001])  # above 1000 boxes torchvision runs one NMS per class
 def test_nms(count: int) -> None:
     boxes = random_boxes(count, (100, 100), 0).abs()
     scores = (torch.rand(count, generator=generator(1)) * 40).round()
@@ -174,29 +195,29 @@ def test_nms(count: int) -> None:
     assert torch.equal(batched_nms(boxes, scores, idxs, 0.5), suppress(boxes, scores, idxs, 0.5))
 
 
-def test_nms_hands_on() -> None:
+def test_nms_falls_back() -> None:
     boxes, scores, idxs = random_boxes(5, (100, 100), 0), torch.rand(5), torch.zeros(5, dtype=torch.int64)
-    nms = replace(FRAMEWORK, ":nms", handed_on)
+    nms = replace(FRAMEWORK, ":nms", return_sentinel)
     falls_back(nms, boxes.half(), scores.half(), 0.5)
     falls_back(nms, boxes, scores[:3], 0.5)
-    batched_nms = replace(FRAMEWORK, ":batched_nms", handed_on)
+    batched_nms = replace(FRAMEWORK, ":batched_nms", return_sentinel)
     falls_back(batched_nms, boxes, scores, idxs.float(), 0.5)
     falls_back(batched_nms, boxes[:, :3], scores, idxs, 0.5)
 
 
 def test_paste_masks() -> None:
     masks, boxes = random_masks(6, 28, 28, 0), random_boxes(6, (60, 80), 1)
-    original = replace(FRAMEWORK, ":paste_masks_in_image", never)
+    paste_masks = replace(FRAMEWORK, ":paste_masks_in_image", never)
     for corners in (boxes, Boxes(boxes)):
-        assert torch.equal(original(masks, corners, (60, 80)), paste(masks, boxes, (60, 80)))
+        assert torch.equal(paste_masks(masks, corners, (60, 80)), paste(masks, boxes, (60, 80)))
 
-    handing_on = replace(FRAMEWORK, ":paste_masks_in_image", handed_on)
-    falls_back(handing_on, masks[:0], boxes[:0], (60, 80))  # uint8 there
-    falls_back(handing_on, masks, boxes, (60, 80), 0.4)  # the window around the box cuts the mask off
-    falls_back(handing_on, masks, boxes, (60, 80), threshold=-1)
-    falls_back(handing_on, masks.half(), boxes, (60, 80))
-    falls_back(handing_on, masks[:, :20], boxes, (60, 80))
-    falls_back(handing_on, masks, boxes[:2], (60, 80))
+    fallback = replace(FRAMEWORK, ":paste_masks_in_image", return_sentinel)
+    falls_back(fallback, masks[:0], boxes[:0], (60, 80))  # detectron2 returns uint8
+    falls_back(fallback, masks, boxes, (60, 80), 0.4)  # detectron2 crops masks to a window
+    falls_back(fallback, masks, boxes, (60, 80), threshold=-1)
+    falls_back(fallback, masks.half(), boxes, (60, 80))
+    falls_back(fallback, masks[:, :20], boxes, (60, 80))
+    falls_back(fallback, masks, boxes[:2], (60, 80))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -212,14 +233,16 @@ def test_semantic_losses(dtype: torch.dtype) -> None:
     expected.backward()
     torch.testing.assert_close(losses, {"loss_sem_seg": expected})
     torch.testing.assert_close(logits.grad, other.grad)
+    of_void = replace(FRAMEWORK, "SemSegFPNHead.losses", never)(head, logits, torch.full_like(targets, 255))
+    assert of_void["loss_sem_seg"].isnan()  # as in detectron2: the mean over no pixels
 
-    handing_on = replace(FRAMEWORK, "SemSegFPNHead.losses", handed_on)
-    falls_back(handing_on, head, logits, targets[:, :20])
+    fallback = replace(FRAMEWORK, "SemSegFPNHead.losses", return_sentinel)
+    falls_back(fallback, head, logits, targets[:, :20])
 
 
-@own("detectron2")
+@framework_class("detectron2")
 class SemSegFPNHead(nn.Module):
-    """The logits that it is given."""
+    """Stand-in that predicts the given logits."""
 
     common_stride = 4
 
@@ -275,14 +298,14 @@ def combine_semantic_and_instance_outputs(
 
 
 def inference(self: Any, inputs: list[dict[str, Any]], do_postprocess: bool = True) -> Any:
-    """What the replacement falls back to, and finds its framework's functions by."""
-    return handed_on()
+    """Original of the replacement, which looks the other functions up in this function's module."""
+    return return_sentinel()
 
 
 def network(count: int = 12, **settings: Any) -> SimpleNamespace:
     boxes = random_boxes(count, (64, 96), 0).clamp(min=0)
-    boxes[1::4, 2] = boxes[1::4, 0]  # sorted out
-    scores = (torch.rand(count, generator=generator(1)) * 8).round() / 8  # with equal ones
+    boxes[1::4, 2] = boxes[1::4, 0]  # empty: removed
+    scores = (torch.rand(count, generator=generator(1)) * 8).round() / 8  # some are equal
     instances = Instances(
         (60, 90),
         pred_boxes=Boxes(boxes),
@@ -308,7 +331,7 @@ def network(count: int = 12, **settings: Any) -> SimpleNamespace:
 
 
 def plain_inference(self: Any) -> dict[str, Any]:
-    """As detectron2 goes about it."""
+    """Runs the steps of detectron2's inference."""
     [instances], _ = self.roi_heads()
     upsampled = F.interpolate(self.sem_seg_head.logits, scale_factor=4, mode="bilinear", align_corners=False)
     semantic = sem_seg_postprocess(upsampled[0], (60, 90), 100, 150)
@@ -325,11 +348,11 @@ def plain_inference(self: Any) -> dict[str, Any]:
 def assert_same_result(got: dict[str, Any], expected: dict[str, Any]) -> None:
     assert got.keys() == expected.keys()
     torch.testing.assert_close(got["sem_seg"], expected["sem_seg"])
-    ours, theirs = got["instances"].fields, expected["instances"].fields
-    assert ours.keys() == theirs.keys()
-    assert torch.equal(ours["pred_masks"], theirs["pred_masks"])
-    assert torch.equal(ours["pred_boxes"].tensor, theirs["pred_boxes"].tensor)
-    # Here no two classes are within a rounding error of each other.
+    patched, original = got["instances"].fields, expected["instances"].fields
+    assert patched.keys() == original.keys()
+    assert torch.equal(patched["pred_masks"], original["pred_masks"])
+    assert torch.equal(patched["pred_boxes"].tensor, original["pred_boxes"].tensor)
+    # In this sample, no pixel has two best classes within a rounding error.
     assert torch.equal(got["panoptic_seg"][0], expected["panoptic_seg"][0])
     assert got["panoptic_seg"][0].dtype == torch.int32
     assert got["panoptic_seg"][1] == expected["panoptic_seg"][1]
@@ -348,7 +371,7 @@ def test_inference(count: int) -> None:
 @pytest.mark.parametrize(
     "settings", [{"combine_overlap_thresh": 1.0}, {"combine_stuff_area_thresh": 0}], ids=str
 )
-def test_inference_combines_as_before_where_segments_may_be_empty(settings: dict[str, Any]) -> None:
+def test_inference_uses_detectron2s_merge_where_segments_may_be_empty(settings: dict[str, Any]) -> None:
     with Calls() as calls:
         [got] = replace(FRAMEWORK, "PanopticFPN.inference", inference)(
             network(**settings), [{"height": 100, "width": 150}]
@@ -357,14 +380,14 @@ def test_inference_combines_as_before_where_segments_may_be_empty(settings: dict
     assert_same_result(got, plain_inference(network(**settings)))
 
 
-def test_inference_hands_on() -> None:
-    class Another(SemSegFPNHead):
+def test_inference_falls_back() -> None:
+    class Subclass(SemSegFPNHead):
         pass
 
     forward, inputs = replace(FRAMEWORK, "PanopticFPN.inference", inference), [{"height": 100, "width": 150}]
     falls_back(forward, network(), inputs, do_postprocess=False)
     other = network()
-    other.sem_seg_head = Another(torch.zeros(1, 4, 16, 24)).eval()
+    other.sem_seg_head = Subclass(torch.zeros(1, 4, 16, 24)).eval()
     falls_back(forward, other, inputs)
     hooked = network()
     hooked.sem_seg_head.register_forward_hook(print)
@@ -377,7 +400,7 @@ def installed(module: str) -> Any:
 
 
 def installed_network() -> Any:
-    """detectron2's Panoptic FPN, small, with weights that find a few things."""
+    """A small Panoptic FPN of detectron2 with random weights that detect a few things."""
     cfg = installed("detectron2.config").get_cfg()
     stages, levels = ["res2", "res3", "res4", "res5"], ["p2", "p3", "p4", "p5"]
     settings: dict[str, Any] = {
@@ -424,7 +447,7 @@ def installed_network() -> Any:
     }
     for name, deviation in deviations.items():
         nn.init.normal_(model.get_submodule(name).weight, std=deviation)
-    nn.init.constant_(model.roi_heads.box_predictor.cls_score.bias[-1:], -100.0)  # nothing is background
+    nn.init.constant_(model.roi_heads.box_predictor.cls_score.bias[-1:], -100.0)  # no box is background
     return model
 
 
@@ -433,18 +456,18 @@ def random_image(height: int, width: int) -> Tensor:
 
 
 def assert_same_results(got: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
-    for ours, theirs in zip(got, expected, strict=True):
-        assert ours.keys() == theirs.keys()
-        assert torch.equal(ours["sem_seg"], theirs["sem_seg"])
-        a, b = ours["instances"], theirs["instances"]
+    for patched, original in zip(got, expected, strict=True):
+        assert patched.keys() == original.keys()
+        assert torch.equal(patched["sem_seg"], original["sem_seg"])
+        a, b = patched["instances"], original["instances"]
         assert len(a) == len(b) > 0
         assert a.get_fields().keys() == b.get_fields().keys()
         torch.testing.assert_close(a.pred_boxes.tensor, b.pred_boxes.tensor, rtol=1e-4, atol=1e-3)
         torch.testing.assert_close(a.scores, b.scores, rtol=1e-4, atol=1e-5)
-        # ROIAlign's sums are in another order: a pixel may be at the other side of a threshold.
+        # Our ROIAlign sums in a different order, so single pixels may fall on the other side of a threshold.
         assert (a.pred_masks != b.pred_masks).float().mean() < 1e-4
-        assert (ours["panoptic_seg"][0] != theirs["panoptic_seg"][0]).float().mean() < 1e-3
-        for a, b in zip(ours["panoptic_seg"][1], theirs["panoptic_seg"][1], strict=True):
+        assert (patched["panoptic_seg"][0] != original["panoptic_seg"][0]).float().mean() < 1e-3
+        for a, b in zip(patched["panoptic_seg"][1], original["panoptic_seg"][1], strict=True):
             assert a.keys() == b.keys()
             for key in a.keys() - {"score", "area"}:
                 assert (key, a[key], type(a[key])) == (key, b[key], type(b[key]))
@@ -526,7 +549,7 @@ def test_installed_functions() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_installed_functions_are_traced_as_before() -> None:
+def test_jit_trace_records_the_installed_functions() -> None:
     structures = installed("detectron2.structures")
     masks, boxes = random_masks(3, 28, 28, 0), torch.tensor([[1.0, 1, 20, 20]] * 3)
 

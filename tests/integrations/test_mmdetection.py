@@ -1,4 +1,4 @@
-"""What is replaced in mmdetection: against stand-ins for its functions, and against it and mmcv where installed."""
+"""Compares the replacements with stand-ins for mmdetection's functions, and with mmdetection and mmcv if installed."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from op_samples import generator, random_boxes, random_features, random_masks, random_rois
-from patch_samples import (
-    Calls,
-    falls_back,
-    gradients,
-    handed_on,
-    never,
-    own,
-    paste,
-    replace,
-    same,
-    same_step,
-    sentinel,
-)
 from torch import Tensor, nn
 
 from panfpn_fast.integrations.mmdetection import FRAMEWORK
 from panfpn_fast.ops import reference
+from support.op_samples import generator, random_boxes, random_features, random_masks, random_rois
+from support.patch_samples import (
+    Calls,
+    falls_back,
+    framework_class,
+    gradients,
+    never,
+    paste,
+    replace,
+    return_sentinel,
+    same,
+    same_step,
+    sentinel,
+)
 
-# The stand-ins follow mmdetection's behaviour. Two names are those of its fusion head's module, where the replacement
-# finds them; here this module is that.
+# The stand-ins behave as mmdetection's functions do. The replacement for the fusion head's function looks these two
+# names up in the module of the original, which in these tests is this module.
 INSTANCE_OFFSET = 1000
 PixelData = SimpleNamespace
 
@@ -64,32 +64,29 @@ def test_nms(settings: dict[str, Any]) -> None:
     boxes, scores = random_boxes(90, (60, 60), 0).round(), torch.rand(90, generator=generator(1))
     expected = mmcv_nms(boxes, scores, **{k: v for k, v in settings.items() if k != "offset"})
     torch.testing.assert_close(nms(boxes, scores, **settings), expected, rtol=0, atol=0)
-    # 30 of 100 pixels: mmcv compares with the float32 nearest to 0.3, which that is.
+    # The IoU is 30 of 100 pixels. It equals the float32 nearest to 0.3, which mmcv compares with, so both boxes stay.
     pair, order = torch.tensor([[0.0, 0, 10, 6.5], [0.0, 3.5, 10, 10]]), torch.tensor([0.9, 0.8])
     assert len(nms(pair, order, 0.3)[1]) == 2
     assert len(nms(boxes[:0], scores[:0], 0.5)[1]) == 0
 
 
-def test_nms_hands_on() -> None:
+def test_nms_falls_back() -> None:
     nms = replace(FRAMEWORK, ":nms", lambda *args, **kwargs: (sentinel, args))
     boxes, scores = random_boxes(9, (60, 60), 0), torch.rand(9)
     for args in (
         (boxes.numpy(), scores.numpy(), 0.5),
-        (boxes, scores, 0.5, 1),  # boxes with their last pixel
+        (boxes, scores, 0.5, 1),  # boxes that include their last pixel
         (boxes, scores),
         (boxes.double(), scores.double(), 0.5),
         (boxes, scores[:3], 0.5),
     ):
         assert nms(*args) == (sentinel, args)
-    assert nms(boxes, scores, iou_thr=0.5) == (
-        sentinel,
-        (boxes, scores),
-    )  # an old name, which mmcv translates
+    assert nms(boxes, scores, iou_thr=0.5) == (sentinel, (boxes, scores))  # mmcv translates this old name
 
 
-@own("mmcv")
+@framework_class("mmcv")
 class RoIAlign(nn.Module):
-    """One level."""
+    """Stand-in for the RoIAlign of one level."""
 
     def __init__(self, scale: float, pool_mode: str = "avg", output_size: tuple[int, int] = (5, 5)) -> None:
         super().__init__()
@@ -100,9 +97,9 @@ class RoIAlign(nn.Module):
         return reference.roi_align(input, rois, self.output_size, self.spatial_scale, 0, True)
 
 
-@own("mmdet")
+@framework_class("mmdet")
 class SingleRoIExtractor(nn.Module):
-    """A pyramid of them."""
+    """Stand-in that pools from a pyramid of levels."""
 
     def __init__(self, *layers: nn.Module, finest_scale: int = 20) -> None:
         super().__init__()
@@ -127,9 +124,9 @@ def pyramid(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
 
 
 def rois() -> Tensor:
-    # Squares at the levels' borders, 20 and 40 and 80, among them: the epsilon decides there.
+    # Some are squares at the borders between levels (20, 40 and 80 pixels), where the epsilon decides.
     borders = torch.tensor([[1, 3, 4, 3 + side, 4 + side] for side in (20.0, 40.0, 39.9999, 80.0)])
-    inverted = torch.tensor([[0, 50.0, 20.0, 30.0, 90.0]])  # its area has no root: it belongs to no level
+    inverted = torch.tensor([[0, 50.0, 20.0, 30.0, 90.0]])  # negative area: it has no level
     return torch.cat([random_rois(12, 2, (190, 250), 0), borders, inverted])
 
 
@@ -146,23 +143,23 @@ def test_extractor() -> None:
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     for feat, other in zip(feats, others, strict=True):
         torch.testing.assert_close(feat.grad, other.grad, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(  # the finest of the levels there are
+    torch.testing.assert_close(  # the finest level alone
         forward(extractor, feats[:1], rois()[:-1]), extractor(feats[:1], rois()[:-1]), rtol=1e-5, atol=1e-5
     )
 
 
-def test_extractor_hands_on() -> None:
-    class Another(SingleRoIExtractor):
+def test_extractor_falls_back() -> None:
+    class Subclass(SingleRoIExtractor):
         pass
 
-    forward = replace(FRAMEWORK, "SingleRoIExtractor.forward", handed_on)
+    forward = replace(FRAMEWORK, "SingleRoIExtractor.forward", return_sentinel)
     layers = [RoIAlign(scale) for scale in SCALES]
     extractor = SingleRoIExtractor(*layers)
-    falls_back(forward, Another(*layers), pyramid(), rois())
+    falls_back(forward, Subclass(*layers), pyramid(), rois())
     falls_back(forward, SingleRoIExtractor(*(RoIAlign(s, "max") for s in SCALES)), pyramid(), rois())
     falls_back(forward, SingleRoIExtractor(*(RoIAlign(1 / s) for s in (6, 12, 24))), pyramid(), rois())
     falls_back(forward, extractor, pyramid(), rois(), 1.5)
-    falls_back(forward, extractor, pyramid(torch.float16), rois())  # levels of rounded boxes
+    falls_back(forward, extractor, pyramid(torch.float16), rois())  # mmdetection rounds boxes first
     falls_back(forward, extractor, pyramid(), rois()[:, :4])
 
 
@@ -172,9 +169,11 @@ def test_roi_align() -> None:
     got = roi_align(features, rois(), (5, 5), 0.25, 0, "avg", True)
     torch.testing.assert_close(got, RoIAlign(0.25)(features, rois()), rtol=1e-5, atol=1e-5)
 
-    roi_align = replace(FRAMEWORK, ":roi_align", handed_on)
+    roi_align = replace(FRAMEWORK, ":roi_align", return_sentinel)
     falls_back(roi_align, features, rois(), (5, 5), 0.25, 0, "max", True)
-    falls_back(roi_align, features.half(), rois().half(), (5, 5), 0.25)  # positions in half precision
+    falls_back(
+        roi_align, features.half(), rois().half(), (5, 5), 0.25
+    )  # mmcv computes positions in half precision
     falls_back(roi_align, features, rois().double(), (5, 5), 0.25)
 
 
@@ -184,7 +183,7 @@ CONFIG = SimpleNamespace(mask_thr_binary=0.5)
 
 
 def predicted(count: int = 7, classes: int = 5) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of masks, boxes in the network's input and labels."""
+    """Returns mask logits, boxes in pixels of the network's input, and labels."""
     logits = torch.logit(random_masks(count * classes, 28, 28, 0)).reshape(count, classes, 28, 28)
     return logits, random_boxes(count, (60, 90), 1), torch.arange(count) % classes
 
@@ -196,7 +195,7 @@ def test_masks(rescale: bool) -> None:
     size = (100, 150) if rescale else (60, 90)
     scaled = boxes / torch.tensor([0.6] * 4) if rescale else boxes.clone()
     got = predict(head, logits, boxes, labels, META, CONFIG, rescale)
-    assert torch.equal(boxes, scaled)  # in place
+    assert torch.equal(boxes, scaled)  # modified in place
     chosen = logits.sigmoid()[range(7), labels]
     assert torch.equal(got, paste(chosen, scaled, size))
     agnostic = SimpleNamespace(class_agnostic=True)
@@ -204,8 +203,8 @@ def test_masks(rescale: bool) -> None:
     assert torch.equal(got, paste(logits[:, 0].sigmoid(), boxes, (60, 90)))
 
 
-def test_masks_hand_on() -> None:
-    predict = replace(FRAMEWORK, "FCNMaskHead._predict_by_feat_single", handed_on)
+def test_masks_fall_back() -> None:
+    predict = replace(FRAMEWORK, "FCNMaskHead._predict_by_feat_single", return_sentinel)
     head, (logits, boxes, labels) = SimpleNamespace(class_agnostic=False), predicted()
     before = boxes.clone()
     falls_back(predict, head, logits, boxes, labels, META, SimpleNamespace(mask_thr_binary=0.3), True)
@@ -213,13 +212,13 @@ def test_masks_hand_on() -> None:
     falls_back(predict, head, logits, boxes, labels, META, CONFIG, True, True)
     falls_back(predict, head, logits, boxes.double(), labels, META, CONFIG, True)
     assert torch.equal(boxes, before)
-    boxes[2, 2] = boxes[2, 0]  # paints a stripe there
+    boxes[2, 2] = boxes[2, 0]  # mmdetection paints a stripe for it
     falls_back(predict, head, logits, boxes, labels, META, CONFIG, True)
 
 
-@own("mmdet")
+@framework_class("mmdet")
 class CrossEntropyLoss:
-    """mmdetection's, for plain settings."""
+    """Stand-in for mmdetection's loss."""
 
     def __init__(self, **settings: Any) -> None:
         defaults = {"use_sigmoid": False, "use_mask": False, "reduction": "mean", "class_weight": None}
@@ -235,7 +234,7 @@ class CrossEntropyLoss:
 
 
 class SemanticHead:
-    """Two things, four stuff classes and the logits that it is given; counts how often it is run."""
+    """Stand-in with two things and four stuff classes that predicts the given logits and counts its runs."""
 
     num_classes = 5
 
@@ -290,33 +289,33 @@ def test_semantic_loss(settings: dict[str, Any], factor: float) -> None:
     torch.testing.assert_close(logits.grad, other.grad)
 
 
-def test_semantic_loss_hands_on_without_a_second_run() -> None:
-    class Another(CrossEntropyLoss):
+def test_semantic_loss_falls_back_without_a_second_run() -> None:
+    class Subclass(CrossEntropyLoss):
         pass
 
     logits = random_features((2, 5, 6, 8), 0)
-    handing_on = replace(FRAMEWORK, "PanopticFPNHead.loss", semantic_loss)
+    fallback = replace(FRAMEWORK, "PanopticFPNHead.loss", semantic_loss)
     for head in (
-        SemanticHead(logits, Another()),
+        SemanticHead(logits, Subclass()),
         SemanticHead(logits[:, :, :5, :7], CrossEntropyLoss(), 0.5),
         SemanticHead(logits.double(), CrossEntropyLoss()),
     ):
         with Calls() as calls:
-            got = handing_on(head, None, targets())
+            got = fallback(head, None, targets())
         assert (calls.ops, head.runs) == ({}, 1)
         assert torch.equal(got["loss_seg"], semantic_loss(head, None, targets())["loss_seg"])
 
 
-@own("mmdet")
+@framework_class("mmdet")
 class PanopticFPN:
-    """A Panoptic FPN's prediction, put together of stand-ins."""
+    """Stand-in for a Panoptic FPN whose parts are stand-ins too."""
 
     def __init__(self, **changes: Any) -> None:
         self.logits, self.boxes, self.labels = predicted(8, 2)
-        self.scores = (torch.rand(8, generator=generator(2)) * 4).round() / 4  # with equal ones
+        self.scores = (torch.rand(8, generator=generator(2)) * 4).round() / 4  # some are equal
         self.rescale = True
         self.semantic_logits = random_features((1, 5, 16, 24), 3)
-        self.mask_head = own("mmdet")(type("FCNMaskHead", (), {"class_agnostic": False}))()
+        self.mask_head = framework_class("mmdet")(type("FCNMaskHead", (), {"class_agnostic": False}))()
         vars(self).update(changes)
 
     @property
@@ -335,7 +334,7 @@ class PanopticFPN:
         return fusion
 
     def _part(self, name: str, **attributes: Any) -> Any:
-        part = own("mmdet")(type(name, (), {}))()
+        part = framework_class("mmdet")(type(name, (), {}))()
         vars(part).update(attributes)
         return part
 
@@ -354,7 +353,7 @@ def semantic_original(self: Any, x: Any, metas: Any, rescale: bool) -> list[Tens
 
 
 def fuse_original(self: Any, results: Any, logits: Tensor) -> Any:
-    """HeuristicFusionHead's own steps."""
+    """Runs the steps of HeuristicFusionHead."""
     taken, labels = torch.zeros(100, 150, dtype=torch.long), []
     for i in torch.argsort(-results.scores).tolist():
         mask = results.masks[i]
@@ -380,7 +379,7 @@ fuse_replacement = replace(FRAMEWORK, "HeuristicFusionHead._predict_single", fus
 
 
 def predict_with(masks: Any, semantic: Any, fuse: Any, network: Any) -> tuple[Tensor, Any]:
-    """The order in which the network's `predict` goes; returns the map and the masks that the fusion head got."""
+    """Runs the steps of the network's `predict`; returns the map and the masks passed to the fusion head."""
     boxes = network.boxes.clone()
     results = SimpleNamespace(bboxes=boxes, labels=network.labels, scores=network.scores)
     results.masks = torch.zeros(0, 100, 150, dtype=torch.bool)
@@ -425,11 +424,11 @@ def test_panoptic_map_without_instances() -> None:
     assert torch.equal(fused, expected_map(network()))
 
 
-def test_panoptic_map_of_what_ours_does_not_take() -> None:
+def test_panoptic_map_where_ops_do_not_support_the_inputs() -> None:
     stripe = predicted(8, 2)[1]
     stripe[3, 3] = stripe[3, 1]
     for changes, ops in (
-        ({"boxes": stripe}, set()),  # pasted, so the logits are upsampled after all
+        ({"boxes": stripe}, set()),  # masks are pasted, so logits are upsampled
         ({"semantic_logits": random_features((1, 5, 16, 24), 3).double()}, {"paste_masks"}),
         ({"semantic_logits": random_features((1, 7, 16, 24), 3)}, {"paste_masks"}),
         ({"semantic_logits": random_features((1, 5, 15, 24), 3)}, {"paste_masks"}),
@@ -439,11 +438,11 @@ def test_panoptic_map_of_what_ours_does_not_take() -> None:
         assert torch.equal(fused, expected_map(PanopticFPN(**changes)))
 
 
-def test_nothing_is_put_off_in_an_unknown_network() -> None:
-    class Another(PanopticFPN):
+def test_a_subclass_of_the_network_defers_nothing() -> None:
+    class Subclass(PanopticFPN):
         pass
 
-    network = Another()
+    network = Subclass()
     predict = replace(FRAMEWORK, "TwoStagePanopticSegmentor.predict", panoptic)
     with Calls() as calls:
         fused, masks = predict(network, torch.zeros(1, 3, 64, 96), [])
@@ -458,7 +457,7 @@ def installed(module: str) -> Any:
 
 
 def installed_network() -> Any:
-    """mmdetection's Panoptic FPN, small, with weights that find a few things."""
+    """A small Panoptic FPN of mmdetection with random weights that detect a few things."""
     mmdet = installed("mmdet")
     installed("mmdet.utils").register_all_modules()
     config = Path(mmdet.__file__).parent / ".mim/configs/panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py"
@@ -526,11 +525,11 @@ def test_installed_network() -> None:
         return [sample.pred_panoptic_seg.sem_seg for sample in results]
 
     def agree(got: list[Tensor], expected: list[Tensor]) -> None:
-        for ours, theirs in zip(got, expected, strict=True):
-            assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
-            assert theirs.max() > 2 * INSTANCE_OFFSET
-            # ROIAlign's sums are in another order: a pixel may be at the other side of a threshold.
-            assert (ours != theirs).float().mean() < 1e-3
+        for patched, original in zip(got, expected, strict=True):
+            assert (patched.dtype, patched.shape) == (original.dtype, original.shape)
+            assert original.max() > 2 * INSTANCE_OFFSET
+            # Our RoIAlign sums in a different order, so single pixels may fall on the other side of a threshold.
+            assert (patched != original).float().mean() < 1e-3
 
     served = ("nms", "multiscale_roi_align", "upsample_argmax", "panoptic_merge")
     same("mmdetection", predict, *served, agree=agree)
@@ -546,12 +545,12 @@ def test_installed_instances() -> None:
         return list(network.roi_head.predict(features, proposals, samples, rescale=True))
 
     def agree(got: list[Any], expected: list[Any]) -> None:
-        for ours, theirs in zip(got, expected, strict=True):
-            assert ours.masks.shape == theirs.masks.shape
-            assert ours.masks.dtype == theirs.masks.dtype
-            assert torch.equal(ours.labels, theirs.labels)
-            torch.testing.assert_close(ours.bboxes, theirs.bboxes, rtol=1e-4, atol=1e-3)
-            assert (ours.masks != theirs.masks).float().mean() < 1e-4
+        for patched, original in zip(got, expected, strict=True):
+            assert patched.masks.shape == original.masks.shape
+            assert patched.masks.dtype == original.masks.dtype
+            assert torch.equal(patched.labels, original.labels)
+            torch.testing.assert_close(patched.bboxes, original.bboxes, rtol=1e-4, atol=1e-3)
+            assert (patched.masks != original.masks).float().mean() < 1e-4
 
     same("mmdetection", predict, "nms", "multiscale_roi_align", "paste_masks", agree=agree)
 
@@ -579,7 +578,7 @@ def test_installed_training() -> None:
 def test_installed_nms(count: int) -> None:
     mmcv = installed("mmcv.ops")
     boxes = random_boxes(count, (200, 200), 0).abs().round()
-    scores = (torch.rand(count, generator=generator(1)) * 50).round() / 50  # with equal ones
+    scores = (torch.rand(count, generator=generator(1)) * 50).round() / 50  # some are equal
     idxs = torch.randint(0, 4, (count,), generator=generator(2))
     same("mmdetection", lambda: mmcv.nms(boxes, scores, 0.3), "nms")
     same("mmdetection", lambda: mmcv.nms(boxes, scores, 0.6, score_threshold=0.2, max_num=10), "nms")

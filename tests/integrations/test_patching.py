@@ -1,9 +1,10 @@
-"""The mechanism of `patch`, on a framework made for it."""
+"""Tests of `patch` and `unpatch` on a small framework that the tests create."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import pickle
 import sys
 import threading
 import warnings
@@ -60,17 +61,17 @@ DOUBLE = Replacement("tiny.core:double", "nms", add_thousand)
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ModuleType]]:
-    """Makes a framework `tiny` with these replacements known to `patch`; returns its package, imported."""
+    """Creates a framework `tiny`, registers it with these replacements and returns its imported package."""
     (tmp_path / "tiny").mkdir()
     for name, text in PACKAGE.items():
         (tmp_path / "tiny" / name).write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
 
     def make(*replacements: Replacement, tested: tuple[str, str] = ("1.4", "1.5")) -> ModuleType:
-        home: Any = ModuleType("home_of_tiny")
-        home.FRAMEWORK = Framework("tiny", "tiny", tested, replacements or (DOUBLE,))
-        monkeypatch.setitem(sys.modules, "home_of_tiny", home)
-        monkeypatch.setitem(patching._HOMES, "tiny", "home_of_tiny")
+        module: Any = ModuleType("module_of_tiny")
+        module.FRAMEWORK = Framework("tiny", "tiny", tested, replacements or (DOUBLE,))
+        monkeypatch.setitem(sys.modules, "module_of_tiny", module)
+        monkeypatch.setitem(patching._MODULES, "tiny", "module_of_tiny")
         importlib.import_module("tiny.user")
         return importlib.import_module("tiny")
 
@@ -93,7 +94,9 @@ def test_every_copy_in_the_frameworks_modules_is_replaced_and_put_back(tiny: Any
     assert package.double is package.core.double is package.user.twice is late.double is original
 
 
-def test_other_modules_keep_what_they_took_before(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_modules_keep_functions_imported_before_the_patch(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package = tiny()
     mine: Any = ModuleType("mine")
     mine.before = package.double
@@ -119,7 +122,7 @@ def test_methods_of_every_kind(tiny: Any) -> None:
     assert dict(vars(core.Thing)) == before
 
 
-def test_what_is_patched_is_said(tiny: Any) -> None:
+def test_patched_functions_are_listed(tiny: Any) -> None:
     tiny()
     assert "tiny" not in patched()
     handle = patch("tiny")
@@ -131,7 +134,7 @@ def test_what_is_patched_is_said(tiny: Any) -> None:
     assert str(handle) == "tiny is not patched"
 
 
-def test_twice_is_once(tiny: Any) -> None:
+def test_patching_twice_has_no_effect(tiny: Any) -> None:
     package = tiny()
     patch("tiny")
     replacement = package.double
@@ -143,7 +146,7 @@ def test_twice_is_once(tiny: Any) -> None:
     assert package.double(2) == 4
 
 
-def test_a_block_leaves_things_as_they_were_before_it(tiny: Any) -> None:
+def test_a_block_restores_the_state_before_it(tiny: Any) -> None:
     package = tiny()
     with patch("tiny") as handle:
         assert isinstance(handle, Patch)
@@ -167,22 +170,25 @@ def test_a_block_leaves_things_as_they_were_before_it(tiny: Any) -> None:
 
 def test_replacements_look_like_originals(tiny: Any) -> None:
     package = tiny()
+    original = package.double
     with patch("tiny"):
         assert package.double.__name__ == "double"
         assert package.double.__doc__ == "Twice as much."
         assert package.double.__module__ == "tiny.core"
         assert inspect.unwrap(package.double)(2) == 4
+        assert inspect.signature(package.double) == inspect.signature(original)
+        assert pickle.loads(pickle.dumps(package.double)) is package.double
 
 
-def test_missing_functions_are_told_in_one_warning(tiny: Any) -> None:
+def test_missing_functions_are_listed_in_one_warning(tiny: Any) -> None:
     gone = ("tiny.core:triple", "tiny.core:Nothing.method", "tiny.absent:double", "tiny.broken:double")
     package = tiny(*(Replacement(target, "nms", add_thousand) for target in gone), DOUBLE)
-    with pytest.warns(UserWarning, match="left out") as caught:
+    with pytest.warns(UserWarning, match="not patched") as caught:
         patch("tiny")
     [warning] = caught
     assert str(warning.message) == (
-        "panfpn_fast.patch('tiny'): found tiny 1.5.2, tested are 1.4 to 1.5; "
-        f"these are not there, and were left out: {', '.join(gone)}"
+        "panfpn_fast.patch('tiny'): found tiny 1.5.2, tested with 1.4 to 1.5; "
+        f"not found and not patched: {', '.join(gone)}"
     )
     assert warning.filename == __file__
     assert patched()["tiny"] == {"tiny.core:double": "nms"}
@@ -190,9 +196,9 @@ def test_missing_functions_are_told_in_one_warning(tiny: Any) -> None:
 
 
 @pytest.mark.parametrize("tested", [("1.6", "1.7"), ("1.2", "1.4"), ("1.5.3", "1.5.3"), ("1.4", "1.5.1")])
-def test_another_version_is_warned_of(tiny: Any, tested: tuple[str, str]) -> None:
+def test_untested_versions_are_reported(tiny: Any, tested: tuple[str, str]) -> None:
     package = tiny(tested=tested)
-    with pytest.warns(UserWarning, match=rf"found tiny 1\.5\.2, tested are {tested[0]} to {tested[1]}"):
+    with pytest.warns(UserWarning, match=rf"found tiny 1\.5\.2, tested with {tested[0]} to {tested[1]}"):
         patch("tiny")
     assert package.double(2) == 1004
 
@@ -216,7 +222,7 @@ def test_a_failure_leaves_nothing_patched(tiny: Any) -> None:
     assert "tiny" not in patched()
 
 
-def test_a_failure_halfway_puts_everything_back(tiny: Any) -> None:
+def test_a_failure_halfway_restores_everything(tiny: Any) -> None:
     target = "tiny.core:Unchangeable.method"
     package = tiny(DOUBLE, Replacement(target, "nms", add_thousand))
 
@@ -231,12 +237,12 @@ def test_a_failure_halfway_puts_everything_back(tiny: Any) -> None:
     assert "tiny" not in patched()
 
 
-def test_what_others_have_put_in_place_stays(tiny: Any) -> None:
+def test_unpatch_keeps_a_replacement_by_other_code(tiny: Any) -> None:
     package = tiny()
     original = package.core.double
     patch("tiny")
     package.core.double = others = lambda x: -x
-    with pytest.warns(UserWarning, match="something else has replaced tiny.core:double") as caught:
+    with pytest.warns(UserWarning, match="other code has replaced tiny.core:double") as caught:
         unpatch("tiny")
     assert caught[0].filename == __file__
     assert package.core.double is others
@@ -244,17 +250,17 @@ def test_what_others_have_put_in_place_stays(tiny: Any) -> None:
 
 
 def test_a_framework_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    home: Any = ModuleType("home_of_tiny")
-    home.FRAMEWORK = Framework("tiny_that_is_not_there", "tiny-not-there", ("1", "1"), ())
-    monkeypatch.setitem(sys.modules, "home_of_tiny", home)
-    monkeypatch.setitem(patching._HOMES, "tiny", "home_of_tiny")
+    module: Any = ModuleType("module_of_tiny")
+    module.FRAMEWORK = Framework("tiny_that_is_not_there", "tiny-not-there", ("1", "1"), ())
+    monkeypatch.setitem(sys.modules, "module_of_tiny", module)
+    monkeypatch.setitem(patching._MODULES, "tiny", "module_of_tiny")
     with pytest.raises(
         ImportError, match="tiny_that_is_not_there is not installed: pip install tiny-not-there"
     ):
         patch("tiny")
 
 
-def test_a_framework_that_does_not_import_says_why_itself(tiny: Any, tmp_path: Path) -> None:
+def test_an_import_error_of_the_framework_is_raised_unchanged(tiny: Any, tmp_path: Path) -> None:
     tiny()
     for name in [name for name in sys.modules if name.split(".")[0] == "tiny"]:
         del sys.modules[name]
@@ -263,9 +269,7 @@ def test_a_framework_that_does_not_import_says_why_itself(tiny: Any, tmp_path: P
         patch("tiny")
 
 
-def test_without_native_ops_there_is_nothing_to_patch_with(
-    tiny: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_patch_needs_native_ops(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tiny()
     monkeypatch.setattr(_load, "_cpu_error", "no binaries")
     with pytest.raises(ImportError, match="no binaries"):
@@ -282,7 +286,7 @@ def test_names(function: Callable[[Any], Any]) -> None:
         function(3)
 
 
-def test_threads_that_patch_at_once_patch_once(tiny: Any) -> None:
+def test_concurrent_threads_patch_once(tiny: Any) -> None:
     made = []
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -305,7 +309,7 @@ def test_public_names() -> None:
     assert panfpn_fast.patched is patched
 
 
-def test_what_our_ops_can_serve() -> None:
+def test_servable() -> None:
     class Subclass(torch.Tensor):
         pass
 

@@ -1,4 +1,4 @@
-"""torchvision with and without our ops: the same results, and ours at work where they should be."""
+"""Compares torchvision with and without the patch, and checks which ops the patched functions use."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from op_samples import DEGENERATE_BOXES, generator, random_boxes
-from patch_samples import Calls
 from torch import Tensor, nn
 
 import panfpn_fast
 from panfpn_fast.integrations.torchvision import FRAMEWORK
+from support.op_samples import DEGENERATE_BOXES, generator, random_boxes
+from support.patch_samples import Calls
 
 torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
 detection = torchvision.models.detection
@@ -30,7 +30,7 @@ def unpatched_afterwards() -> Iterator[None]:
 
 
 def both(call: Callable[[], Any]) -> tuple[Any, Any, Calls]:
-    """Results with the patch and without it, and the calls that were made with it."""
+    """Returns the results with and without the patch, and the op calls with the patch."""
     panfpn_fast.unpatch("torchvision")
     with Calls() as calls:
         expected = call()
@@ -41,16 +41,16 @@ def both(call: Callable[[], Any]) -> tuple[Any, Any, Calls]:
 
 
 def assert_same(call: Callable[[], Tensor], op: str, rtol: float = 0, atol: float = 0) -> None:
-    """Demands equal results, of which the patched one is our op's."""
+    """Asserts equal results with and without the patch, and that the patched call uses `op`."""
     got, expected, calls = both(call)
     assert set(calls.ops) == {op}
-    assert not calls.theirs
+    assert not calls.torchvision_ops
     assert got.is_contiguous() == expected.is_contiguous()
     torch.testing.assert_close(got, expected, rtol=rtol, atol=atol)
 
 
 def assert_original(call: Callable[[], Any]) -> None:
-    """Demands that the patched call is the original's, its error included."""
+    """Asserts that the patched call uses torchvision's own function, and raises the same error if it raises one."""
 
     def outcome() -> Any:
         try:
@@ -67,7 +67,7 @@ def assert_original(call: Callable[[], Any]) -> None:
 
 
 def sample(count: int, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes, scores of which some are equal, and classes."""
+    """Returns boxes, scores (some are equal) and classes."""
     boxes = random_boxes(count, (200, 300), seed)
     scores = torch.randint(0, 200, (count,), generator=generator(seed)) / 200
     classes = torch.randint(0, 3, (count,), generator=generator(seed + 1))
@@ -93,20 +93,21 @@ def test_nms(count: int, dtype: torch.dtype, device: torch.device) -> None:
     assert_same(lambda: tv.nms(boxes.to(dtype), scores.to(dtype), 0.45), "nms")
 
 
-# Up to 1,000 boxes torchvision shifts classes apart on the CPU, up to 25,000 on CUDA; of more it takes one class after
-# the other.
+# torchvision shifts the classes apart for up to 1,000 boxes on the CPU and 25,000 on CUDA. For more boxes it runs one
+# NMS per class.
 @pytest.mark.parametrize("count", [0, 300, 1500])
 def test_batched_nms(count: int, device: torch.device) -> None:
     boxes, scores, classes = sample(count, device)
-    boxes[:, :2] -= 50  # negative coordinates let shifted classes touch
+    boxes[:, :2] -= 50  # with negative coordinates, shifted classes overlap
     assert_same(
         lambda: tv.batched_nms(boxes, scores, classes, 0.45), "nms" if count <= 1000 else "batched_nms"
     )
 
 
-def test_one_class_after_the_other(device: torch.device) -> None:
+def test_one_nms_per_class(device: torch.device) -> None:
     boxes, scores, classes = sample(300, device)
-    scores = torch.rand(300, generator=generator(3)).to(device)  # CUDA's sort is not stable there
+    # No two scores are equal, because torchvision's sort is not stable on CUDA.
+    scores = torch.rand(300, generator=generator(3)).to(device)
     vanilla = "_batched_nms_vanilla"
     assert_same(lambda: getattr(tv.boxes, vanilla)(boxes, scores, classes, 0.45), "batched_nms")
 
@@ -142,7 +143,7 @@ def test_roi_align(memory_format: torch.memory_format, aligned: bool, device: to
 def test_roi_align_in_half_precision(device: torch.device) -> None:
     x = features(device)[0].half()
     boxes = [b.round().half() for b in boxes_of_images(device)]
-    # torchvision has coordinates in half precision: those of up to 64 pixels are off by up to 2**-5 of a pixel.
+    # torchvision's coordinates are in half precision: below 64 pixels their error is up to 2**-5 pixels.
     assert_same(lambda: tv.roi_align(x, boxes, 7, 0.125, 2), "roi_align", atol=0.25)
 
 
@@ -151,7 +152,7 @@ def test_autocast(dtype: torch.dtype, device: torch.device) -> None:
     x = features(device)[0].to(dtype)
     boxes, scores, classes = sample(1500, device)
     with torch.autocast(device.type, dtype=dtype):
-        step = torch.finfo(dtype).eps  # one rounding apart
+        step = torch.finfo(dtype).eps  # the results differ by one rounding
         assert_same(
             lambda: tv.roi_align(x, boxes_of_images(device), 7, 0.25), "roi_align", rtol=step, atol=1e-4
         )
@@ -176,7 +177,7 @@ def test_gradients_of_roi_align(device: torch.device) -> None:
 
     got, expected, calls = both(gradient)
     assert set(calls.ops) == {"roi_align", "roi_align_backward"}
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)  # sums of up to 80 boxes' shares
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)  # sums of contributions of up to 80 boxes
 
 
 def pooler() -> Any:
@@ -216,7 +217,10 @@ def test_gradients_of_multiscale_roi_align(device: torch.device) -> None:
 
 
 def test_levels_are_torchvisions_at_every_threshold(device: torch.device) -> None:
-    """Boxes of 112, 224 and 448 px, in steps of a rounding error: torchvision's level changes among them."""
+    """Uses boxes of about 112, 224 and 448 pixels.
+
+    Their sides grow in steps of a rounding error, so that torchvision's level changes among them.
+    """
     pyramid = [torch.full_like(x, float(i)) for i, x in enumerate(features(device, levels=4))]
     steps = (1 + torch.arange(-30, 31, dtype=torch.float64) * 1e-7).float()
     sides = torch.cat([side * steps for side in (112.0, 224.0, 448.0)])
@@ -228,15 +232,15 @@ def test_levels_are_torchvisions_at_every_threshold(device: torch.device) -> Non
         x = [level.to(scattered[0]) for level in pyramid]
         if device.type == "cpu" or scattered is boxes:
             got, expected, calls = both(lambda x=x, boxes=scattered: pool(x, boxes, pooler()))  # type: ignore[misc]
-            assert set(calls.ops) == {"roi_align"}  # level after level, as torchvision does it
+            assert set(calls.ops) == {"roi_align"}  # one call per level, as in torchvision
             torch.testing.assert_close(got, expected)
 
 
-def test_boxes_without_area_belong_to_torchvisions_level(device: torch.device) -> None:
+def test_boxes_without_area_get_torchvisions_level(device: torch.device) -> None:
     pyramid = features(device, levels=4)
     flat = torch.tensor([[10.0, 10.0, 10.0, 80.0], [20.0, 20.0, 60.0, 90.0]], device=device)
     assert_same(lambda: pool(pyramid, [flat, flat], pooler()), "multiscale_roi_align", atol=1e-4)
-    turned = torch.tensor([[60.0, 10.0, 20.0, 80.0]], device=device)  # torchvision leaves it zero
+    turned = torch.tensor([[60.0, 10.0, 20.0, 80.0]], device=device)  # torchvision returns zeros
     assert_same(lambda: pool(pyramid, [turned, flat], pooler()), "roi_align", atol=1e-4)
 
 
@@ -246,11 +250,11 @@ def test_levels_that_are_not_powers_of_two_apart(device: torch.device) -> None:
     assert_same(lambda: pool(pyramid, boxes_of_images(device), two), "roi_align", atol=1e-4)
 
 
-class OwnTensor(Tensor):
-    """A subclass without rules of its own."""
+class PlainSubclass(Tensor):
+    """A subclass that overrides nothing."""
 
 
-def test_calls_that_ours_do_not_take_are_torchvisions(device: torch.device) -> None:
+def test_unsupported_calls_go_to_torchvision(device: torch.device) -> None:
     boxes, scores, classes = sample(30, device)
     x = features(device)[0]
     both_images = [of_image / 8 for of_image in boxes_of_images(device, 3)]
@@ -267,7 +271,7 @@ def test_calls_that_ours_do_not_take_are_torchvisions(device: torch.device) -> N
         lambda: tv.nms(boxes, scores, float("nan")),
         lambda: tv.nms(boxes, scores, "0.5"),
         lambda: tv.nms(boxes.tolist(), scores, 0.5),
-        lambda: tv.nms(boxes.as_subclass(OwnTensor), scores, 0.5),
+        lambda: tv.nms(boxes.as_subclass(PlainSubclass), scores, 0.5),
         lambda: tv.nms(boxes.to("meta"), scores.to("meta"), 0.5).dtype,
         lambda: tv.batched_nms(boxes.bfloat16(), scores.bfloat16(), classes, 0.5),
         lambda: tv.roi_align(x, both_images[:1], 7),
@@ -287,10 +291,10 @@ def test_calls_that_ours_do_not_take_are_torchvisions(device: torch.device) -> N
         assert_original(call)
 
 
-def test_classes_of_other_kinds(device: torch.device) -> None:
+def test_classes_of_other_dtypes_and_lengths(device: torch.device) -> None:
     boxes, scores, classes = sample(30, device)
     for idxs in (classes.float(), classes.bool(), classes[:1]):
-        # torchvision shifts the boxes itself and has our NMS look at them.
+        # torchvision shifts the boxes itself and calls our NMS.
         assert_same(lambda idxs=idxs: tv.batched_nms(boxes, scores, idxs, 0.5), "nms")  # type: ignore[misc]
 
 
@@ -300,7 +304,7 @@ def test_quantized_tensors() -> None:
     assert_original(lambda: tv.nms(*quantized, 0.5))
 
 
-# Models, with random weights and no threshold of scores, so that detections are many.
+# Models with random weights, without a score threshold so that they return many detections.
 
 
 def images(*sizes: tuple[int, int]) -> list[Tensor]:
@@ -316,25 +320,25 @@ def detections(model: Any, inputs: list[Tensor]) -> list[dict[str, Tensor]]:
 
 
 def test_mask_rcnn() -> None:
-    """Everything together: boxes, labels, scores and masks of the network that the benchmark takes."""
+    """Compares the boxes, labels, scores and masks of the network that the benchmark uses."""
     torch.manual_seed(0)
     few: dict[str, Any] = {"rpn_post_nms_top_n_test": 40, "box_detections_per_img": 10}
     model = detection.maskrcnn_resnet50_fpn_v2(**SMALL, **few, box_score_thresh=0.0).eval()
-    # Untrained, one class scores highest in every box.
+    # Without this hook, one class of the untrained network has the highest score in every box.
     model.roi_heads.box_predictor.cls_score.register_forward_hook(lambda _, __, out: out - out.mean(0))
     inputs = images((100, 150), (96, 110))
     got, expected, calls = both(lambda: detections(model, inputs))
-    # Many proposals and few detections, so that NMS goes both of torchvision's ways.
+    # There are many proposals and few detections, so torchvision uses both ways of batched NMS.
     assert set(calls.ops) == {"nms", "batched_nms", "multiscale_roi_align"}
-    assert not calls.theirs
-    for mine, theirs in zip(got, expected, strict=True):
-        assert len(theirs["boxes"]) == 10
-        assert len(theirs["labels"].unique()) > 1
-        assert torch.equal(mine["labels"], theirs["labels"])
-        # Pooled values differ by rounding, and forty layers follow.
-        torch.testing.assert_close(mine["scores"], theirs["scores"], rtol=1e-3, atol=1e-5)
-        torch.testing.assert_close(mine["boxes"], theirs["boxes"], rtol=1e-4, atol=1e-2)
-        torch.testing.assert_close(mine["masks"], theirs["masks"], rtol=0, atol=0.02)
+    assert not calls.torchvision_ops
+    for patched, original in zip(got, expected, strict=True):
+        assert len(original["boxes"]) == 10
+        assert len(original["labels"].unique()) > 1
+        assert torch.equal(patched["labels"], original["labels"])
+        # Pooled values differ by rounding, and about forty layers amplify the difference.
+        torch.testing.assert_close(patched["scores"], original["scores"], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(patched["boxes"], original["boxes"], rtol=1e-4, atol=1e-2)
+        torch.testing.assert_close(patched["masks"], original["masks"], rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize(
@@ -348,13 +352,13 @@ def test_mask_rcnn() -> None:
     ],
     ids=["retinanet", "fcos", "ssdlite"],
 )
-def test_detectors_that_use_nms_alone(build: Callable[[], Any]) -> None:
+def test_detectors_that_use_only_nms(build: Callable[[], Any]) -> None:
     torch.manual_seed(0)
     model = build().eval()
     [got], [expected], calls = both(lambda: detections(model, images((96, 120))))
     assert set(calls.ops) <= {"nms", "batched_nms"}
     assert calls.ops
-    assert not calls.theirs
+    assert not calls.torchvision_ops
     assert len(expected["boxes"]) > 20
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
@@ -370,7 +374,7 @@ def small_mask_rcnn() -> Any:
 
 
 def test_training() -> None:
-    """Losses and every gradient of a step."""
+    """Compares the losses and all gradients of one step."""
     model = small_mask_rcnn().train()
     target = {
         "boxes": torch.tensor([[5.0, 5.0, 60.0, 70.0], [30.0, 20.0, 90.0, 80.0]]),
@@ -382,22 +386,22 @@ def test_training() -> None:
 
     def step() -> tuple[dict[str, Tensor], list[Tensor]]:
         model.load_state_dict(buffers, strict=False)
-        torch.manual_seed(1)  # proposals are sampled
+        torch.manual_seed(1)  # sampling of proposals is random
         losses = model(images((96, 128)), [target])
         wanted = [p for p in model.parameters() if p.requires_grad]
         return losses, list(torch.autograd.grad(sum(losses.values()), wanted, materialize_grads=True))
 
     (losses, gradients), (expected, expected_gradients), calls = both(step)
     assert {"roi_align", "multiscale_roi_align", "multiscale_roi_align_backward"} <= set(calls.ops)
-    assert not calls.theirs
+    assert not calls.torchvision_ops
     for name, loss in losses.items():
         torch.testing.assert_close(loss, expected[name], rtol=1e-4, atol=1e-5)
-    for got, of_theirs in zip(gradients, expected_gradients, strict=True):
-        scale = float(of_theirs.abs().max())
-        torch.testing.assert_close(got, of_theirs, rtol=1e-3, atol=1e-3 * scale + 1e-6)
+    for got, original in zip(gradients, expected_gradients, strict=True):
+        scale = float(original.abs().max())
+        torch.testing.assert_close(got, original, rtol=1e-3, atol=1e-3 * scale + 1e-6)
 
 
-# TorchScript, FX, torch.compile and torch.export.
+# TorchScript, FX, torch.compile and torch.export
 
 
 def test_torch_jit_compiles_the_originals() -> None:
@@ -422,7 +426,7 @@ def test_torch_jit_compiles_the_originals() -> None:
     assert torch.equal(pool(pyramid, images_boxes, scripted_pooler), expected)
 
 
-def test_symbolic_traces_use_ours() -> None:
+def test_symbolic_traces_use_our_ops() -> None:
     class Pooling(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -440,9 +444,9 @@ def test_symbolic_traces_use_ours() -> None:
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch.compile passes for an export here")
-def test_torch_compile_keeps_graphs_whole_and_ours_in_them() -> None:
-    """With a pooler too, and where lengths are unknown to the compiler, which ours could not take."""
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="this torch reports torch.compile as an export")
+def test_torch_compile_makes_one_graph_with_our_ops() -> None:
+    """Also with a pooler, and with lengths that the compiler does not know, which our ops do not support."""
     boxes, scores, classes = sample(40, torch.device("cpu"))
     x = features(torch.device("cpu"))[0]
     graphs: list[str] = []
@@ -474,7 +478,7 @@ def test_torch_compile_keeps_graphs_whole_and_ours_in_them() -> None:
         }
         pyramid = features(torch.device("cpu"), levels=2)
         two = tv.MultiScaleRoIAlign(["0", "1"], 3, 2)
-        pool(pyramid, [boxes, boxes], two)  # finds the scales
+        pool(pyramid, [boxes, boxes], two)  # computes and stores the scales
         assert compiled(lambda a, b, c: pool([a, b], [c, c], two), *pyramid, boxes) == {
             "panfpn_fast.roi_align"
         }

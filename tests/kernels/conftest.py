@@ -1,36 +1,32 @@
-"""Fixtures of the tests of Triton kernels: on the GPU where there is one, else interpreted on the CPU."""
+"""Fixtures for the tests of Triton kernels, which run on the GPU if there is one, otherwise in Triton's interpreter."""
 
 from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from poison import poisoned
 
-from panfpn_fast import _load
-
-COMPILER = Path(__file__).resolve().parents[1] / "compile_kernels.py"
+from support.kernel_checks import implemented_in_triton
+from support.poison import poisoned
+from support.processes import environment, run
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """See `poison.poisoned`."""
+    """Poisons fresh memory, see `poisoned`."""
     with poisoned():
         yield
 
 
 @pytest.fixture(autouse=True)
 def _bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Widens bfloat16 for tl.dot, where Triton's interpreter multiplies the bits as if they were integers."""
+    """Widens bfloat16 operands of tl.dot, whose bits Triton's interpreter would multiply as integers."""
     interpreter = pytest.importorskip("triton.runtime.interpreter", reason="Triton is not installed")
     float32 = importlib.import_module("triton.language").float32
     original = interpreter.InterpreterBuilder.create_dot
@@ -48,8 +44,8 @@ def _bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def kernel_device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """Where the kernels run; tests/conftest.py has Triton interpret them where there is no GPU."""
-    importlib.import_module("panfpn_fast.kernels")
+    """Returns the device for the kernels; without a GPU, tests/conftest.py makes Triton interpret them."""
+    importlib.import_module("panfpn_fast.ops.triton")
     if torch.cuda.is_available():
         return torch.device("cuda")
     interpreter = importlib.import_module("triton.runtime.interpreter")
@@ -57,16 +53,15 @@ def kernel_device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 
     def patch(tensor: Any, scope: Any) -> None:
         patch_tensor(tensor, scope)
-        # Triton 3.6 reads the bounds of loops with int(array), which numpy 2.4 refuses for arrays of one element.
+        # Triton 3.6 converts loop bounds with int(array), which NumPy 2.4 refuses for arrays of one element.
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     splat = interpreter.InterpreterBuilder.create_splat
 
     def create_splat(self: Any, shape: Any, scalar: Any) -> Any:
         handle = splat(self, shape, scalar)
-        if (
-            scalar.data.dtype == np.bool_
-        ):  # of which Triton 3.9 makes integers, and then takes no masks of them
+        # Triton 3.9 would make integers of them, and does not accept integers as masks.
+        if scalar.data.dtype == np.bool_:
             handle.data = handle.data.astype(np.bool_)
         return handle
 
@@ -76,26 +71,17 @@ def kernel_device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 
 
 @pytest.fixture
-def triton_ops(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """Makes the public functions, forward and backward, call the Triton ops on whatever device."""
-    calls = 0
-
-    def semantic_ops(device: torch.device) -> Any:
-        nonlocal calls
-        calls += 1
-        return torch.ops.panfpn_fast_triton
-
-    monkeypatch.setattr(_load, "semantic_ops", semantic_ops)
-    yield kernel_device
-    assert calls > 0, "no Triton op was called"
+def triton_ops(kernel_device: torch.device) -> Iterator[torch.device]:
+    """Makes the Triton host functions the implementations of their ops on the device that runs the kernels."""
+    with implemented_in_triton(kernel_device) as called:
+        yield kernel_device
+    assert called, "no Triton op was called"
 
 
 @pytest.fixture(scope="module")
 def compiled(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """What the LAUNCHES of the test file compile to, see compile_kernels.py."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, str(COMPILER), str(request.path)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert result.returncode == 0, result.stderr
+    """Compiles the LAUNCHES of the test file, see support/compile_kernels.py."""
+    command = [sys.executable, "-m", "support.compile_kernels", request.path]
+    result = run(command, env=environment(TRITON_INTERPRET=None))
     report: dict[str, Any] = json.loads(result.stdout)
     return report

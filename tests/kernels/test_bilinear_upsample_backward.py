@@ -5,13 +5,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compile_kernels import CAPABILITIES, Launch
-from kernel_checks import check_compiled, check_traced
-from norm_samples import assert_close, meta_map, random
+
+from support.compile_kernels import CAPABILITIES, Launch
+from support.kernel_checks import check_compiled, check_traced
+from support.norm_samples import assert_close, meta_map, random
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from panfpn_fast.kernels.bilinear_upsample_backward import bilinear_upsample_backward
+from panfpn_fast.ops.triton.bilinear_upsample_backward import bilinear_upsample_backward
 
 LAUNCHES = {
     "logits": Launch(bilinear_upsample_backward, (meta_map((2, 54, 200, 336)), 2)),
@@ -47,7 +48,7 @@ def test_half_precision(dtype: torch.dtype, kernel_device: torch.device) -> None
 
 @pytest.mark.parametrize("factor", [2, 3, 5])
 def test_footprint_is_exact(factor: int, kernel_device: torch.device) -> None:
-    """A pixel gathers only from the outputs that read it: NaN elsewhere does not reach it."""
+    """A pixel gathers only from the outputs that read it, so NaN elsewhere does not reach it."""
     width, first = 7, 2 * factor
     weights = F.interpolate(torch.eye(width)[None], scale_factor=float(factor), mode="linear")[
         0

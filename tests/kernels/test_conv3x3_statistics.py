@@ -1,10 +1,8 @@
-"""The convolution with GroupNorm's statistics: interpreted against float64, and compiled for three targets."""
+"""The convolution with GroupNorm's statistics: compared with float64, and compiled for three targets."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -12,13 +10,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compile_kernels import CAPABILITIES, Launch
-from kernel_checks import check_compiled, check_traced
 from torch import Tensor
 
+from support.compile_kernels import CAPABILITIES, Launch
+from support.kernel_checks import check_compiled, check_traced
+from support.processes import environment, run
+
 pytest.importorskip("triton", reason="Triton is not installed")
-from panfpn_fast.kernels import conv3x3_statistics as conv
-from panfpn_fast.kernels.conv_choice import CUDNN
+from panfpn_fast.ops.triton import _conv_choice as conv_choice
+from panfpn_fast.ops.triton import conv3x3_statistics as conv
+from panfpn_fast.ops.triton._conv_choice import CUDNN
 
 EPS = 1e-5
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,12 +41,12 @@ def check(x: Tensor, conv_weight: Tensor, num_groups: int, outputs: tuple[Tensor
     assert y.dtype == x.dtype
     assert y.shape == expected.shape
     assert y.is_contiguous(memory_format=torch.channels_last)
-    # The result is rounded once, at most by half of eps; before that float32 sums up to 9 * C_in products. On a GPU
-    # float32 may be tf32, whose eps is that of float16.
+    # The result is rounded once, by at most half of eps, after float32 sums of up to 9 * C_in products. On a GPU,
+    # float32 may mean tf32, whose eps equals the one of float16.
     eps = torch.finfo(torch.float16 if x.is_cuda and x.dtype == torch.float32 else x.dtype).eps
     torch.testing.assert_close(y.double(), expected, rtol=eps, atol=2e-6 if eps < 1e-6 else eps)
 
-    # The statistics are those of the rounded result.
+    # The statistics are computed from the rounded result.
     groups = y.double().reshape(y.shape[0], num_groups, -1)
     variance, true_mean = torch.var_mean(groups, dim=2, correction=0)
     assert mean.dtype == rstd.dtype == torch.float32
@@ -57,7 +58,7 @@ def check(x: Tensor, conv_weight: Tensor, num_groups: int, outputs: tuple[Tensor
 @pytest.mark.parametrize(
     ("shape", "out_channels", "num_groups"),
     [
-        ((2, 16, 7, 11), 24, 8),  # groups of 3 channels; tiles of 64 pixels end within an image of 77
+        ((2, 16, 7, 11), 24, 8),  # groups of 3 channels; 77 pixels are no multiple of the tiles of 64
         ((1, 70, 9, 13), 128, 32),  # the last block of input channels is not full
         ((3, 3, 1, 5), 6, 1),
         ((1, 8, 67, 1), 80, 5),  # the second tile of channels is not full
@@ -82,7 +83,7 @@ def test_configurations(name: str, kernel_device: torch.device) -> None:
         names = [c.name for p in ("tf32", "float32") for c in conv.configurations(p, major, 192)]
         if name not in names:
             pytest.skip("the configuration is for other GPUs")
-    # More than one tile of pixels and of channels, none of which is full, except for the widest.
+    # There is more than one tile of pixels and of channels. Only the widest configuration has a full tile.
     x, conv_weight = make_inputs((1, 16, 13, 21), 192, torch.bfloat16, kernel_device)
     check(x, conv_weight, 3, conv.run(name, x, conv_weight, 3, EPS))
 
@@ -95,12 +96,12 @@ def test_torchs_convolution(dtype: torch.dtype, kernel_device: torch.device) -> 
 
 def test_large_mean(kernel_device: torch.device) -> None:
     x, conv_weight = make_inputs((1, 16, 12, 15), 32, torch.float32, kernel_device)
-    # A 1x1 convolution by ones: 16 sums to a mean of 32,000 with a standard deviation of 4.
+    # A 1x1 convolution with ones sums 16 channels to a mean of 32,000 with a standard deviation of 4.
     conv_weight = F.pad(torch.ones(32, 16, 1, 1, device=kernel_device), (1, 1, 1, 1))
     y, mean, rstd = conv.run(SMALL, x + 2000.0, conv_weight, 4, EPS)
     groups = y.double().reshape(4, -1)
     variance, true_mean = torch.var_mean(groups, dim=1, correction=0)
-    # A sum of squares would leave nothing: float32 has 7 digits, and the variance begins at the ninth.
+    # A sum of squares would lose the variance: float32 has 7 digits, and the variance begins at the ninth.
     torch.testing.assert_close(mean[0].double(), true_mean, rtol=2e-7, atol=0)
     torch.testing.assert_close(rstd[0].double(), (variance + EPS).rsqrt(), rtol=1e-5, atol=0)
 
@@ -131,9 +132,9 @@ def test_images_do_not_mix_and_runs_repeat(kernel_device: torch.device) -> None:
         assert first.equal(third)
 
 
-def test_empty_batch(kernel_device: torch.device) -> None:
-    x, conv_weight = make_inputs((0, 16, 9, 9), 32, torch.float32, kernel_device)
-    y, mean, rstd = torch.ops.panfpn_fast_triton.conv3x3_statistics(x, conv_weight, 8, EPS)
+def test_empty_batch(triton_ops: torch.device) -> None:
+    x, conv_weight = make_inputs((0, 16, 9, 9), 32, torch.float32, triton_ops)
+    y, mean, rstd = torch.ops.panfpn_fast.conv3x3_statistics(x, conv_weight, 8, EPS)
     assert y.shape == (0, 32, 9, 9)
     assert mean.shape == rstd.shape == (0, 8)
 
@@ -141,25 +142,26 @@ def test_empty_batch(kernel_device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("weight", "message"),
     [
-        (torch.ones(4, 5, 3, 3), "another number of channels"),
-        (torch.ones(4, 3, 1, 1), "not of a 3x3 convolution"),
-        (torch.ones(4, 3, 3, 3, dtype=torch.float16), "another dtype"),
+        (torch.ones(4, 5, 3, 3), "weight: expected 3 input channels"),
+        (torch.ones(4, 3, 1, 1), r"weight: expected shape \[C_out, C_in, 3, 3\]"),
+        (torch.ones(4, 3, 3, 3, dtype=torch.float16), "weight: expected the input's dtype torch.float32"),
     ],
 )
-def test_memory_is_safe(weight: Tensor, message: str, kernel_device: torch.device) -> None:
-    x = torch.ones(1, 3, 5, 5, device=kernel_device)
+def test_memory_is_safe(weight: Tensor, message: str, triton_ops: torch.device) -> None:
+    x = torch.ones(1, 3, 5, 5, device=triton_ops)
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.panfpn_fast_triton.conv3x3_statistics(x, weight.to(kernel_device), 2, EPS)
+        torch.ops.panfpn_fast.conv3x3_statistics(x, weight.to(triton_ops), 2, EPS)
 
 
 @pytest.mark.parametrize("needs_grad", [(True, True), (True, False), (False, True)])
 def test_gradients(
-    needs_grad: tuple[bool, bool], kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+    needs_grad: tuple[bool, bool], triton_ops: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PANFPN_CONV", "triton")
-    inputs = make_inputs((2, 16, 7, 5), 32, torch.float32, kernel_device)
+    conv_choice.forget()  # plans keep the choice
+    inputs = make_inputs((2, 16, 7, 5), 32, torch.float32, triton_ops)
     x, conv_weight = (t.requires_grad_(need) for t, need in zip(inputs, needs_grad, strict=True))
-    y, mean, rstd = torch.ops.panfpn_fast_triton.conv3x3_statistics(x, conv_weight, 8, EPS)
+    y, mean, rstd = torch.ops.panfpn_fast.conv3x3_statistics(x, conv_weight, 8, EPS)
     assert not mean.requires_grad
     assert not rstd.requires_grad
     grad = torch.randn_like(y)
@@ -169,10 +171,11 @@ def test_gradients(
     torch.testing.assert_close(found, expected)
 
 
-def test_opcheck(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opcheck(triton_ops: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PANFPN_CONV", "triton")
-    x, conv_weight = make_inputs((2, 16, 7, 5), 32, torch.float32, kernel_device)
-    op = torch.ops.panfpn_fast_triton.conv3x3_statistics.default
+    conv_choice.forget()  # plans keep the choice
+    x, conv_weight = make_inputs((2, 16, 7, 5), 32, torch.float32, triton_ops)
+    op = torch.ops.panfpn_fast.conv3x3_statistics.default
     arguments = (x.requires_grad_(), conv_weight.requires_grad_(), 8, EPS)
     if x.is_cuda:
         torch.library.opcheck(op, arguments)
@@ -195,7 +198,7 @@ def _launch(tile: conv.Configuration, precision: str, capability: int) -> Launch
     return Launch(run, (x, conv_weight), tensor_cores, (capability,))
 
 
-# Every shipped configuration for the GPUs that it is for; to the compiler float16 is as bfloat16.
+# Every shipped configuration, for its GPUs. float16 compiles as bfloat16 does.
 LAUNCHES: dict[str, Launch] = {}
 for _precision in ("bfloat16", "tf32", "float32"):
     for _capability in CAPABILITIES:
@@ -204,9 +207,9 @@ for _precision in ("bfloat16", "tf32", "float32"):
                 LAUNCHES[f"{_precision} {_tile.name} {_capability}"] = _launch(_tile, _precision, _capability)
 
 
-# The op itself, by the rule, as nothing can be measured on a GPU that is not there.
+# The op itself. The rule chooses, because nothing can be measured without a GPU.
 LAUNCHES["the op"] = Launch(
-    torch.ops.panfpn_fast_triton.conv3x3_statistics,
+    conv.conv3x3_statistics,
     (*LAUNCHES["bfloat16 64x128-4-4 90"].args, 32, EPS),
     ("_conv_kernel",),
     (90,),
@@ -216,7 +219,7 @@ LAUNCHES["the op"] = Launch(
 _TRACE = """
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
-from panfpn_fast.kernels.conv3x3_statistics import conv3x3_statistics
+from panfpn_fast.ops.triton.conv3x3_statistics import conv3x3_statistics
 
 x, conv_weight = (
     torch.empty(shape, device="meta", memory_format=torch.channels_last) for shape in ((2, 16, 50, 84), (32, 16, 3, 3))
@@ -228,13 +231,9 @@ print([node.target for node in traced.graph.nodes].count(torch.ops.higher_order.
 
 
 def test_one_graph_serves_all_sizes() -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, "-c", _TRACE], capture_output=True, text=True, check=False, env=environment
-    )
-    assert result.returncode == 0, result.stderr
+    result = run([sys.executable, "-c", _TRACE], env=environment(TRITON_INTERPRET=None))
     guards, kernels = result.stdout.splitlines()
-    # Only the channels and the kernel's 3 are constants of the graph; N, H and W stay open.
+    # Only the channels and the kernel size 3 are constants of the graph; N, H and W stay dynamic.
     assert sorted(re.findall(r", (\d+)\)", guards)) == ["16", "3", "32"]
     assert kernels == "2"
 
@@ -248,7 +247,7 @@ def test_compiles(name: str, capability: int, compiled: dict[str, Any]) -> None:
     (kernel,) = (
         k["targets"][str(capability)] for k in compiled[name]["kernels"] if k["name"] == "_conv_kernel"
     )
-    # The input's tiles go to shared memory by 16 bytes, without passing through registers.
+    # Tiles of the input are copied to shared memory 16 bytes at a time, without passing through registers.
     copies = {opcode for opcode in kernel["instructions"] if opcode.startswith("cp.async.c")}
     assert copies <= {"cp.async.ca.shared.global", "cp.async.cg.shared.global"}
     assert copies

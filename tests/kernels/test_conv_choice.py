@@ -1,381 +1,231 @@
-"""The choice between convolutions: what is asked first, what is kept, and what may not be measured."""
+"""The choice between convolutions: the order of its sources, its files, and the measurements of `tune`."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import math
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import nn
+
+import panfpn_fast
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from panfpn_fast.kernels import conv3x3_statistics as conv
-from panfpn_fast.kernels import conv_choice
-from panfpn_fast.kernels.conv_choice import CUDNN, Problem, __main__, choose, size_class
+from panfpn_fast.ops.triton import _conv_choice as conv_choice
+from panfpn_fast.ops.triton import _conv_timing as conv_timing
+from panfpn_fast.ops.triton._conv_choice import CUDNN, Problem, choose, size_class
 
 PROBLEM = Problem("NVIDIA H200", "bfloat16", 65536, 256, 128)
+OTHER_GPU = Problem("NVIDIA A100", "bfloat16", 65536, 256, 128)
 NAMES = ("ours", "other", CUDNN)
 
 
-class Timer:
-    """A timer that runs each call and says what it is told to."""
-
-    def __init__(self, *times: float) -> None:
-        self.times = times
-        self.runs = 0
-
-    def __call__(self, calls: Sequence[Callable[[], object]]) -> list[float]:
-        self.runs += 1
-        assert [call() for call in calls] == [f"ran {name}" for name in NAMES]
-        return list(self.times)
-
-
-def run(name: str) -> str:
-    return f"ran {name}"
+def choices(name: str, versions: str = "some versions", problem: Problem = PROBLEM) -> conv_choice.Choices:
+    return {str(problem.gpu): {versions: {problem.key: name}}}
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A cache folder of the test's own, and no decision from before."""
-    monkeypatch.setenv("PANFPN_CACHE", str(tmp_path / "cache"))
+def _forget(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("PANFPN_CONV", raising=False)
+    monkeypatch.delenv("PANFPN_TUNING", raising=False)
     conv_choice.forget()
-    yield tmp_path / "cache" / "conv_choice.json"
+    yield
     conv_choice.forget()
 
 
-def table(path: Path, choices: dict[str, Any], **rest: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"format": 1, "choices": choices, **rest}))
+def test_the_rule_decides_where_nothing_is_known() -> None:
+    assert choose(PROBLEM, NAMES) == "ours"
+    assert choose(PROBLEM, (CUDNN, "ours")) == CUDNN
 
 
-def test_measures_once_and_keeps_it(cache: Path) -> None:
-    timer = Timer(3.0, 1.0, 2.0)
-    assert choose(PROBLEM, NAMES, run, timer) == "other"
-    assert choose(PROBLEM, NAMES, run, Timer(0.0, 1.0, 2.0)) == "other"
-    conv_choice.forget()  # as another process
-    assert choose(PROBLEM, NAMES, run, timer) == "other"
-    assert choose(PROBLEM, NAMES, None) == "other"
-    assert timer.runs == 1
-    assert [path.name for path in cache.parent.iterdir()] == [cache.name]
-    assert json.loads(cache.read_text())["choices"] == {
-        "NVIDIA H200": {conv_choice.versions(): {PROBLEM.key: "other"}}
-    }
+def test_a_choice_leaves_nothing_behind() -> None:
+    """Tracing chooses as well, on machines without a GPU; its choice must not affect later ones."""
+    before = conv_choice.generation
+    assert choose(Problem(None, "bfloat16", None, 256, 128), NAMES) == "ours"
+    assert choose(PROBLEM, NAMES) == "ours"
+    assert choose(PROBLEM, tuple(reversed(NAMES))) == CUDNN
+    assert conv_choice.generation == before
 
 
-def test_finding_is_for_one_gpu_and_one_set_of_versions(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose(PROBLEM, NAMES, run, Timer(1.0, 2.0, 3.0)) == "ours"
-    elsewhere = Problem("NVIDIA A100", "bfloat16", 65536, 256, 128)
-    assert choose(elsewhere, NAMES, run, Timer(2.0, 1.0, 3.0)) == "other"
+def test_sources_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped, named = tmp_path / "shipped.json", tmp_path / "named.json"
+    monkeypatch.setattr(conv_choice, "_SHIPPED", shipped)
+    conv_choice.write_choices(shipped, choices("other"))
     conv_choice.forget()
-    before = conv_choice.versions()
-    monkeypatch.setattr(conv_choice, "versions", lambda: "later versions")
-    assert choose(PROBLEM, NAMES, run, Timer(3.0, 2.0, 1.0)) == CUDNN
-    assert json.loads(cache.read_text())["choices"] == {
-        "NVIDIA H200": {before: {PROBLEM.key: "ours"}, "later versions": {PROBLEM.key: CUDNN}},
-        "NVIDIA A100": {before: {elsewhere.key: "other"}},
-    }
+    assert choose(PROBLEM, NAMES) == "other"
+    assert choose(OTHER_GPU, NAMES) == "ours"
 
-
-def test_versions_are_named() -> None:
-    triton = pytest.importorskip("triton")
-    for package in (torch, triton):
-        assert package.__version__ in conv_choice.versions()
-
-
-def test_shipped_table_comes_first(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv_choice, "_TABLE", tmp_path / "table.json")
-    now = conv_choice.versions()
-    known = {PROBLEM.key: "other"}
-    table(cache, {"NVIDIA H200": {now: {PROBLEM.key: "ours"}}})
-    table(tmp_path / "table.json", {"NVIDIA H200": {"other versions": known}}, made="by hand")
-    assert choose(PROBLEM, NAMES, None) == "other"
-    # Of several versions this one's is taken.
+    conv_choice.write_choices(named, choices(CUDNN))
+    monkeypatch.setenv("PANFPN_TUNING", str(named))
+    assert choose(PROBLEM, NAMES) == "other"  # files are read once
     conv_choice.forget()
-    table(tmp_path / "table.json", {"NVIDIA H200": {"others": known, now: {PROBLEM.key: CUDNN}}})
-    assert choose(PROBLEM, NAMES, None) == CUDNN
-    # It is of one GPU only.
-    conv_choice.forget()
-    table(tmp_path / "table.json", {"NVIDIA A100": {now: known}})
-    assert choose(PROBLEM, NAMES, None) == "ours"
+    assert choose(PROBLEM, NAMES) == CUDNN
+
+    conv_choice.use(choices("ours"))
+    assert choose(PROBLEM, NAMES) == "ours"
+
+    monkeypatch.setenv("PANFPN_CONV", "cudnn")
+    assert choose(PROBLEM, NAMES) == CUDNN
+    monkeypatch.setenv("PANFPN_CONV", "triton")
+    assert choose(PROBLEM, (CUDNN, "other", "ours")) == "other"
+    assert choose(PROBLEM, (CUDNN,)) == CUDNN
 
 
-def test_shipped_table_is_readable() -> None:
-    content = json.loads(conv_choice._TABLE.read_text())
-    assert content["format"] == 1
-    for by_versions in conv_choice.read_choices(conv_choice._TABLE).values():
-        for by_problem in by_versions.values():
-            assert set(by_problem.values()) <= {CUDNN, *conv._CONFIGURATIONS}
+def test_a_table_names_only_what_can_be_run() -> None:
+    """An older table may name a configuration that no longer exists."""
+    conv_choice.use(choices("gone"))
+    assert choose(PROBLEM, NAMES) == "ours"
+
+
+def test_the_newest_versions_decide() -> None:
+    conv_choice.use(choices("other", "old"))
+    conv_choice.use(choices(CUDNN, "new"))
+    assert choose(PROBLEM, NAMES) == CUDNN
+
+
+def test_an_unknown_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PANFPN_CONV", "measure")
+    with pytest.raises(ValueError, match="PANFPN_CONV: expected triton or cudnn or nothing, got 'measure'"):
+        choose(PROBLEM, NAMES)
+
+
+def test_the_shipped_table_is_valid() -> None:
+    conv_choice.read_choices(conv_choice._SHIPPED)
 
 
 @pytest.mark.parametrize(
     "content",
     [
         "",
-        "{",
         "[]",
-        "17",
-        "\udcff",
-        '{"format": 1}',
+        "{",
         '{"format": 2, "choices": {}}',
+        '{"format": 1}',
         '{"format": 1, "choices": []}',
-        '{"format": 1, "choices": {"NVIDIA H200": []}}',
-        '{"format": 1, "choices": {"NVIDIA H200": {"versions": "ours"}}}',
-        '{"format": 1, "choices": {"NVIDIA H200": {"versions": {"bfloat16": 3}}}}',
+        '{"format": 1, "choices": {"gpu": {"versions": {"problem": 1}}}}',
+        "\x00",
     ],
 )
-def test_damaged_file_is_ignored_and_written_anew(content: str, cache: Path) -> None:
-    cache.parent.mkdir()
-    cache.write_bytes(content.encode(errors="surrogateescape"))
-    with pytest.warns(UserWarning, match="conv_choice.json: ignored"):
-        assert choose(PROBLEM, NAMES, run, Timer(2.0, 1.0, 3.0)) == "other"
-    conv_choice.forget()
-    assert choose(PROBLEM, NAMES, None) == "other"
+def test_a_damaged_file_is_named(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "tuning.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"tuning\.json: expected a tuning file"):
+        panfpn_fast.load_tuning(path)
+    monkeypatch.setenv("PANFPN_TUNING", str(path))
+    with pytest.raises(ValueError, match=r"tuning\.json: expected a tuning file"):
+        choose(PROBLEM, NAMES)
 
 
-def test_name_that_is_no_implementation_is_ignored(cache: Path) -> None:
-    table(cache, {"NVIDIA H200": {conv_choice.versions(): {PROBLEM.key: "of a later version"}}})
-    assert choose(PROBLEM, NAMES, run, Timer(2.0, 1.0, 3.0)) == "other"
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="missing"):
+        panfpn_fast.load_tuning(tmp_path / "missing.json")
 
 
-def test_findings_of_other_processes_are_kept(cache: Path) -> None:
-    other = Problem("NVIDIA H200", "bfloat16", 4096, 256, 128)
-    assert choose(PROBLEM, NAMES, run, Timer(2.0, 1.0, 3.0)) == "other"
-    choices = json.loads(cache.read_text())["choices"]
-    choices["NVIDIA H200"][conv_choice.versions()] = {other.key: CUDNN}
-    table(cache, choices)  # another process has written meanwhile
-    third = Problem("NVIDIA H200", "bfloat16", 256, 256, 128)
-    assert choose(third, NAMES, run, Timer(2.0, 3.0, 1.0)) == CUDNN
-    known = conv_choice.read_choices(cache)["NVIDIA H200"][conv_choice.versions()]
-    assert known == {other.key: CUDNN, third.key: CUDNN}
+def test_choices_need_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home(_: object = None) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    assert choose(PROBLEM, NAMES) == "ours"
 
 
-def test_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("PANFPN_CACHE", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match="was not kept"):
-        assert choose(PROBLEM, NAMES, run, Timer(2.0, 1.0, 3.0)) == "other"
+@pytest.mark.parametrize("pixels", [1, 2, 3, 1000, 65535, 65536, 92681, 92682, 131071])
+def test_size_classes(pixels: int) -> None:
+    bound = size_class(pixels)
+    assert bound <= pixels < bound * 2
+    assert size_class(bound) == bound
+    assert math.log2(pixels / bound) < 0.5 + 1e-3 or pixels < 4
+    assert size_class(0) == 0
 
 
-def test_what_fails_is_not_chosen(cache: Path) -> None:
-    assert choose(PROBLEM, NAMES, run, Timer(math.inf, 2.0, math.inf)) == "other"
-    other = Problem("NVIDIA H200", "float16", 65536, 256, 128)
-    assert choose(other, NAMES, run, Timer(math.inf, math.inf, math.inf)) == "ours"
-    assert f'"{other.key}"' not in cache.read_text()
-
-
-def test_first_decision_stands() -> None:
-    timer = Timer(3.0, 1.0, 2.0)
-    assert choose(PROBLEM, NAMES, None) == "ours"  # traced, say
-    assert choose(PROBLEM, NAMES, run, timer) == "ours"
-    assert timer.runs == 0
-
-
-def test_threads_measure_once() -> None:
-    runs = []
-
-    def slow(calls: Sequence[Callable[[], object]]) -> list[float]:
-        runs.append(len(calls))
-        time.sleep(0.05)
-        return [3.0, 1.0, 2.0]
-
-    found: list[str] = []
-    threads = [
-        threading.Thread(target=lambda: found.append(choose(PROBLEM, NAMES, run, slow))) for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == ["other"] * 4
-    assert runs == [3]
-
-
-@pytest.mark.parametrize(
-    ("mode", "expected"), [("measure", "other"), ("known", "ours"), ("triton", "ours"), ("cudnn", CUDNN)]
-)
-def test_environment_variable(mode: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PANFPN_CONV", mode)
-    assert choose(PROBLEM, NAMES, run, Timer(3.0, 1.0, 2.0)) == expected
-
-
-def test_environment_variable_with_another_value(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PANFPN_CONV", "fastest")
-    with pytest.raises(
-        ValueError, match="PANFPN_CONV: expected one of measure, known, triton, cudnn, got 'fastest'"
-    ):
-        choose(PROBLEM, NAMES, run, Timer(3.0, 1.0, 2.0))
-
-
-def test_one_implementation_needs_no_measurement() -> None:
-    timer = Timer(1.0)
-    assert choose(PROBLEM, (CUDNN,), run, timer) == CUDNN
-    assert timer.runs == 0
-
-
-def test_sizes_left_open_are_not_recorded(cache: Path) -> None:
-    timer = Timer(3.0, 1.0, 2.0)
-    assert choose(Problem("NVIDIA H200", "bfloat16", None, 256, 128), NAMES, run, timer) == "ours"
-    assert timer.runs == 0
-    assert not cache.exists()
-
-
-def test_size_classes() -> None:
-    assert [size_class(n) for n in (0, 1, 2, 3, 4, 5, 6, 8, 11, 12)] == [0, 1, 2, 3, 4, 4, 6, 8, 8, 12]
-    assert size_class(200 * 336) == 65536
-    for pixels in range(1, 5000):
-        lower = size_class(pixels)
-        assert size_class(lower) == lower
-        assert lower <= pixels < lower * math.sqrt(2) + 1
-
-
-class Clock:
-    """Stands in for torch.cuda: what is called takes as long as it says, and launches take time of the host's."""
+class Asking(nn.Module):
+    """A network that asks for convolutions, and for more of them if images are larger."""
 
     def __init__(self) -> None:
-        self.now = 0.0
-        self.synchronised = False
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
 
-    def call(self, milliseconds: Sequence[float]) -> Callable[[], None]:
-        times = iter(milliseconds)
-
-        def run() -> None:
-            self.now += next(times)
-
-        return run
-
-    def Event(self, enable_timing: bool) -> Clock.Moment:
-        assert enable_timing
-        return Clock.Moment(self)
-
-    class Moment:
-        def __init__(self, clock: Clock) -> None:
-            self.clock = clock
-
-        def record(self) -> None:
-            self.time = self.clock.now
-
-        def elapsed_time(self, later: Clock.Moment) -> float:
-            assert self.clock.synchronised
-            return later.time - self.time
-
-    def _sleep(self, cycles: int) -> None:
-        self.now += 1.0
-
-    def current_stream(self) -> Clock:
-        return self
-
-    def synchronize(self) -> None:
-        self.synchronised = True
+    def forward(self, images: Sequence[torch.Tensor]) -> None:
+        _, height, width = images[0].shape
+        problem = Problem("NVIDIA H200", "bfloat16", size_class(len(images) * height * width), 256, 128)
+        choose(problem, NAMES)
 
 
-def test_timer_takes_the_least_after_warming_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock()
-    monkeypatch.setattr(torch, "cuda", clock)
+@pytest.fixture
+def tune(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, str]]:
+    """Returns `tune` for a machine without a GPU, where the last implementation is always the fastest."""
+    from panfpn_fast.models import tuning
 
-    def failing() -> None:
-        raise RuntimeError("out of memory")
+    def measured(problem: Problem, names: Sequence[str], device: torch.device) -> dict[str, float]:
+        return {name: 1.0 / (i + 1) for i, name in enumerate(names)}
 
-    calls = [clock.call([0.1, 4, 3, 5, 3, 4]), failing, clock.call([900, 1, 9, 2, 2, 2])]
-    assert conv_choice.time_on_gpu(calls) == pytest.approx([3, math.inf, 1])
-
-
-def test_what_may_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    class OnGpu:
-        is_cuda = True
-
-    class Traced(OnGpu):
-        pass
-
-    deterministic, capturing = False, False
-    monkeypatch.setattr(conv, "Tensor", OnGpu)
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    may_measure: Any = conv._may_measure
-    assert may_measure(OnGpu())
-    assert not may_measure(Traced())
-    capturing = True
-    assert not may_measure(OnGpu())
-    deterministic, capturing = True, False
-    assert not may_measure(OnGpu())
+    monkeypatch.setattr(conv_timing, "measure", measured)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    return lambda sizes, path=None, batch=1: tuning._tune(Asking(), sizes, path, batch, torch.device("cpu"))
 
 
-def test_traced_and_cpu_tensors_are_not_measured() -> None:
-    assert not conv._may_measure(torch.empty(1))
-    with FakeTensorMode():
-        assert not conv._may_measure(torch.empty(1, device="cuda"))
+def test_tune_measures_and_uses(tune: Callable[..., dict[str, str]], tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "tuning.json"
+    found = tune([(64, 64), (128, 128), (64, 65)], path)
+    assert found == {f"bfloat16 {pixels} pixels 256 to 128 channels": CUDNN for pixels in (4096, 16384)}
+    small = Problem("NVIDIA H200", "bfloat16", 4096, 256, 128)
+    assert choose(small, NAMES) == CUDNN
+    assert choose(PROBLEM, NAMES) == "ours"  # was not measured
+    conv_choice.forget()
+    assert choose(small, NAMES) == "ours"
+    panfpn_fast.load_tuning(path)
+    assert choose(small, NAMES) == CUDNN
+    assert json.loads(path.read_text())["made"].startswith("panfpn_fast.tune, ")
 
 
-def rank(
-    pixels: int | None, precision: str = "bfloat16", channels: tuple[int, int] = (256, 128), major: int = 9
-) -> tuple[str, ...]:
-    return conv.rank(Problem(None, precision, pixels, *channels), conv._Gpu(major=major))
+def test_tune_drops_what_fails(tune: Callable[..., dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv_timing, "measure", lambda problem, names, _: dict.fromkeys(names, math.inf))
+    assert tune([(64, 64)]) == {}
+    assert tune([]) == {}
 
 
-def test_rule() -> None:
-    # The semantic head's sizes for 800 x 1344 on an H200: the largest tiles that occupy it.
-    assert rank(size_class(200 * 336)) == ("256x128-8-3", "128x128-4-3", CUDNN)
-    assert rank(size_class(100 * 168)) == ("128x128-4-3", "256x128-8-3", "64x128-4-4", CUDNN)
-    assert rank(size_class(50 * 84)) == ("64x64-4-4", "64x128-4-4", CUDNN)
-    assert rank(size_class(25 * 42)) == ("64x64-4-4", "64x128-4-4", CUDNN)
-    assert rank(size_class(200 * 336), channels=(256, 256))[0] == "128x256-8-3"
-    assert rank(size_class(200 * 336), channels=(64, 64))[0] == "128x64-4-4"
-    assert rank(size_class(200 * 336), "tf32")[0] == "256x128-8-3"
-    assert rank(None)[0] == "128x128-4-3"
-    # Others have less shared memory.
-    assert rank(size_class(200 * 336), major=8)[0] == "128x128-8-4"
-    assert rank(size_class(200 * 336), major=12)[0] == "128x128-8-4"
-    # cuDNN where there are no tensor cores or they cannot be fed.
-    assert rank(65536, "float32") == (CUDNN, "64x64-4-3")
-    assert rank(65536, channels=(3, 64)) == (CUDNN,)
-    assert rank(65536, channels=(64, 54)) == (CUDNN,)
-    assert rank(65536, major=7) == (CUDNN,)
+def test_tune_refuses_what_it_cannot_measure() -> None:
+    with pytest.raises(ValueError, match=r"model: expected a model on a CUDA device.*cpu"):
+        panfpn_fast.tune(Asking(), [(64, 64)])
+    with pytest.raises(TypeError, match="model: expected a PanopticFPN, got str"):
+        panfpn_fast.tune("model.pth", [(64, 64)])  # type: ignore[arg-type]
+    with pytest.raises((TypeError, ValueError), match=r"sizes\[1\]"):
+        panfpn_fast.tune(Asking(), [(64, 64), (0, 64)])
+    with pytest.raises(ValueError, match="batch: expected an integer of at least 1, got 0"):
+        panfpn_fast.tune(Asking(), [(64, 64)], batch=0)
 
 
-def test_precision_is_that_of_torchs_convolutions() -> None:
-    assert conv._precision(torch.bfloat16) == "bfloat16"
-    with torch.backends.cudnn.flags(allow_tf32=True):
-        assert conv._precision(torch.float32) == "tf32"
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        assert conv._precision(torch.float32) == "float32"
+def test_measuring_runs_each_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measures on random values of the problem's size class, dtype and channels."""
+    seen: list[tuple[str, tuple[int, ...], torch.dtype, tuple[int, ...]]] = []
+
+    def run(name: str, x: torch.Tensor, weight: torch.Tensor, groups: int, eps: float) -> None:
+        assert weight.shape[0] % groups == 0
+        seen.append((name, tuple(x.shape), x.dtype, tuple(weight.shape)))
+
+    def timer(calls: Sequence[Callable[[], object]]) -> list[float]:
+        for call in calls:
+            call()
+        return list(itertools.accumulate([1.0] * len(calls)))
+
+    monkeypatch.setattr(conv_timing, "run", run)
+    problem = Problem("NVIDIA H200", "tf32", 4096, 32, 24)
+    times = conv_timing.measure(problem, NAMES, torch.device("cpu"), timer)
+    assert times == {"ours": 1.0, "other": 2.0, CUDNN: 3.0}
+    height, width = seen[0][1][2:]
+    assert size_class(height * width) == 4096
+    assert seen == [(name, (1, 32, height, width), torch.float32, (24, 32, 3, 3)) for name in NAMES]
 
 
-def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def measure(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
-        batch, height, width, *channels = shape
-        problem = Problem(
-            "NVIDIA H200", conv._precision(dtype), size_class(batch * height * width), *channels
-        )
-        return problem, {"ours": 0.25, CUDNN: 0.125 if dtype == torch.float32 else math.inf}
-
-    monkeypatch.setattr(conv, "measure", measure)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    path = tmp_path / "table.json"
-    table(path, {"NVIDIA A100": {"versions": {PROBLEM.key: "ours"}}})
-    with torch.backends.cudnn.flags():
-        assert __main__.main(["--save", str(path), "--precision", "bfloat16", "tf32"]) == 0
-    printed = capsys.readouterr().out
-    assert f"{PROBLEM.key}: ours 0.2500 ms, cudnn inf ms\n" in printed
-    content = json.loads(path.read_text())
-    assert content["choices"]["NVIDIA A100"] == {"versions": {PROBLEM.key: "ours"}}
-    measured = content["choices"]["NVIDIA H200"][conv_choice.versions()]
-    assert measured[PROBLEM.key] == "ours"
-    assert {name for key, name in measured.items() if key.startswith("tf32")} == {CUDNN}
-    # Each class of sizes once.
-    sizes = {size_class(n) for n in range(256, 1 << 20, 64)}
-    assert len(measured) == 2 * 5 * len(sizes) == printed.count("\n")
-    assert "conv_choice --save" in content["made"]
-
-
-def test_command_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert __main__.main([]) == 1
-    assert "no CUDA GPU" in capsys.readouterr().err
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU here")
+def test_tune_on_a_gpu(tmp_path: Path) -> None:
+    model = panfpn_fast.PanopticFPN(backbone="resnet10_narrow").eval().to("cuda", torch.bfloat16)
+    found = panfpn_fast.tune(model, [(128, 192)], tmp_path / "tuning.json")
+    assert found
+    panfpn_fast.load_tuning(tmp_path / "tuning.json")

@@ -5,18 +5,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compile_kernels import CAPABILITIES, Launch
-from kernel_checks import check_compiled, check_traced
-from norm_samples import EPS, assert_close, meta_map, meta_norm, random
 from torch import Tensor
+
+from support.compile_kernels import CAPABILITIES, Launch
+from support.kernel_checks import check_compiled, check_traced
+from support.norm_samples import EPS, assert_close, meta_map, meta_norm, random
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from panfpn_fast.kernels import group_norm_relu_project as module
-from panfpn_fast.kernels.group_norm_relu_project import group_norm_relu_project
 from panfpn_fast.ops import conv_gn_relu_project
+from panfpn_fast.ops.triton import group_norm_relu_project as module
+from panfpn_fast.ops.triton.group_norm_relu_project import group_norm_relu_project
 
-# Of the residual: none, as large as the output, half as large.
+# The residual: none, of the size of the output, or half as large.
 NONE, SAME, HALF = 0, 1, 2
 
 
@@ -35,7 +36,7 @@ def _launch(
 
 def _with_tf32(*args: Any) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_precision", lambda: "tf32")
+        patch.setattr(module, "precision", lambda *_: "tf32")
         return group_norm_relu_project(*args)
 
 
@@ -82,7 +83,7 @@ def _expected(inputs: dict[str, Tensor | None], groups: int) -> Tensor:
 
 def _run(inputs: dict[str, Tensor | None], groups: int) -> Tensor:
     x, weight, bias, matrix, matrix_bias, residual = inputs.values()
-    ops = torch.ops.panfpn_fast_triton
+    ops = torch.ops.panfpn_fast
     assert x is not None
     mean, rstd = ops.group_norm_statistics(x.detach(), groups, EPS)
     output: Tensor = ops.group_norm_relu_project(x, mean, rstd, weight, bias, matrix, matrix_bias, residual)
@@ -109,7 +110,7 @@ RESIDUALS = pytest.mark.parametrize("residual", [NONE, SAME, HALF])
     [
         (24, 8, 5, 6, 10),
         (21, 3, 54, 2, 2),
-        (144, 6, 70, 4, 6),  # several blocks of channels, and in float32 of outputs
+        (144, 6, 70, 4, 6),  # several blocks of channels, and in float32 also of outputs
     ],
 )
 def test_equals_float64(
@@ -120,10 +121,10 @@ def test_equals_float64(
     width: int,
     dtype: torch.dtype,
     residual: int,
-    kernel_device: torch.device,
+    triton_ops: torch.device,
 ) -> None:
     inputs = _inputs(channels, outputs, height, width, residual, dtype)
-    output = _run(_leaves(inputs, kernel_device), groups)
+    output = _run(_leaves(inputs, triton_ops), groups)
     assert output.dtype == dtype
     assert output.is_contiguous(memory_format=torch.channels_last)
     expected = _expected(_leaves(inputs, torch.device("cpu"), torch.float64), groups)
@@ -145,15 +146,15 @@ def test_gradients_equal_float64(dtype: torch.dtype, residual: int, triton_ops: 
 
 
 @pytest.mark.parametrize("residual", [NONE, SAME])
-def test_odd_sizes(residual: int, kernel_device: torch.device) -> None:
+def test_odd_sizes(residual: int, triton_ops: torch.device) -> None:
     inputs = _inputs(18, 19, 7, 13, residual, torch.float32)
     exact = _leaves(inputs, torch.device("cpu"), torch.float64)
-    assert_close(_run(_leaves(inputs, kernel_device), 6).cpu(), _expected(exact, 6))
+    assert_close(_run(_leaves(inputs, triton_ops), 6).cpu(), _expected(exact, 6))
 
 
 def test_public_function(triton_ops: torch.device) -> None:
     if triton_ops.type == "cuda":
-        pytest.skip("there the convolution is another kernel, with tests of its own")
+        pytest.skip("the convolution may use tf32 on a GPU")
     x, conv_weight = random((1, 4, 6, 4), 0), random((12, 4, 3, 3), 1) / 6
     gn = (1 + random((12,), 2) / 4, random((12,), 3) / 4)
     weight, bias, residual = random((7, 12), 4) / 3, random((7,), 5), random((1, 7, 3, 2), 6)
@@ -170,19 +171,19 @@ def test_public_function(triton_ops: torch.device) -> None:
         assert_close(actual, wanted)
 
 
-def test_nan_stays(kernel_device: torch.device) -> None:
+def test_nan_stays(triton_ops: torch.device) -> None:
     inputs = _inputs(8, 3, 2, 2, NONE, torch.float32)
     x = inputs["x"]
     assert x is not None
-    x[0, 0, 0, 0] = float("nan")  # which makes its whole group NaN, and so all logits of the image
-    output = _run({name: None if v is None else v.to(kernel_device) for name, v in inputs.items()}, 2)
+    x[0, 0, 0, 0] = float("nan")  # the NaN spreads to its whole group, and so to all logits of the image
+    output = _run({name: None if v is None else v.to(triton_ops) for name, v in inputs.items()}, 2)
     assert output[0].isnan().all()
     assert not output[1].isnan().any()
 
 
-def test_empty(kernel_device: torch.device) -> None:
+def test_empty(triton_ops: torch.device) -> None:
     inputs = _inputs(8, 3, 2, 2, NONE, torch.float32)
-    empty = {name: None if value is None else value.to(kernel_device) for name, value in inputs.items()}
+    empty = {name: None if value is None else value.to(triton_ops) for name, value in inputs.items()}
     assert empty["x"] is not None
     empty["x"] = empty["x"][:0]
     assert _run(empty, 2).shape == (0, 3, 2, 2)

@@ -5,20 +5,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compile_kernels import CAPABILITIES, Launch
-from kernel_checks import check_compiled, check_traced
-from norm_samples import EPS, assert_close, meta_map, meta_norm, random
 from torch import Tensor
+
+from support.compile_kernels import CAPABILITIES, Launch
+from support.kernel_checks import check_compiled, check_traced
+from support.norm_samples import EPS, assert_close, meta_map, meta_norm, random
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from panfpn_fast.kernels.group_norm_relu_upsample import (
-    group_norm_relu_upsample as upsample,
-)
-from panfpn_fast.kernels.group_norm_relu_upsample import (
+from panfpn_fast.ops import group_norm_relu_upsample
+from panfpn_fast.ops.triton.group_norm_relu_upsample import group_norm_relu_upsample as upsample
+from panfpn_fast.ops.triton.group_norm_relu_upsample import (
     group_norm_relu_upsample_backward as upsample_backward,
 )
-from panfpn_fast.ops import group_norm_relu_upsample
 
 
 def _forward(
@@ -88,7 +87,7 @@ SHAPES = [
 def test_equals_float64(
     shape: tuple[int, int, int, int], groups: int, factor: int, triton_ops: torch.device
 ) -> None:
-    """Forward and every gradient, through the public function."""
+    """Checks the forward and every gradient through the public function."""
     inputs = _inputs(shape, factor, factor % 2 == 0, torch.float32)
     present = [value for value in inputs if value is not None]
     leaves = [value.to(triton_ops).requires_grad_() for value in present]
@@ -120,7 +119,7 @@ def test_half_precision(dtype: torch.dtype, factor: int, triton_ops: torch.devic
     grad = random(tuple(output.shape), 4).to(dtype)
     gradients = torch.autograd.grad(output, leaves, grad.to(triton_ops))
     for actual, wanted in zip(gradients, torch.autograd.grad(expected, exact, grad.double()), strict=True):
-        # The gathered gradient is rounded on its way, and the result.
+        # The gathered gradient and the result are rounded.
         assert_close(actual.cpu(), wanted, 2)
 
 
@@ -129,7 +128,7 @@ def test_large_mean(triton_ops: torch.device) -> None:
     x = x + 1000.0
     output = group_norm_relu_upsample(x.to(triton_ops), weight.to(triton_ops), bias.to(triton_ops), 2, EPS)
     expected = _expected(x.double(), weight.double(), bias.double(), 2, 2, None)
-    # Values near 1000 and their mean have steps of 6e-5, against a standard deviation of 2.
+    # Values near 1000 and their mean have a spacing of 6e-5, at a standard deviation of 2.
     torch.testing.assert_close(output.cpu().double(), expected, atol=3e-4, rtol=0)
 
 

@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from compile_kernels import CAPABILITIES, Launch
-from kernel_checks import check_compiled, check_traced
 from torch import Tensor
+
+from support.compile_kernels import CAPABILITIES, Launch
+from support.kernel_checks import check_compiled, check_traced
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from panfpn_fast.kernels.group_norm_statistics import group_norm_statistics
+from panfpn_fast.ops.triton.group_norm_statistics import group_norm_statistics
 
 EPS = 1e-5
 
@@ -55,14 +56,14 @@ def test_equals_float64(
     x = x.to(kernel_device, dtype)
     mean, rstd = group_norm_statistics(x, num_groups, EPS)
     expected_mean, expected_rstd = _expected(x, num_groups)
-    # Float32 sums of at most 1e5 values of order 1, as trees.
+    # Float32 sums of at most 1e5 values of order 1, added as trees.
     torch.testing.assert_close(mean.double(), expected_mean, atol=2e-6, rtol=2e-6)
     torch.testing.assert_close(rstd.double(), expected_rstd, atol=0, rtol=2e-6)
 
 
 @pytest.mark.parametrize("mean", [1e3, -1e5])
 def test_large_mean(mean: float, kernel_device: torch.device) -> None:
-    """The deviations are found before they are squared, so that rounding is that of the mean."""
+    """Deviations from the mean are squared, so that the only large rounding error is the one of the mean."""
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn((1, 24, 30, 30), generator=generator) + mean).to(kernel_device)
     found_mean, rstd = group_norm_statistics(x, 6, EPS)

@@ -1,4 +1,4 @@
-"""The checks of Triton kernels see what they are there to see: planted faults, and kernels without any."""
+"""The checks of Triton kernels detect planted faults and accept kernels without faults."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from compile_kernels import CAPABILITIES, Launch
-from kernel_checks import check_compiled, check_traced
 from torch import Tensor
+
+from support.compile_kernels import CAPABILITIES, Launch
+from support.kernel_checks import check_compiled, check_traced
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 import triton.language as tl  # noqa: E402
 
-from panfpn_fast.kernels import _launch  # noqa: E402
-from panfpn_fast.kernels._launch import wrap_triton  # noqa: E402
+from panfpn_fast.ops.triton import _launch  # noqa: E402
+from panfpn_fast.ops.triton._launch import launch  # noqa: E402
 
 
 @triton.jit
@@ -42,14 +43,14 @@ def _square_kernel(x, y, SIZE: tl.constexpr):
 def _scale(x: Tensor, factor: float, block: int) -> Tensor:
     y = torch.empty_like(x)
     if x.numel() > 0:
-        grid = (triton.cdiv(x.numel(), block),)
-        wrap_triton(_scale_kernel)[grid](x, y, x.numel(), factor, BLOCK=block, num_warps=1)
+        grid = (_launch.cdiv(x.numel(), block),)
+        launch(_scale_kernel, grid, x, y, x.numel(), factor, BLOCK=block, num_warps=1)
     return y
 
 
 def _square(x: Tensor) -> Tensor:
     y = torch.empty_like(x, dtype=torch.float32)
-    wrap_triton(_square_kernel)[(1,)](x, y, SIZE=x.shape[0])
+    launch(_square_kernel, (1,), x, y, SIZE=x.shape[0])
     return y
 
 
@@ -94,7 +95,7 @@ def test_kernels_run(kernel_device: torch.device) -> None:
 def test_loops_run_as_long_as_arguments_say(kernel_device: torch.device) -> None:
     x = torch.randn(7, 13, device=kernel_device)
     y = torch.empty(13, device=kernel_device)
-    wrap_triton(_row_sums_kernel)[(1,)](x, y, 7, 13, BLOCK=16)
+    launch(_row_sums_kernel, (1,), x, y, 7, 13, BLOCK=16)
     torch.testing.assert_close(y, x.sum(0))
 
 

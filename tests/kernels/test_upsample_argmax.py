@@ -4,15 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from compile_kernels import CAPABILITIES, Launch
-from kernel_checks import check_compiled, check_op, check_traced
 from torch import Tensor
 
 from panfpn_fast.ops import reference
+from support.compile_kernels import CAPABILITIES, Launch
+from support.kernel_checks import check_compiled, check_op, check_traced
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from panfpn_fast.kernels.upsample_argmax import upsample_argmax
+from panfpn_fast.ops.triton.upsample_argmax import upsample_argmax
 
 
 def _logits(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format) -> Tensor:

@@ -4,15 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from compile_kernels import CAPABILITIES, Launch
-from kernel_checks import check_compiled, check_op, check_traced
 from torch import Tensor
 
 from panfpn_fast import ops
+from support.compile_kernels import CAPABILITIES, Launch
+from support.kernel_checks import check_compiled, check_op, check_traced
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from panfpn_fast.kernels.upsample_cross_entropy import (
+from panfpn_fast.ops.triton.upsample_cross_entropy import (
     upsample_cross_entropy,
     upsample_cross_entropy_backward,
 )
@@ -46,7 +46,7 @@ def _launches(
 
 LAUNCHES = {
     **_launches("COCO", _COCO, torch.bfloat16, 4, torch.int64),
-    **_launches("float32 logits", _COCO, torch.float32, 4, torch.uint8),
+    **_launches("float32 logits", _COCO, torch.float32, 4, torch.int16),
     **_launches(
         "all options", (2, 19, 64, 128), torch.float16, 8, torch.int64,
         weighted=True, label_smoothing=0.1, reduction="none",

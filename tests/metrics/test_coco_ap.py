@@ -1,4 +1,4 @@
-"""AP against pycocotools itself, fed with pasted masks through its own loadRes, and the corners of its rules."""
+"""Average precision against pycocotools with pasted masks and its own loadRes, and edge cases of its rules."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZE = (240, 320)
 
 
 def sample_of(seed: int, crowds: bool = True) -> Sample:
-    """Twelve rectangles of all sizes that cover each other, some of them crowds, and one stuff segment."""
+    """Returns twelve overlapping rectangles of all sizes, some of them crowds, and one stuff segment."""
     random = np.random.default_rng(seed)
     segments = torch.zeros(SIZE, dtype=torch.int32)
     segments[200:] = 13
@@ -42,7 +42,7 @@ def sample_of(seed: int, crowds: bool = True) -> Sample:
 
 
 def detections_of(sample: Sample, seed: int, count: int) -> Instances:
-    """Shaken boxes around the truth with soft masks; scores are multiples of a tenth, so many are equal."""
+    """Returns perturbed true boxes with soft masks; scores are multiples of 0.1, so many are equal."""
     random = torch.Generator().manual_seed(seed)
     boxes, areas = segment_boxes(sample.segments, 13)
     chosen = torch.nonzero(sample.isthing & (areas > 0))[:, 0]
@@ -60,7 +60,7 @@ def detections_of(sample: Sample, seed: int, count: int) -> Instances:
 
 
 def pycocotools_figures(pairs: list[tuple[Sample, Instances]], categories: Categories) -> dict[str, float]:
-    """Masks pasted and encoded by pycocotools; boxes and masks are loaded apart, as by detectron2's evaluator."""
+    """Evaluates masks that pycocotools encodes; boxes and masks are loaded separately, as in detectron2's evaluator."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -119,7 +119,7 @@ def figures_of(pairs: list[tuple[Sample, Instances]]) -> dict[str, float]:
 
 
 def test_equal_to_pycocotools() -> None:
-    # With more than a hundred of a class in an image.
+    # Some class has more than 100 detections in an image.
     pairs = [(sample, detections_of(sample, n, 500)) for n, sample in enumerate(map(sample_of, range(3)))]
     assert max(torch.bincount(found.classes).max() for _, found in pairs) > 100
     expected = pycocotools_figures(pairs, SYNTHETIC)
@@ -135,7 +135,7 @@ def test_order_of_images_does_not_matter() -> None:
         parts[number % 2].add(number, *pairs[number])
     parts[1].merge(parts[0])
     assert parts[1].result() == figures_of(pairs)
-    assert parts[1].result() == figures_of(pairs)  # asking changes nothing
+    assert parts[1].result() == figures_of(pairs)  # result() does not change the state
 
 
 def nothing() -> Instances:
@@ -144,7 +144,7 @@ def nothing() -> Instances:
     )
 
 
-def test_nothing_found_and_nothing_there() -> None:
+def test_no_detections_and_no_annotations() -> None:
     missed = figures_of([(sample_of(0, crowds=False), nothing())])
     assert missed["mask_AP"] == missed["box_AP50"] == 0
     empty: Any = sample_of(0)

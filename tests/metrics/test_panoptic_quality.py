@@ -1,4 +1,4 @@
-"""Panoptic quality against panopticapi's rules, corner by corner, and against a plain NumPy implementation."""
+"""Panoptic quality: edge cases of panopticapi's rules, and comparison with a plain NumPy implementation."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from checkpoint_samples import shared_folder
 from PIL import Image
 
 from panfpn_fast import _C
-from panfpn_fast.inference.coco_format import encode_panoptic
+from panfpn_fast.data.coco_ids import encode_panoptic
+from panfpn_fast.data.files import DataError
 from panfpn_fast.metrics import PanopticQuality, match_segments, pq_compute
+from support.checkpoint_samples import shared_folder
 
 CATEGORIES = [
     {"id": 1, "name": "person", "isthing": 1},
@@ -29,7 +30,7 @@ def segment(label: int, category: int, area: int = 0, iscrowd: int = 0) -> dict[
 
 
 def row(*runs: tuple[int, int]) -> npt.NDArray[np.int32]:
-    """A map of one row from (label, length)."""
+    """Returns a map of one row from runs of (label, length)."""
     return np.concatenate([np.full(length, label, np.int32) for label, length in runs])[None]
 
 
@@ -43,7 +44,7 @@ def test_exactly_one_half_is_no_match() -> None:
     truth, predicted = row((1, 3), (2, 1)), row((5, 3), (6, 1))
     truth_segments = [segment(1, 1, 3), segment(2, 100, 1)]
     assert quality_of(truth, truth_segments, predicted, [segment(5, 1), segment(6, 100)])["All"]["pq"] == 1
-    # Intersection 2, union 4.
+    # The intersection is 2, the union 4.
     truth, predicted = row((1, 3), (0, 1), (2, 2)), row((6, 1), (5, 3), (6, 2))
     half = match_segments(
         truth, [segment(1, 1, 4), segment(2, 100, 2)], predicted, [segment(5, 1), segment(6, 100)], ISTHING
@@ -89,12 +90,29 @@ def test_a_crowd_excuses_its_own_category_only() -> None:
     assert found[7].fp == 1
 
 
-def test_the_true_area_is_the_tables() -> None:
-    # 4 pixels in the map, 8 by the table: the union is 4 + 8 - 4.
+def test_the_true_area_comes_from_the_table() -> None:
+    # The segment has 4 pixels in the map but 7 in the table, so the union is 4 + 7 - 4.
     found = match_segments(row((1, 4)), [segment(1, 1, 7)], row((5, 4)), [segment(5, 1)], ISTHING)
     assert found[1].iou == 4 / 7
-    with pytest.raises(ValueError, match="true segment 1 has the area 0"):
+    found = match_segments(
+        row((1, 4)), [{**segment(1, 1), "area": 6.5}], row((5, 4)), [segment(5, 1)], ISTHING
+    )
+    assert found[1].iou == 4 / 6.5
+    with pytest.raises(ValueError, match="segment 1 has the area 0 in the JSON, but 4 pixels in the map"):
         match_segments(row((1, 4)), [segment(1, 1, 0)], row((5, 4)), [segment(5, 1)], ISTHING)
+
+
+def test_a_predicted_segment_may_have_the_id_0() -> None:
+    truth, predicted = row((1, 4), (2, 2), (0, 2)), row((0, 4), (6, 2), (0, 2))
+    truth_segments, sky = [segment(1, 1, 4), segment(2, 100, 2)], segment(6, 100)
+    found = match_segments(truth, truth_segments, predicted, [segment(0, 1), sky], ISTHING)
+    assert (found[1].tp, found[1].iou) == (1, 1.0)  # its two pixels on void do not count
+    found = match_segments(truth, truth_segments, predicted, [segment(0, 7), sky], ISTHING)
+    assert (found[1].fn, found[7].fp) == (1, 1)  # a third of its pixels are on void, so it is not excused
+    found = match_segments(truth, truth_segments, predicted, [sky], ISTHING)
+    assert (found[1].fn, 7 in found) == (1, False)
+    with pytest.raises(KeyError, match="map lacks segment 0"):
+        match_segments(row((1, 4)), [segment(1, 1, 4)], row((5, 4)), [segment(5, 1), segment(0, 7)], ISTHING)
 
 
 def test_categories_that_do_not_occur_are_left_out_of_the_means() -> None:
@@ -123,7 +141,7 @@ def test_sizes_must_agree() -> None:
 
 
 def _random_image(seed: int) -> tuple[Any, ...]:
-    """Rectangles over rectangles, some void, some crowds, and a prediction that is the truth, shifted."""
+    """Returns overlapping rectangles, some void and some crowds; the prediction is the shifted truth."""
     random = np.random.default_rng(seed)
     truth = np.zeros((40 + seed, 61), np.int32)
     table = []
@@ -142,7 +160,7 @@ def _random_image(seed: int) -> tuple[Any, ...]:
 
 
 def _plain_numpy(truth: Any, table: Any, predicted: Any, guesses: Any) -> dict[int, list[float]]:
-    """The same rules with masks, one pair at a time: [iou, tp, fp, fn] of each category."""
+    """Applies the same rules with masks, one pair at a time: returns [iou, tp, fp, fn] of each category."""
     tally: dict[int, list[float]] = {category: [0.0, 0, 0, 0] for category in ISTHING}
     taken, found = set(), set()
     for t in table:
@@ -207,7 +225,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     return truth, _write(tmp_path, "predicted", [sample[2:] for sample in samples], categories=False)
 
 
-def test_pq_compute_adds_up_the_images(files: tuple[Path, Path]) -> None:
+def test_pq_compute_accumulates_images(files: tuple[Path, Path]) -> None:
     result = pq_compute(*files)
     tally = {category: np.zeros(4) for category in ISTHING}
     for seed in range(8):
@@ -221,7 +239,7 @@ def test_pq_compute_adds_up_the_images(files: tuple[Path, Path]) -> None:
     assert pq_compute(*map(str, files)) == result
 
 
-def test_folders_may_be_elsewhere(files: tuple[Path, Path], tmp_path: Path) -> None:
+def test_directories_may_be_elsewhere(files: tuple[Path, Path], tmp_path: Path) -> None:
     expected = pq_compute(*files)
     (tmp_path / "predicted").rename(tmp_path / "other")
     assert pq_compute(*files, pred_folder=tmp_path / "other") == expected
@@ -239,11 +257,30 @@ def test_a_damaged_png_is_named(files: tuple[Path, Path], tmp_path: Path) -> Non
         pq_compute(*files)
 
 
+def test_files_with_a_fractional_area_and_a_predicted_segment_0(tmp_path: Path) -> None:
+    ids = np.full((4, 4), 9, np.int32)
+    truth = _write(tmp_path, "truth", [(ids, [{**segment(9, 1), "area": 16.5}])], categories=True)
+    predicted = _write(tmp_path, "predicted", [(0 * ids, [segment(0, 1)])], categories=False)
+    assert pq_compute(truth, predicted)["per_class"][1]["sq"] == 16 / 16.5
+
+
 def test_an_image_without_prediction_is_named(files: tuple[Path, Path]) -> None:
     content = json.loads(files[1].read_text())
     del content["annotations"][4]
     files[1].write_text(json.dumps(content))
     with pytest.raises(KeyError, match="image 4"):
+        pq_compute(*files)
+
+
+def test_areas_of_a_smaller_map_are_refused(files: tuple[Path, Path]) -> None:
+    content = json.loads(files[0].read_text())
+    for entry in content["annotations"][2]["segments_info"]:
+        entry["area"] //= 4
+    files[0].write_text(json.dumps(content))
+    message = (
+        r"truth\.json: image 2: segment \d+ has the area \d+ in the JSON, but \d+ pixels in the map; count"
+    )
+    with pytest.raises(DataError, match=message):
         pq_compute(*files)
 
 
@@ -274,7 +311,7 @@ def test_pairs_of_colours_and_numbers_agree() -> None:
     random = np.random.default_rng(0)
     first = random.integers(0, 2**24, (300, 7)).astype(
         np.int32
-    )  # more labels than the first table has places
+    )  # more labels than the initial hash table has slots
     second = random.integers(0, 3, (300, 7)).astype(np.int32)
     expected = _C.count_label_pairs(first, second)
     assert expected == _C.count_label_pairs(encode_panoptic(first), second)

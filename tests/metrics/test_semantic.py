@@ -1,4 +1,4 @@
-"""Known answers for the metrics of label maps."""
+"""Known results of the metrics of label maps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from panfpn_fast.metrics import SemanticQuality
 def test_iou_and_its_means() -> None:
     quality = SemanticQuality(4)
     truth = torch.tensor([[0, 0, 0, 0, 1, 1, 255, 255]])
-    predicted = torch.tensor([[0, 0, 0, 1, 1, 255, 2, 0]])  # a pixel of class 1 is predicted as nothing
+    predicted = torch.tensor([[0, 0, 0, 1, 1, 255, 2, 0]])  # a pixel of class 1 is predicted as no class
     quality.add(truth, predicted)
     result = quality.result()
     assert result["iou"][:2] == pytest.approx([3 / 4, 1 / 3])
@@ -24,22 +24,38 @@ def test_iou_and_its_means() -> None:
     assert result["fiou"] == pytest.approx(4 / 6 * 3 / 4 + 2 / 6 / 3)
 
 
-def test_a_class_that_is_only_predicted_counts_in_the_mean() -> None:
+def test_a_class_that_is_only_predicted_counts_in_one_of_the_means() -> None:
     quality = SemanticQuality(2)
     quality.add(torch.tensor([[0, 0]]), torch.tensor([[0, 1]]))
-    assert quality.result()["iou"] == [0.5, 0.0]
-    assert quality.result()["fiou"] == 0.5
+    result = quality.result()
+    assert result["iou"] == [0.5, 0.0]
+    assert result["miou"] == 0.25
+    assert result["miou_annotated"] == 0.5
+    assert result["fiou"] == 0.5
 
 
-def test_instances_weigh_the_same() -> None:
+def test_instances_have_equal_weight() -> None:
     quality = SemanticQuality(2, instance_sizes={1: 6.0})
     truth = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 1, 0, 0]])
     instances = torch.tensor([[7, 7, 9, 9, 9, 9, 9, 9, 0, 0]])
     predicted = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1, 0]])
     quality.add(truth, predicted, instances)
-    # Both instances weigh 6: the found one, the missed one, and one wrong pixel.
+    # Both instances have the weight 6: one is found, the other is missed, and one pixel is wrong.
     assert quality.result()["iiou"] == pytest.approx(6 / (6 + 6 + 1))
     assert quality.result()["iou"][1] == pytest.approx(6 / 9)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_large_numbers_of_instances(dtype: torch.dtype) -> None:
+    """The largest id of a COCO PNG, of an int32 and of an int64, with as many classes as COCO has."""
+    truth = torch.tensor([[5, 5, 5, 5, 6, 6]])
+    predicted = torch.tensor([[5, 5, 5, 0, 6, 6]])
+    results = []
+    for number in (1, 2**24 - 1, torch.iinfo(dtype).max, torch.iinfo(dtype).min):
+        quality = SemanticQuality(133, 255, {5: 100.0})
+        quality.add(truth, predicted, torch.tensor([[number] * 4 + [0, 0]], dtype=dtype))
+        results.append(quality.result()["iiou"])
+    assert results == [0.75] * 4
 
 
 def test_images_add_up() -> None:
@@ -71,6 +87,14 @@ def test_any_predicted_label_is_allowed() -> None:
     assert quality.result()["iou"] == pytest.approx([1 / 3, 1])
 
 
+def test_labels_beyond_int32_are_no_classes() -> None:
+    quality = SemanticQuality(2)
+    quality.add(torch.tensor([[0, 0, 1]]), torch.tensor([[0, 2**32, 1 - 2**32]]))
+    assert quality.result()["iou"] == [0.5, 0.0]
+    with pytest.raises(ValueError, match="truth: expected labels"):
+        quality.add(torch.tensor([[2**32]]), torch.tensor([[0]]))
+
+
 def test_bad_input() -> None:
     quality = SemanticQuality(3)
     with pytest.raises(ValueError, match="predicted: expected shape"):
@@ -79,8 +103,22 @@ def test_bad_input() -> None:
         quality.add(torch.tensor([[0, 3]]), torch.tensor([[0, 0]]))
 
 
+def test_the_ignored_label_is_not_a_class() -> None:
+    with pytest.raises(
+        ValueError, match="ignore_label: expected a label that is not one of the 300 classes, such as"
+    ):
+        SemanticQuality(300)
+    with pytest.raises(ValueError, match="num_classes: expected at least 1, got 0"):
+        SemanticQuality(0)
+    quality = SemanticQuality(300, -1)
+    quality.add(torch.tensor([[255, 299, 0, -1]]), torch.tensor([[255, 299, 1, 1]]))
+    assert quality.result()["iou"][254:256] == pytest.approx([math.nan, 1], nan_ok=True)
+    assert quality.result()["iou"][299] == 1
+
+
 def test_nothing_counted() -> None:
     quality = SemanticQuality(2)
     quality.add(torch.full((2, 2), 255), torch.zeros(2, 2))
     assert math.isnan(quality.result()["miou"])
+    assert math.isnan(quality.result()["miou_annotated"])
     assert math.isnan(quality.result()["fiou"])

@@ -1,4 +1,4 @@
-"""ResNet and FPN: shapes, sizes, where the stride is."""
+"""ResNet and FPN: shapes, sizes and the position of the stride."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from panfpn_fast.models.layers import FrozenBatchNorm2d, make_norm
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    # torchvision's documented counts (25,557,032, 44,549,160, 60,192,808; 25,028,904, 88,791,336) less the
+    # torchvision's documented counts (25,557,032, 44,549,160, 60,192,808; 25,028,904, 88,791,336) minus the
     # classifier's 2,049,000 and the batch norms' 53,120, 105,344, 151,424; 68,224, 202,880.
     [
         ("resnet50", 23_454_912),
@@ -41,7 +41,7 @@ def test_shapes_and_strides(stride_in_1x1: bool) -> None:
 
 
 @pytest.mark.parametrize("stride_in_1x1", [True, False])
-def test_where_the_stride_is(stride_in_1x1: bool) -> None:
+def test_position_of_the_stride(stride_in_1x1: bool) -> None:
     block = Bottleneck(64, 32, 2, stride_in_1x1)
     strides = {name: m.stride[0] for name, m in block.named_modules() if isinstance(m, nn.Conv2d)}
     assert strides == {
@@ -52,7 +52,7 @@ def test_where_the_stride_is(stride_in_1x1: bool) -> None:
     }
 
 
-def test_a_resnexts_groups_see_their_own_channels() -> None:
+def test_groups_of_a_resnext_use_only_their_channels() -> None:
     block = Bottleneck(64, 64, 1, False, groups=32, group_width=4)
     assert block.conv2.weight.shape == (128, 4, 3, 3)
     x = torch.zeros(1, 128, 3, 3)
@@ -64,7 +64,7 @@ def test_a_resnexts_groups_see_their_own_channels() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 8, 20, 64, 440, 2048])
-def test_group_norm_suits_any_number_of_channels(channels: int) -> None:
+def test_group_norm_for_any_number_of_channels(channels: int) -> None:
     norm = make_norm("gn", channels)
     assert isinstance(norm, nn.GroupNorm)
     assert norm.num_groups == {1: 1, 8: 1, 20: 2, 64: 8, 440: 22, 2048: 32}[channels]

@@ -1,5 +1,6 @@
-"""torch.compile takes the network without a graph break. With the eager backend here: inductor's code is tested by the
-export, which compiles the same graph.
+"""torch.compile compiles the network without a graph break.
+
+These tests use the eager backend. The tests of export compile the same graph with Inductor.
 """
 
 from __future__ import annotations
@@ -8,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from training_samples import make_sample, small_model
 
 from panfpn_fast.models.padded import PaddedPanopticFPN
+from support.training_samples import make_sample, small_model
 
 
 def test_dense_part() -> None:

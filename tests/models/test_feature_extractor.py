@@ -1,4 +1,4 @@
-"""Backbones from torchvision and timm, where these are installed."""
+"""Backbones from torchvision and timm, if these are installed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from types import ModuleType
 import pytest
 import torch
 from torch import nn
-from training_samples import make_batch, make_sample, small_model
 
 from panfpn_fast.models import PanopticFPN, get_preset
 from panfpn_fast.models.feature_extractor import FeatureExtractor
@@ -18,6 +17,7 @@ from panfpn_fast.models.layers import FrozenBatchNorm2d
 from panfpn_fast.training.initialize import initialize
 from panfpn_fast.training.network import TrainingNetwork, total
 from panfpn_fast.training.trainer import freeze
+from support.training_samples import make_batch, make_sample, small_model
 
 BATCH_NORMS = {
     "frozen_bn": FrozenBatchNorm2d,
@@ -58,18 +58,18 @@ def check_maps(extractor: FeatureExtractor, channels: list[int]) -> None:
         ("swin_t", [96, 192, 384, 768]),
     ],
 )
-def test_torchvisions_networks(torchvision: ModuleType, name: str, channels: list[int]) -> None:
+def test_torchvision_networks(torchvision: ModuleType, name: str, channels: list[int]) -> None:
     extractor = FeatureExtractor(f"torchvision:{name}", "bn")
     check_maps(extractor, channels)
-    # The classifier is gone, and what is left has torchvision's names.
+    # The classifier is removed, and the other layers keep torchvision's names.
     with torch.device("meta"):
         whole = torchvision.get_model(name, weights=None)
     assert set(extractor.body.state_dict()) < set(whole.state_dict())
     assert not [key for key in extractor.body.state_dict() if key.startswith(("classifier", "head"))]
 
 
-def test_the_last_map_of_a_stride_is_taken(torchvision: ModuleType, tmp_path: Path) -> None:
-    """A ResNet's are the outputs of its stages, which our own ResNet returns too."""
+def test_last_map_of_a_stride_is_used(torchvision: ModuleType, tmp_path: Path) -> None:
+    """The feature maps of a ResNet are the outputs of its stages, as in our ResNet."""
     torch.manual_seed(0)
     ours = small_model(backbone="resnet18", backbone_norm="frozen_bn", stride_in_1x1=False)
     model = small_model(backbone="torchvision:resnet18", backbone_norm="bn")
@@ -92,7 +92,7 @@ def test_batch_norms_are_replaced(torchvision: ModuleType, norm: str) -> None:
 
 
 @pytest.mark.parametrize("norm", ["frozen_bn", "bn"])
-def test_a_network_trains_and_predicts(torchvision: ModuleType, norm: str) -> None:
+def test_network_trains_and_predicts(torchvision: ModuleType, norm: str) -> None:
     model = small_model(backbone="torchvision:mobilenet_v3_large", backbone_norm=norm)
     total(TrainingNetwork(model)(*make_batch(make_sample(64, 96, 1), make_sample(64, 64, 2)))).backward()
     for name, parameter in model.named_parameters():
@@ -107,7 +107,7 @@ def test_a_network_trains_and_predicts(torchvision: ModuleType, norm: str) -> No
     assert torch.equal(again([image])[0].semantic, expected.semantic)
 
 
-def test_torchvisions_weights_are_taken_over(torchvision: ModuleType, tmp_path: Path) -> None:
+def test_torchvision_weights_are_loaded(torchvision: ModuleType, tmp_path: Path) -> None:
     whole = torchvision.get_model("mobilenet_v3_large", weights=None)
     torch.save(whole.state_dict(), tmp_path / "a.pth")
     model = small_model(backbone="torchvision:mobilenet_v3_large", backbone_norm="frozen_bn")
@@ -117,7 +117,7 @@ def test_torchvisions_weights_are_taken_over(torchvision: ModuleType, tmp_path: 
         assert torch.equal(tensor, expected[name.removeprefix("body.")]), name
 
 
-def test_networks_that_do_not_suit_are_refused(torchvision: ModuleType) -> None:
+def test_unsuitable_networks_are_rejected(torchvision: ModuleType) -> None:
     with pytest.raises(ValueError, match=r"backbone: torchvision has no network 'resnet19'"):
         PanopticFPN(backbone="resnet19")
     with pytest.raises(ValueError, match=r"'torchvision:vit_b_16' does not take images of any size: .*224"):
@@ -135,7 +135,7 @@ def test_networks_that_do_not_suit_are_refused(torchvision: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("name", ["panoptic_fpn_mobilenet", "panoptic_fpn_mobilenet_cityscapes"])
-def test_the_mobilenet_presets(torchvision: ModuleType, name: str) -> None:
+def test_mobilenet_presets(torchvision: ModuleType, name: str) -> None:
     with torch.device("meta"):
         model = PanopticFPN.from_config(name)
     assert model.config == get_preset(name)
@@ -143,20 +143,21 @@ def test_the_mobilenet_presets(torchvision: ModuleType, name: str) -> None:
 
 
 @pytest.mark.parametrize("library", ["torchvision.models", "timm"])
-def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+def test_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
     monkeypatch.setitem(sys.modules, library, None)
-    name = f"{library.split('.')[0]}:resnet18"
-    with pytest.raises(ImportError, match=rf"backbone: '{name}' .*pip install .*\[backbones\]"):
+    package = library.split(".")[0]
+    name = f"{package}:resnet18"
+    with pytest.raises(ImportError, match=rf"backbone: '{name}' .*Run pip install {package}, or"):
         FeatureExtractor(name, "bn")
 
 
 @pytest.mark.parametrize(
     ("name", "channels"), [("resnet18", [64, 128, 256, 512]), ("convnext_atto", [40, 80, 160, 320])]
 )
-def test_timms_networks(timm: ModuleType, name: str, channels: list[int]) -> None:
+def test_timm_networks(timm: ModuleType, name: str, channels: list[int]) -> None:
     model = small_model(backbone=f"timm:{name}", backbone_norm="frozen_bn")
     assert isinstance(model.backbone, FeatureExtractor)
     check_maps(model.backbone, channels)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in model.backbone.modules())
-    with pytest.raises(ValueError, match="backbone: timm makes no feature extractor of 'resnet19'"):
+    with pytest.raises(ValueError, match="backbone: timm cannot make a feature extractor from 'resnet19'"):
         FeatureExtractor("timm:resnet19", "bn")

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_samples import save_pickle, small_weights
-from training_samples import make_batch, make_sample, small_model
 
 from panfpn_fast.checkpoints import CheckpointError, load
 from panfpn_fast.models import TwoNetworks
 from panfpn_fast.models.fpn import FPN
 from panfpn_fast.training.network import TrainingNetwork, total
+from support.checkpoint_samples import save_pickle, small_weights
+from support.training_samples import make_batch, make_sample, small_model
 
 IMAGES = [make_sample(50, 70, 1).image]
 
@@ -32,7 +32,7 @@ def test_each_branch_has_half_of_the_channels() -> None:
     assert shared["instance"] is shared["semantic"]
 
 
-def test_the_laterals_cost_the_same_and_the_outputs_half() -> None:
+def test_laterals_cost_the_same_and_outputs_half() -> None:
     def weights(*pyramids: FPN) -> tuple[int, int]:
         parts = [(pyramid.lateral, pyramid.output) for pyramid in pyramids]
         counts = [
@@ -49,7 +49,7 @@ def test_the_laterals_cost_the_same_and_the_outputs_half() -> None:
 
 
 @pytest.mark.parametrize("task", ["instance", "semantic"])
-def test_the_gradients_of_one_task_do_not_reach_the_others_half(task: str) -> None:
+def test_gradients_of_a_task_do_not_reach_the_other_half(task: str) -> None:
     model = small_model(fpn_groups=2)
     network = TrainingNetwork(model)
     total(network(*make_batch(make_sample(50, 70, 1)), branches=(task,))).backward()
@@ -58,7 +58,7 @@ def test_the_gradients_of_one_task_do_not_reach_the_others_half(task: str) -> No
     assert all(parameter.grad is not None for parameter in model.backbone.parameters())
 
 
-def test_one_branch_has_its_half_alone() -> None:
+def test_single_branch_has_only_its_half() -> None:
     model = small_model(fpn_groups=2, instance_score_threshold=0.2).eval()
     state = model.state_dict()
     parts = []
@@ -72,9 +72,11 @@ def test_one_branch_has_its_half_alone() -> None:
     assert torch.equal(found.mask_probs, expected.mask_probs)
 
 
-def test_a_checkpoint_with_shared_channels_is_refused(tmp_path: Path) -> None:
+def test_checkpoint_with_shared_channels_is_rejected(tmp_path: Path) -> None:
     path = save_pickle(tmp_path / "a.pkl", {"model": small_weights()})
-    with pytest.raises(CheckpointError, match=r"missing: fpn.instance.lateral.p2.weight .* no like"):
+    with pytest.raises(
+        CheckpointError, match=r"missing: fpn.instance.lateral.p2.weight .* has no counterpart in"
+    ):
         load(path, fpn_groups=2)
 
 

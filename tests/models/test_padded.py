@@ -1,4 +1,4 @@
-"""The network in static shapes: what the padding hides is what the eager network predicts."""
+"""The network with static shapes predicts as the eager network, apart from padding."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from training_samples import make_sample, small_model
 
 from panfpn_fast.models import PanopticFPN, PanopticFPNConfig, PanopticOutput
 from panfpn_fast.models.padded import PaddedPanopticFPN, unpad
 from panfpn_fast.models.roi_heads import BoxHead
+from support.training_samples import make_sample, small_model
 
 FEW: dict[str, Any] = {
     "rpn_pre_nms_topk": 60,
@@ -35,8 +35,10 @@ def images(height: int = 50, width: int = 70) -> Tensor:
 
 
 def assert_same(found: PanopticOutput, expected: PanopticOutput) -> None:
-    """Integers are equal. Probabilities and boxes come from matrix products with more rows, which may be summed in
-    another order: a few units in the last place of numbers up to 100, and up to 10 between them and the output.
+    """Requires equal integers, and equal boxes and probabilities up to rounding.
+
+    Boxes and probabilities come from matrix products with more rows, whose sums may have a different order. The error
+    is a few units in the last place of numbers up to 100, times a factor of up to 10 from there to the output.
     """
     pairs = list(zip(found._replace(segments=None), expected._replace(segments=None), strict=True))  # type: ignore[arg-type]
     pairs += zip(found.segments, expected.segments, strict=True)
@@ -49,7 +51,7 @@ def assert_same(found: PanopticOutput, expected: PanopticOutput) -> None:
 def check(
     model: PanopticFPN, given: Tensor, output_size: tuple[int, int] | None = None
 ) -> list[PanopticOutput]:
-    """Compares with the eager network, looks at the padding, and returns what was predicted."""
+    """Compares with the eager network, checks the padding, and returns the prediction."""
     padded = PaddedPanopticFPN(model, output_size)(given)
     outputs = unpad(padded)
     sizes = None if output_size is None else [output_size] * len(given)
@@ -84,14 +86,14 @@ def test_equals_the_eager_network(settings: dict[str, Any], output_size: tuple[i
 
 
 def test_few_detections() -> None:
-    """Fewer than there is room for, and not as many in one image as in the other."""
+    """There are fewer detections than rows, and their number differs between the images."""
     model = small_model(**{**FEW, "detections_per_image": 100, "class_agnostic_nms": True}).eval()
     counts = [len(output.boxes) for output in check(model, images())]
     assert 0 < min(counts) < max(counts) < 100
 
 
 def test_detections_without_area() -> None:
-    """Boxes outside of the image are dropped after the best were chosen, and what follows moves up."""
+    """Boxes outside the image are dropped after the best were selected, and later boxes move up."""
     model = small_model(**{**FEW, "box_weights": (0.2, 0.2, 5.0, 5.0)}).eval()
     outputs = check(model, images())
     assert 0 < min(len(output.boxes) for output in outputs) < 20
@@ -122,7 +124,7 @@ def test_other_dtypes() -> None:
 
 
 def test_too_many_candidates() -> None:
-    """Candidates that are left out are reported where they could have mattered, and only there."""
+    """Omitted candidates are reported only if they could have changed the result."""
     model = small_model(**FEW, score_threshold=0.0).eval()
     expected = model(list(images()))
     assert all(len(output.boxes) == 20 for output in expected)
@@ -135,7 +137,7 @@ def test_too_many_candidates() -> None:
 
 
 def test_equal_scores_keep_their_order() -> None:
-    """Rows are alike, so that only their order says which come first, and which come into the output at all."""
+    """Rows are equal, so only their order decides which are in the output and in which order."""
     config = PanopticFPNConfig(fpn_channels=4, num_things=3, box_head_channels=4, detections_per_image=7)
     head = BoxHead(config.replace(score_threshold=0.1))
     corners = torch.arange(12.0)[:, None] * 20
@@ -147,7 +149,7 @@ def test_equal_scores_keep_their_order() -> None:
     found = head.detect_padded(logits, deltas, proposals[None], every, (300, 300), 1000)
     assert torch.equal(found.boxes[0], expected.boxes)
     assert torch.equal(found.classes[0], expected.classes)
-    # The worst that was looked at is as good as those that were not.
+    # The worst candidate within the limit scores as high as the omitted ones.
     found = head.detect_padded(logits, deltas, proposals[None], every, (300, 300), 10)
     assert found.overflow.tolist() == [True]
 
@@ -164,7 +166,7 @@ def test_no_gradients_and_no_copies() -> None:
 def test_cuda_graph() -> None:
     padded = PaddedPanopticFPN(small_model(**FEW).eval().cuda())
     given = images().cuda()
-    padded(given)  # compiles kernels, and chooses among them
+    padded(given)  # compiles the kernels
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -175,7 +177,7 @@ def test_cuda_graph() -> None:
         assert_same(found, expected)
 
 
-def test_bad_input_is_refused() -> None:
+def test_invalid_input_is_rejected() -> None:
     model = small_model(**FEW)
     with pytest.raises(TypeError, match="model: expected a PanopticFPN, got Identity"):
         PaddedPanopticFPN(torch.nn.Identity())  # type: ignore[arg-type]

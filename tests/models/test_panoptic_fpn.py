@@ -1,4 +1,4 @@
-"""The whole network: sizes, odd images, batches, bad input, nothing found."""
+"""The whole network: sizes, odd images, batches, invalid input and images without detections."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from panfpn_fast import ops
 from panfpn_fast.models import PanopticFPN, PanopticFPNConfig, PanopticOutput
-from panfpn_fast.models.panoptic_fpn import Instances, merge
+from panfpn_fast.models.outputs import InstanceOutput
+from panfpn_fast.models.panoptic_fpn import merge
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def model() -> PanopticFPN:
         instance_score_threshold=0.2,
         stuff_area_threshold=10,
     )
-    # So that an untrained network finds something of every kind: nothing normalises its activations.
+    # Makes an untrained network, whose activations are not normalised, detect segments of every kind.
     model.backbone.get_parameter("conv1.weight").detach().mul_(1e-4)
     for head in (model.box_head.class_logits, model.box_head.box_deltas):
         torch.nn.init.normal_(head.weight, std=0.1)
@@ -79,14 +80,14 @@ def test_sizes(model: PanopticFPN, size: tuple[int, int], output_size: tuple[int
     _check(outputs[0], *(output_size or size))
 
 
-def test_something_is_found(model: PanopticFPN) -> None:
+def test_segments_are_found(model: PanopticFPN) -> None:
     [output] = model([_image(96, 128)])
     assert len(output.boxes) == 12
     assert output.segments.isthing.any()
     assert not output.segments.isthing.all()
 
 
-def test_a_batch_equals_its_images_where_the_padding_is_the_same(model: PanopticFPN) -> None:
+def test_batch_equals_its_images_if_the_padding_is_equal(model: PanopticFPN) -> None:
     images = [_image(60, 90, 1), _image(64, 70, 2), _image(33, 96, 3)]
     batch = model.prepare(images)
     assert batch.images.shape == (3, 3, 64, 96)
@@ -99,7 +100,7 @@ def test_a_batch_equals_its_images_where_the_padding_is_the_same(model: Panoptic
     assert (together[0].panoptic == alone.panoptic).float().mean() > 0.99
 
 
-def test_images_are_normalised_in_the_backbones_order() -> None:
+def test_images_are_normalised_in_the_channel_order_of_the_backbone() -> None:
     image = torch.tensor([[[10.0]], [[20.0]], [[30.0]]])
     with torch.device("meta"):
         bgr = PanopticFPN(pixel_mean=(1, 2, 3), pixel_std=(1, 2, 4))
@@ -112,7 +113,7 @@ def test_images_are_normalised_in_the_backbones_order() -> None:
         assert batch.images.count_nonzero() == 3
 
 
-def test_uint8_and_float_images_are_the_same(model: PanopticFPN) -> None:
+def test_uint8_and_float_images_give_equal_results(model: PanopticFPN) -> None:
     image = _image(40, 50)
     assert torch.equal(model.prepare([image]).images, model.prepare([image.double()]).images)
 
@@ -162,7 +163,7 @@ def test_devices(model: PanopticFPN, device: torch.device) -> None:
     assert (output.semantic.cpu() == expected.semantic).float().mean() > 0.99
 
 
-def test_the_projects_own_ops_are_used(model: PanopticFPN, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_native_ops_are_used(model: PanopticFPN, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
 
     def spy(name: str) -> None:
@@ -208,13 +209,13 @@ def test_bad_input(model: PanopticFPN, images: Any, sizes: Any, error: type[Exce
         model(images, sizes)
 
 
-def test_state_dict_holds_weights_only(model: PanopticFPN) -> None:
+def test_state_dict_contains_only_weights(model: PanopticFPN) -> None:
     names = set(model.state_dict())
     assert "backbone.layer1.0.shortcut.norm.running_var" in names
     assert not any("pixel" in name or "cells" in name for name in names)
 
 
-def test_the_fusion_rule_is_the_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fusion_rule_comes_from_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     original = ops.panoptic_merge
 
@@ -223,7 +224,7 @@ def test_the_fusion_rule_is_the_configurations(monkeypatch: pytest.MonkeyPatch) 
         return original(*args, **kwargs)
 
     monkeypatch.setattr(ops, "panoptic_merge", spy)
-    nothing = Instances(
+    nothing = InstanceOutput(
         torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 28, 28)
     )
     for rule in ("detectron2", "mmdetection"):

@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from head_oracles import clip, decode, nms
 from torch import Tensor
 
 from panfpn_fast import ops
 from panfpn_fast.models import PanopticFPNConfig
 from panfpn_fast.models.boxes import clip_boxes, decode_boxes, nonempty, scale_boxes
 from panfpn_fast.models.roi_heads import BoxHead, MaskHead
+from support.head_oracles import clip, decode, nms
 
 CONFIG = PanopticFPNConfig(fpn_channels=4, num_things=3, box_head_channels=16, mask_head_channels=8)
 
@@ -27,13 +27,13 @@ def test_decode_known_answers() -> None:
     torch.testing.assert_close(moved, torch.tensor([[11.0, 6.0, 21.0, 46.0]]))
     moved = decode_boxes(torch.tensor([[1.0, -2.0, 0.0, 5 * math.log(2)]]), box, (10, 10, 5, 5))
     torch.testing.assert_close(moved, torch.tensor([[11.0, 6.0, 21.0, 46.0]]))
-    # The upper side is clamped at log(1000 / 16), the lower one is not.
+    # Deltas have the upper limit log(1000 / 16), and no lower limit.
     moved = decode_boxes(torch.tensor([[0.0, 0.0, 99.0, -9.0]]), box, (1, 1, 1, 1))
     height = 20 * math.exp(-9)
     torch.testing.assert_close(
         moved, torch.tensor([[15 - 312.5, 30 - height / 2, 15 + 312.5, 30 + height / 2]])
     )
-    # mmdetection clamps it, too.
+    # mmdetection also has a lower limit.
     moved = decode_boxes(torch.tensor([[0.0, 0.0, 99.0, -9.0]]), box, (1, 1, 1, 1), clamp_shrinking=True)
     torch.testing.assert_close(moved, torch.tensor([[15 - 312.5, 30 - 0.16, 15 + 312.5, 30 + 0.16]]))
 
@@ -61,7 +61,7 @@ def test_detections_equal_the_oracle(seed: int) -> None:
     proposals = torch.cat((corners, corners + 4 + randn(37, 2).abs() * 8), dim=1)
     logits, deltas = 2 * randn(37, 4), 3 * randn(37, 3, 4)
     logits[2, 1] = float("nan")
-    deltas[20, 2, 1] = float("inf")  # one bad coordinate drops the proposal with all its classes
+    deltas[20, 2, 1] = float("inf")  # one infinite coordinate drops all classes of the proposal
     detections = head.detect(logits, deltas, torch.split(proposals, counts), sizes)
 
     start = 0
@@ -96,14 +96,14 @@ def test_nms_over_all_classes() -> None:
         assert detection.classes.tolist() == expected
 
 
-def test_a_score_equal_to_the_threshold_is_no_candidate() -> None:
+def test_score_equal_to_the_threshold_is_not_a_candidate() -> None:
     head = BoxHead(CONFIG.replace(score_threshold=0.25))
     boxes = torch.tensor([[0.0, 0.0, 8.0, 8.0]])
     [detection] = head.detect(torch.zeros(1, 4), torch.zeros(1, 3, 4), [boxes], [(20, 20)])
     assert len(detection.boxes) == 0
 
 
-def test_heads_take_no_boxes() -> None:
+def test_heads_accept_zero_boxes() -> None:
     nothing = [torch.empty(0, 4), torch.empty(0, 4)]
     head = BoxHead(CONFIG).eval()
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_heads_take_no_boxes() -> None:
     assert masks.shape == (0, 28, 28)
 
 
-def test_mask_logits_are_those_of_the_class() -> None:
+def test_mask_logits_belong_to_the_class_of_each_box() -> None:
     head = MaskHead(CONFIG).double().eval()
     features = _features(1, torch.float64)
     boxes = [torch.tensor([[3.0, 4.0, 60.0, 50.0], [0.0, 0.0, 9.0, 9.0], [20.0, 8.0, 150.0, 120.0]])]
@@ -140,7 +140,7 @@ def test_half_precision_features_give_float32_predictions() -> None:
     assert logits.dtype == deltas.dtype == torch.float32
 
 
-def test_class_agnostic_heads_are_class_specific_ones_with_the_same_rows() -> None:
+def test_class_agnostic_heads_equal_class_specific_heads_with_equal_rows() -> None:
     torch.manual_seed(0)
     settings = CONFIG.replace(class_agnostic_boxes=True, class_agnostic_masks=True, score_threshold=0.1)
     features = _features(2)

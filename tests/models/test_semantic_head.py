@@ -1,4 +1,4 @@
-"""The semantic head against a plain float64 re-derivation in NumPy."""
+"""The semantic head compared with a float64 implementation in NumPy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Array = npt.NDArray[np.float64]
 
 
 def _resize_matrix(new: int, old: int) -> Array:
-    """Bilinear interpolation without aligned corners, as a matrix [new, old]."""
+    """Makes the matrix [new, old] of a bilinear interpolation without aligned corners."""
     matrix = np.zeros((new, old))
     for i in range(new):
         position = max((i + 0.5) * old / new - 0.5, 0)
@@ -79,7 +79,7 @@ def head() -> SemanticHead:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_logits_and_labels_equal_the_derivation(head: SemanticHead, dtype: torch.dtype) -> None:
+def test_logits_and_labels_equal_the_numpy_implementation(head: SemanticHead, dtype: torch.dtype) -> None:
     head = head.to(dtype)
     features = [torch.randn(2, 6, 24 // 2**i, 32 // 2**i, dtype=dtype) for i in range(5)]
     sizes, output_sizes = [(93, 101), (96, 128)], [(57, 211), (96, 128)]
@@ -89,14 +89,14 @@ def test_logits_and_labels_equal_the_derivation(head: SemanticHead, dtype: torch
     weights = {name: value.double().numpy() for name, value in head.state_dict().items()}
     for i in range(2):
         expected = _derive(weights, [f[i].double().numpy() for f in features[:4]], groups=4)
-        # float32: three convolutions with GroupNorm in between; values are about 10.
+        # In float32, three convolutions with GroupNorm in between; values are about 10.
         tolerance = 2e-4 if dtype == torch.float32 else 1e-9
         np.testing.assert_allclose(logits[i].double().numpy(), expected, atol=tolerance, rtol=0)
         full = _resize(expected, 96, 128)[:, : sizes[i][0], : sizes[i][1]]
         resized = _resize(full, *output_sizes[i])
         assert labels[i].dtype == torch.uint8
         got = labels[i].numpy()
-        # Where the two best classes are closer than the rounding, either is right.
+        # If the two best classes differ by less than the rounding error, either one is correct.
         best = np.take_along_axis(resized, got[None].astype(np.int64), axis=0)[0]
         assert (best >= resized.max(axis=0) - 2 * tolerance).all()
         assert (got == resized.argmax(axis=0)).mean() > 0.999
@@ -118,7 +118,7 @@ def test_many_classes_need_a_wider_type() -> None:
 
 
 def _plain(head: SemanticHead, features: list[Tensor]) -> Tensor:
-    """The head as the paper has it: every level brought to 1/4, combined, and only then classified."""
+    """Computes the head as in the paper: every level is upsampled to 1/4, then all are combined and classified."""
     maps = []
     for level, stages in enumerate(head.levels.values()):
         x = features[level]
@@ -135,7 +135,7 @@ def _plain(head: SemanticHead, features: list[Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("fusion", ["sum", "concat"])
 @pytest.mark.parametrize("size", [(24, 40), (8, 8), (40, 56)])
-def test_commuted_equals_plain_with_every_gradient(fusion: str, size: tuple[int, int]) -> None:
+def test_commuted_equals_plain_including_gradients(fusion: str, size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     config = PanopticFPNConfig(
         fpn_channels=6, semantic_channels=8, semantic_groups=4, num_stuff=4, semantic_fusion=fusion
@@ -148,7 +148,7 @@ def test_commuted_equals_plain_with_every_gradient(fusion: str, size: tuple[int,
         for i in range(4)
     ]
     commuted, plain = head(features), _plain(head, features)
-    # The same algebra in another order: a few hundred roundings of values up to 1000.
+    # The same terms in a different order: a few hundred roundings of values up to 1000.
     torch.testing.assert_close(commuted, plain, atol=1e-10, rtol=1e-11)
     weights = torch.randn_like(plain)
     leaves = [*features, *head.parameters()]

@@ -1,4 +1,4 @@
-"""Networks with one branch, and two of them in place of one with both."""
+"""Networks with one branch, and two such networks instead of one with both branches."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from training_samples import make_sample, small_model
 
 from panfpn_fast.models import PanopticFPN, PanopticOutput, TwoNetworks, merge_outputs
 from panfpn_fast.models.panoptic_fpn import BRANCHES
+from support.training_samples import make_sample, small_model
 
 IMAGES = [make_sample(50, 70, 1).image, make_sample(64, 90, 2).image]
 SIZES = [(50, 70), (33, 47)]
@@ -22,7 +22,7 @@ def joint() -> PanopticFPN:
 
 
 def part(model: PanopticFPN, task: str) -> PanopticFPN:
-    """The same network with one branch."""
+    """Copies a network with only one of its branches."""
     alone = PanopticFPN.from_config(model.config.replace(tasks=(task,))).eval()
     state = model.state_dict()
     alone.load_state_dict({name: state[name] for name in alone.state_dict()})
@@ -30,7 +30,7 @@ def part(model: PanopticFPN, task: str) -> PanopticFPN:
 
 
 def tensors(output: PanopticOutput) -> list[Tensor]:
-    """The fields one after the other, and the columns of the table of segments."""
+    """Lists the fields of an output and the columns of its segment table."""
     return [x for field in output for x in ([field] if isinstance(field, Tensor) else field)]
 
 
@@ -41,7 +41,7 @@ def assert_same(found: PanopticOutput, expected: PanopticOutput) -> None:
 
 
 @pytest.mark.parametrize("task", ["instance", "semantic"])
-def test_the_other_branch_does_not_exist(joint: PanopticFPN, task: str) -> None:
+def test_other_branch_does_not_exist(joint: PanopticFPN, task: str) -> None:
     alone = part(joint, task)
     missing = [name for other in BRANCHES if other != task for name in BRANCHES[other]]
     assert not [name for name, _ in alone.named_modules() if name.split(".")[0] in missing]
@@ -49,7 +49,7 @@ def test_the_other_branch_does_not_exist(joint: PanopticFPN, task: str) -> None:
     assert set(alone.state_dict()) == expected
 
 
-def test_stuff_alone(joint: PanopticFPN) -> None:
+def test_stuff_only(joint: PanopticFPN) -> None:
     for found, whole in zip(part(joint, "semantic")(IMAGES, SIZES), joint(IMAGES, SIZES), strict=True):
         assert torch.equal(found.semantic, whole.semantic)
         assert len(found.boxes) == len(found.scores) == len(found.classes) == len(found.mask_probs) == 0
@@ -63,7 +63,7 @@ def test_stuff_alone(joint: PanopticFPN) -> None:
         assert found.segments.label.tolist() == large
 
 
-def test_things_alone(joint: PanopticFPN) -> None:
+def test_things_only(joint: PanopticFPN) -> None:
     for found, whole in zip(part(joint, "instance")(IMAGES, SIZES), joint(IMAGES, SIZES), strict=True):
         assert_same(
             found._replace(panoptic=whole.panoptic, segments=whole.segments, semantic=whole.semantic), whole
@@ -73,12 +73,12 @@ def test_things_alone(joint: PanopticFPN) -> None:
         assert not bool(found.semantic.any())
         assert len(found.segments.id) > 0
         assert bool(found.segments.isthing.all())
-        # Things come first in the map, so stuff changes nothing about them.
+        # Things come first in the map, so stuff does not change them.
         things = int(whole.segments.isthing.sum())
         assert torch.equal(found.panoptic, torch.where(whole.panoptic <= things, whole.panoptic, 0))
 
 
-def test_two_networks_with_the_same_weights_are_the_joint_one(joint: PanopticFPN) -> None:
+def test_two_networks_with_equal_weights_equal_the_joint_network(joint: PanopticFPN) -> None:
     instance, semantic = part(joint, "instance"), part(joint, "semantic")
     expected = joint(IMAGES, SIZES)
     assert any(bool(output.segments.isthing.any()) for output in expected)
@@ -95,7 +95,7 @@ def test_two_networks_with_the_same_weights_are_the_joint_one(joint: PanopticFPN
     assert two([]) == []
 
 
-def test_each_of_two_networks_prepares_images_in_its_own_way(joint: PanopticFPN) -> None:
+def test_each_network_prepares_images_itself(joint: PanopticFPN) -> None:
     semantic = PanopticFPN.from_config(joint.config.replace(channel_order="RGB", size_divisibility=64)).eval()
     semantic.load_state_dict(joint.state_dict())
     for found, things, stuff in zip(
@@ -105,7 +105,7 @@ def test_each_of_two_networks_prepares_images_in_its_own_way(joint: PanopticFPN)
         assert torch.equal(found.semantic, stuff.semantic)
 
 
-def test_bad_pairs_are_refused(joint: PanopticFPN) -> None:
+def test_invalid_pairs_are_rejected(joint: PanopticFPN) -> None:
     instance, semantic = part(joint, "instance"), part(joint, "semantic")
     with pytest.raises(TypeError, match="semantic: expected a PanopticFPN, got Identity"):
         TwoNetworks(instance, torch.nn.Identity())  # type: ignore[arg-type]
@@ -118,7 +118,7 @@ def test_bad_pairs_are_refused(joint: PanopticFPN) -> None:
     with pytest.raises(ValueError, match="semantic: expected the instance network's resize, 'detectron2'"):
         TwoNetworks(instance, other)
     outputs: list[Any] = instance(IMAGES)
-    with pytest.raises(ValueError, match="semantic: expected 2 predictions, as of instance, got 1"):
+    with pytest.raises(ValueError, match="semantic: expected 2 predictions, as many as in instance, got 1"):
         merge_outputs(joint.config, outputs, outputs[:1])
     with pytest.raises(ValueError, match=r"semantic\[0\]: expected the size of instance\[0\], \[50, 70\]"):
         merge_outputs(joint.config, outputs, outputs[::-1])

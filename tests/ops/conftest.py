@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from poison import poisoned
+
+from support.poison import poisoned
 
 
 @pytest.fixture(autouse=True)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_checks import OPS, Sample, run_op_checks
-from op_samples import DEGENERATE_BOXES, any_boxes, generator, random_boxes
 from torch import Tensor
 
 from panfpn_fast.ops import batched_nms, nms, reference
+from support.op_checks import OPS, Sample, run_op_checks
+from support.op_samples import DEGENERATE_BOXES, any_boxes, generator, random_boxes
 
 
 def random_groups(count: int, groups: int, seed: int) -> Tensor:
@@ -48,11 +48,11 @@ def make_samples(dtype: torch.dtype, device: torch.device) -> list[Sample]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_checks(dtype: torch.dtype, device: torch.device) -> None:
     if device.type == "cuda" and dtype == torch.float64:
-        pytest.skip("float64 is for the CPU")
+        pytest.skip("float64 is tested on the CPU only")
     run_op_checks(OPS["batched_nms"], make_samples(dtype, device))
 
 
-def test_groups_do_not_meet(device: torch.device) -> None:
+def test_groups_do_not_affect_each_other(device: torch.device) -> None:
     boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0]] * 4, device=device)
     scores = torch.tensor([0.1, 0.9, 0.8, 0.9], device=device)
     idxs = torch.tensor([3, 3, -1, 7], device=device)
@@ -62,14 +62,14 @@ def test_groups_do_not_meet(device: torch.device) -> None:
 
 
 def test_negative_coordinates_collide_only_under_torchvisions_offsets(device: torch.device) -> None:
-    # The largest coordinate is 9, so the second group moves by 10: onto the first one's box.
+    # The largest coordinate is 9, so the second group is moved by 10, which puts its box onto that of the first group.
     boxes = torch.tensor([[5.0, 5.0, 9.0, 9.0], [-5.0, -5.0, -1.0, -1.0]], device=device)
     args = (boxes, torch.tensor([0.9, 0.8], device=device), torch.tensor([0, 1], device=device), 0.5)
     assert batched_nms(*args).tolist() == [0, 1]
     assert batched_nms(*args, exact="torchvision").tolist() == [0]
 
 
-def test_each_group_alone_gives_the_same(device: torch.device) -> None:
+def test_equals_nms_of_each_group(device: torch.device) -> None:
     boxes = random_boxes(400, (60, 60), 0).to(device)
     scores = torch.rand(400, generator=generator(0)).to(device)
     idxs = random_groups(400, 9, 0).to(device)
@@ -85,7 +85,7 @@ def test_each_group_alone_gives_the_same(device: torch.device) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_equals_torchvision(seed: int, device: torch.device, torchvision_ops: ModuleType) -> None:
-    # Up to 1,000 boxes torchvision uses the offsets on every device.
+    # Up to 1,000 boxes, torchvision uses the offsets on every device.
     boxes = random_boxes(900, (300, 400), seed).to(device)
     scores = torch.rand(900, generator=generator(seed)).to(device)
     idxs = random_groups(900, 80, seed).to(device)

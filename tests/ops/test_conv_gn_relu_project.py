@@ -7,26 +7,26 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from op_checks import OPS, Sample, Tolerance, channels_last, run_op_checks
-from op_samples import random_features
 
 from panfpn_fast.ops import conv_gn_relu_project, reference
+from support.op_checks import OPS, Sample, Tolerance, channels_last, run_op_checks
+from support.op_samples import random_features
 
-# Of the residual: as large as the output, half as large, and none.
+# Size of the residual: that of the output, half of it, or no residual.
 SAME, HALF, NONE = 1, 2, 0
 
 
 def tolerance(dtype: torch.dtype) -> Tolerance:
     if dtype == torch.float64:
-        return Tolerance("A few hundred float64 roundings, of values and gradients up to 100.", 1e-11, 1e-11)
-    if dtype == torch.float32:
         return Tolerance(
-            "Sums of a few hundred terms in another order, of values and gradients up to 100.", 2e-4, 2e-5
+            "A few hundred float64 rounding errors in values and gradients up to 100.", 1e-11, 1e-11
         )
+    if dtype == torch.float32:
+        return Tolerance("Sums of a few hundred terms up to 100 in a different order.", 2e-4, 2e-5)
     step = torch.finfo(dtype).eps
     return Tolerance(
-        "The result is rounded once and so must agree to a step; what gradients are made of is rounded to the dtype "
-        "by both, here and there in another place, and their terms are up to ten times the sum.",
+        "The result is rounded once and so must agree to one step. Both implementations round the intermediate values "
+        "of the gradients to the dtype, but at different places, and the terms are up to ten times the sum.",
         30 * step,
         4 * step,
     )
@@ -35,7 +35,7 @@ def tolerance(dtype: torch.dtype) -> Tolerance:
 def arguments(
     shape: tuple[int, int, int, int], channels: int, groups: int, outputs: int, residual: int, seed: int
 ) -> dict[str, Any]:
-    """Arguments of a stage with outputs of order one."""
+    """Returns arguments of a stage whose outputs are of order one."""
     batch, inputs, height, width = shape
     added = None
     if residual != NONE:
@@ -68,7 +68,7 @@ def make_samples(dtype: torch.dtype, device: torch.device) -> list[Sample]:
         sample((2, 6, 4, 6), 20, 5, 54, HALF, exact_norm=dtype in (torch.float16, torch.bfloat16)),
         sample((1, 4, 5, 3), 8, 2, 1, NONE),
         sample((0, 5, 6, 10), 12, 3, 7, HALF),
-        # Large enough and of the right channels for Winograd's convolution.
+        # Large enough, and with suitable channel counts, for the Winograd convolution.
         sample((1, 16, 32, 34), 32, 8, 18, HALF, last=True),
     ]
 
@@ -76,13 +76,13 @@ def make_samples(dtype: torch.dtype, device: torch.device) -> list[Sample]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_checks(dtype: torch.dtype, device: torch.device) -> None:
     if device.type == "cuda" and dtype == torch.float64:
-        pytest.skip("float64 is for the CPU")
+        pytest.skip("float64 is tested on the CPU only")
     run_op_checks(OPS["conv_gn_relu_project"], make_samples(dtype, device))
 
 
 def test_two_by_two_by_hand(device: torch.device) -> None:
-    # The convolution picks the middle; the norm makes of 1, 3, 5, 7 the deviations -3, -1, 1, 3 over sqrt(5); ReLU
-    # drops two of them. The predictor doubles and adds 10.
+    # The convolution copies its input. GroupNorm turns 1, 3, 5, 7 into -3, -1, 1, 3 over sqrt(5), and ReLU sets two
+    # of them to zero. The predictor doubles the values and adds 10.
     x = torch.tensor([[1.0, 3.0], [5.0, 7.0]], device=device).reshape(1, 1, 2, 2)
     conv_weight = F.pad(torch.ones(1, 1, 1, 1, device=device), (1, 1, 1, 1))
     one, zero = torch.ones(1, device=device), torch.zeros(1, device=device)
@@ -93,7 +93,8 @@ def test_two_by_two_by_hand(device: torch.device) -> None:
 
 
 def test_half_size_residual_by_hand(device: torch.device) -> None:
-    # Without activations the result is the residual: columns 0, 1, 2, 3 lie at 0 (clamped), 0.25, 0.75 and 1.
+    # The activations are zero, so the result is the residual: columns 0, 1, 2, 3 sample it at 0 (clamped), 0.25, 0.75
+    # and 1.
     x = torch.zeros(1, 1, 2, 4, device=device)
     conv_weight, weight = torch.zeros(1, 1, 3, 3, device=device), torch.ones(3, 1, device=device)
     one, zero = torch.ones(1, device=device), torch.zeros(1, device=device)
@@ -101,7 +102,7 @@ def test_half_size_residual_by_hand(device: torch.device) -> None:
     projected = conv_gn_relu_project(x, conv_weight, one, zero, 1, weight, residual=residual)
     rows = [[0.0, 1.0, 3.0, 4.0], [8.0, 6.0, 2.0, 0.0], [1.0, 1.0, 1.0, 1.0]]
     assert projected[0].tolist() == [[row, row] for row in rows]
-    # As large as the output it is added as it is.
+    # A residual of the size of the output is added unchanged.
     residual = torch.arange(24.0, device=device).reshape(1, 3, 2, 4)
     assert torch.equal(
         conv_gn_relu_project(x, conv_weight, one, zero, 1, weight, residual=residual), residual
@@ -112,7 +113,7 @@ def test_half_size_residual_by_hand(device: torch.device) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_any_number_of_classes(outputs: int, dtype: torch.dtype, device: torch.device) -> None:
     if device.type == "cuda" and dtype == torch.float64:
-        pytest.skip("float64 is for the CPU")
+        pytest.skip("float64 is tested on the CPU only")
     kwargs: dict[str, Any] = {
         name: value.to(device, dtype) if isinstance(value, torch.Tensor) else value
         for name, value in arguments((1, 4, 4, 26), 24, 4, outputs, HALF, seed=0).items()
@@ -142,7 +143,7 @@ def test_output_is_channels_last(device: torch.device) -> None:
         assert conv_gn_relu_project(**{**kwargs, "x": x}).is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_number_of_threads_changes_nothing() -> None:
+def test_result_does_not_depend_on_the_number_of_threads() -> None:
     kwargs: dict[str, Any] = {
         name: channels_last(value).requires_grad_() if isinstance(value, torch.Tensor) else value
         for name, value in arguments((2, 16, 24, 30), 32, 8, 19, HALF, seed=1).items()

@@ -7,21 +7,23 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from op_checks import OPS, Sample, Tolerance, run_op_checks
-from op_samples import generator, random_features
 from torch import Tensor
 
 from panfpn_fast.ops import conv_gn_relu_upsample, group_norm_relu_upsample, reference
+from support.op_checks import OPS, Sample, Tolerance, run_op_checks
+from support.op_samples import generator, random_features
 
 
 def tolerance(dtype: torch.dtype) -> Tolerance:
-    """For normalised values up to 4, and gradients that are sums of up to 2000 products of them."""
+    """Returns the tolerance for normalised values up to 4 and gradients that sum up to 2000 products of them."""
     if dtype == torch.float64:
-        return Tolerance("Sums of up to 2000 terms in another order.", 1e-10, 1e-10)
+        return Tolerance("Sums of up to 2000 terms in a different order.", 1e-10, 1e-10)
     if dtype == torch.float32:
-        return Tolerance("Convolutions in another order, of terms of which many cancel.", 2e-3, 1e-4)
+        return Tolerance(
+            "Convolutions that sum in a different order, with terms that largely cancel.", 2e-3, 1e-4
+        )
     return Tolerance(
-        "The convolution's gradients are sums in half precision of terms that cancel.",
+        "The gradients of the convolution are half-precision sums of terms that cancel.",
         16 * torch.finfo(dtype).eps,
         4 * torch.finfo(dtype).eps,
     )
@@ -50,7 +52,7 @@ def make_samples(dtype: torch.dtype, device: torch.device) -> list[Sample]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_checks(dtype: torch.dtype, device: torch.device) -> None:
     if device.type == "cuda" and dtype == torch.float64:
-        pytest.skip("float64 is for the CPU")
+        pytest.skip("float64 is tested on the CPU only")
     run_op_checks(OPS["conv_gn_relu_upsample"], make_samples(dtype, device))
 
 
@@ -75,7 +77,7 @@ def test_autocast_keeps_the_norm_in_float32(device: torch.device) -> None:
         y = F.conv2d(x, weight, padding=1)
     assert actual.dtype == torch.bfloat16
     expected = group_norm_relu_upsample(y, gn_weight, gn_bias, 4)
-    # On CUDA the convolution is another one, whose result is rounded to bfloat16 too.
+    # CUDA uses a different convolution, whose result is also rounded to bfloat16.
     allowed = 0.0 if device.type == "cpu" else 0.1
     torch.testing.assert_close(actual, expected, atol=allowed, rtol=allowed)
 
@@ -96,11 +98,11 @@ def test_training_under_autocast(device: torch.device) -> None:
     expected = torch.autograd.grad(exact.square().mean(), leaves)
     for got, wanted in zip(grads, expected, strict=True):
         assert got.dtype == torch.float32
-        # The map, the weights, the convolution's result and its gradient are rounded to 8 bits.
+        # The map, the weights, the result of the convolution and its gradient are rounded to 8 significant bits.
         assert (got - wanted).norm() <= 0.03 * wanted.norm()
 
 
-def test_layout_is_that_of_the_convolution() -> None:
+def test_layout_follows_the_convolution() -> None:
     x, weight = random_features((2, 8, 5, 7), 0), conv_weights(16, 8, torch.float32)
     gn = torch.ones(16), torch.zeros(16), 4
     assert conv_gn_relu_upsample(x, weight, *gn).is_contiguous()

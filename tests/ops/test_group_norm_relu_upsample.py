@@ -10,21 +10,20 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_checks import OPS, Sample, Tolerance, run_op_checks
-from op_samples import generator, random_features
 from torch import Tensor
 
-from panfpn_fast import _load
 from panfpn_fast.ops import group_norm_relu_upsample, reference
+from support.op_checks import OPS, Sample, Tolerance, run_op_checks
+from support.op_samples import generator, random_features
 
 NHWC = torch.channels_last
 
 
 def tolerance(dtype: torch.dtype) -> Tolerance:
-    """For normalised values up to 4, their upsampling, and sums of up to 2000 of them for a weight's gradient."""
+    """Returns the tolerance for upsampled normalised values up to 4 and weight gradients that sum up to 2000 values."""
     if dtype == torch.float64:
-        return Tolerance("Sums of up to 2000 terms in another order.", 1e-11, 1e-11)
-    reason = "Sums of up to 2000 float32 terms in another order, of which many cancel."
+        return Tolerance("Sums of up to 2000 terms in a different order.", 1e-11, 1e-11)
+    reason = "Sums of up to 2000 float32 terms in a different order, and the terms largely cancel."
     return Tolerance(reason, 1e-4, 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps)
 
 
@@ -61,7 +60,7 @@ def make_samples(dtype: torch.dtype, device: torch.device) -> list[Sample]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_checks(dtype: torch.dtype, device: torch.device) -> None:
     if device.type == "cuda" and dtype == torch.float64:
-        pytest.skip("float64 is for the CPU")
+        pytest.skip("float64 is tested on the CPU only")
     run_op_checks(OPS["group_norm_relu_upsample"], make_samples(dtype, device))
 
 
@@ -74,7 +73,7 @@ def composed(
     scale_factor: int = 2,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """The same from torch's own functions."""
+    """Computes the same with PyTorch's own functions."""
     output = F.relu(F.group_norm(x, num_groups, weight, bias, eps))
     output = F.interpolate(output, scale_factor=float(scale_factor), mode="bilinear", align_corners=False)
     return output if residual is None else output + residual
@@ -122,7 +121,8 @@ def test_any_size(
         leaf.requires_grad_()
     args = (x, weight, bias, groups, 1e-5, factor, residual)
     actual, expected = group_norm_relu_upsample(*args), reference.group_norm_relu_upsample(*args)
-    # One value per group is its own mean: divided by the root of eps, a rounding of it is 300 times as large.
+    # A group of one value has that value as its mean. A rounding error of the difference is divided by sqrt(eps), which
+    # makes it 300 times as large.
     torch.testing.assert_close(actual, expected, atol=1e-11, rtol=1e-11)
     grad = random_features(large, 3).double()
     for got, wanted in zip(
@@ -132,11 +132,11 @@ def test_any_size(
 
 
 def test_known_values(device: torch.device) -> None:
-    # Two groups of one channel, with the means 2 and -1 and the variances 1 and 4.
+    # Two groups of one channel each, with means 2 and -1 and variances 1 and 4.
     x = torch.tensor([[1.0, 3.0], [-3.0, 1.0]], device=device).reshape(1, 2, 1, 2)
     weight, bias = torch.tensor([2.0, -1.0], device=device), torch.tensor([1.0, 0.5], device=device)
     output = group_norm_relu_upsample(x, weight, bias, 2, 1e-12)
-    # Normalised -1 and 1, so 2 * -1 + 1 < 0 and 3 in one channel, 1.5 and -0.5 < 0 in the other.
+    # The normalised values are -1 and 1. This gives 2 * -1 + 1 < 0 and 3 in one channel, 1.5 and -0.5 < 0 in the other.
     expected = torch.tensor([[0.0, 0.75, 2.25, 3.0], [1.5, 1.125, 0.375, 0.0]], device=device)
     torch.testing.assert_close(output, expected[None, :, None].expand(1, 2, 2, 4))
     output = group_norm_relu_upsample(x, weight, bias, 2, 1e-12, 1, torch.full_like(x, 10.0))
@@ -148,7 +148,7 @@ def test_constant_map(device: torch.device) -> None:
     bias = torch.tensor([-1.0, 0.0, 1.0, 2.0], device=device)
     output = group_norm_relu_upsample(x, torch.ones(4, device=device), bias, 2)
     expected = bias.clamp(min=0)[:, None, None].expand(2, 4, 6, 10)
-    # The mean times 1 / sqrt(eps) is 2200, of which float32 keeps steps of 2.4e-4.
+    # The mean times 1 / sqrt(eps) is 2200, where float32 has steps of 2.4e-4.
     torch.testing.assert_close(output, expected, atol=3e-4, rtol=0.0)
 
 
@@ -184,7 +184,7 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype, device: torch.device
     weight, bias = (parameter.to(device) for parameter in parameters(64, torch.float32, 0))
     exact = reference.group_norm_relu_upsample(x.double(), weight.double(), bias.double(), 8)
     ours = group_norm_relu_upsample(x, weight, bias, 8)
-    # Half a step of rounding, and the float32 sums.
+    # Half a rounding step, plus the errors of the float32 sums.
     error = (ours.double() - exact).abs() - exact.abs() * torch.finfo(dtype).eps / 2
     assert error.max() <= 1e-5
 
@@ -200,7 +200,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("nhwc", [False, True])
 def test_number_of_threads_does_not_matter(dtype: torch.dtype, nhwc: bool, threads: int) -> None:
-    """Large enough for three threads, and so that bands of rows do not end where images do."""
+    """The map is large enough for three threads, and the bands of rows do not end at the end of an image."""
     x = random_features((2, 40, 61, 67), 0).to(dtype)
     residual = random_features((2, 40, 122, 134), 1).to(dtype)
     layout = NHWC if nhwc else torch.contiguous_format
@@ -220,7 +220,7 @@ def test_number_of_threads_does_not_matter(dtype: torch.dtype, nhwc: bool, threa
 
 
 def statistics(x: Tensor, num_groups: int, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
-    mean, rstd = _load.semantic_ops(x.device).group_norm_statistics(x, num_groups, eps)
+    mean, rstd = torch.ops.panfpn_fast.group_norm_statistics(x, num_groups, eps)
     return mean, rstd
 
 
@@ -237,15 +237,15 @@ def test_statistics_do_not_cancel(shape: tuple[int, ...], nhwc: bool, device: to
         x = x.contiguous(memory_format=NHWC)
     mean, rstd = statistics(x, 2)
     exact_mean, exact_rstd = exact_statistics(x, 2)
-    # The mean is rounded once. With a sum of squares the variance of 1 would be lost beside 1e8. One lane sums up
-    # to 5461 squares in float32 where there are six channels (measured: 2.2e-6; 1.5e-7 in the other cases).
+    # The mean is rounded once. A sum of squares around 1e8 would lose the variance of 1. With six channels, one lane
+    # sums up to 5461 squares in float32 (measured error: 2.2e-6; 1.5e-7 in the other cases).
     torch.testing.assert_close(mean.double(), exact_mean, atol=0.0, rtol=2**-24)
     torch.testing.assert_close(rstd.double(), exact_rstd, atol=0.0, rtol=4e-6)
 
 
 @pytest.mark.parametrize("nhwc", [False, True])
-def test_statistics_with_outliers_where_a_block_begins(nhwc: bool, device: torch.device) -> None:
-    """Blocks are summed relative to the mean of their first values, which here lie far from all the others."""
+def test_statistics_with_outliers_at_the_start_of_a_block(nhwc: bool, device: torch.device) -> None:
+    """Blocks are summed relative to the mean of their first values, which here are far from all other values."""
     x = random_features((1, 32, 64, 64), 0)
     x[:, :, :1, :4] += 1e5
     x = x.to(device)
@@ -253,7 +253,7 @@ def test_statistics_with_outliers_where_a_block_begins(nhwc: bool, device: torch
         x = x.contiguous(memory_format=NHWC)
     mean, rstd = statistics(x, 4)
     exact_mean, exact_rstd = exact_statistics(x, 4)
-    # Squares are up to nine times as large as with the true mean, and so are their roundings.
+    # Squares are up to nine times as large as relative to the true mean, and so are their rounding errors.
     torch.testing.assert_close(mean.double(), exact_mean, atol=0.0, rtol=1e-5)
     torch.testing.assert_close(rstd.double(), exact_rstd, atol=0.0, rtol=1e-5)
 
@@ -263,7 +263,7 @@ def test_statistics_of_a_map_far_from_zero_normalise_it(device: torch.device) ->
     weight, bias = torch.ones(32, device=device), torch.zeros(32, device=device)
     exact = reference.group_norm_relu_upsample(x.double(), weight.double(), bias.double(), 4)
     error = (group_norm_relu_upsample(x, weight, bias, 4).double() - exact).abs().max()
-    # A float32 mean near 1e4 is known to 5e-4, and x * scale + shift cancels as much.
+    # A float32 mean near 1e4 is accurate to 5e-4, and the cancellation in x * scale + shift adds the same error.
     assert error < 3e-3
 
 
@@ -274,9 +274,9 @@ def test_bilinear_upsample_backward(
     dtype: torch.dtype, factor: int, nhwc: bool, device: torch.device
 ) -> None:
     if device.type == "cuda" and dtype == torch.float64:
-        pytest.skip("float64 is for the CPU")
+        pytest.skip("float64 is tested on the CPU only")
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    op = _load.semantic_ops(device).bilinear_upsample_backward
+    op = torch.ops.panfpn_fast.bilinear_upsample_backward
     for shape in ((2, 70, 6, 19), (1, 5, 1, 1), (2, 3, 11, 40), (1, 16, 2, 1)):
         batch, channels, height, width = shape
         grad = random_features((batch, channels, height * factor, width * factor), factor).to(device, dtype)
@@ -293,7 +293,7 @@ def test_bilinear_upsample_backward(
         torch.library.opcheck(op.default, (grad, factor))
 
 
-def test_only_the_gradients_that_are_asked_for() -> None:
+def test_only_requested_gradients_are_computed() -> None:
     x, residual = random_features((1, 4, 3, 5), 0), random_features((1, 4, 6, 10), 1)
     weight, bias = parameters(4, torch.float32, 0)
     grad = random_features((1, 4, 6, 10), 2)
@@ -315,7 +315,7 @@ def test_no_second_derivative() -> None:
         grad.sum().backward()
 
 
-def test_gradient_that_is_one_number_expanded() -> None:
+def test_gradient_that_is_an_expanded_scalar() -> None:
     x = random_features((2, 8, 5, 7), 0).requires_grad_()
     weight, bias = parameters(8, torch.float32, 0)
     (actual,) = torch.autograd.grad(group_norm_relu_upsample(x, weight, bias, 4).sum(), x)

@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from op_checks import OPS, Sample, averaging_tolerance, run_op_checks
-from op_samples import DEGENERATE_BOXES, random_boxes, random_features, random_rois
 from torch import Tensor
 
 from panfpn_fast.ops import multiscale_roi_align, reference, roi_align
+from support.op_checks import OPS, Sample, averaging_tolerance, run_op_checks
+from support.op_samples import DEGENERATE_BOXES, random_boxes, random_features, random_rois
 
 SCALES = (0.25, 0.125, 0.0625, 0.03125)
 
 
 def make_features(images: int, channels: int, size: tuple[int, int], levels: int = 4) -> list[Tensor]:
-    """Maps of a pyramid over an image of `size`, finest at 1/4."""
+    """Returns the maps of a pyramid over an image of `size`; the finest level has scale 1/4."""
     shapes = [
         (images, channels, -(-size[0] // stride), -(-size[1] // stride)) for stride in (4, 8, 16, 32)[:levels]
     ]
@@ -32,7 +32,7 @@ def make_samples(dtype: torch.dtype, device: torch.device) -> list[Sample]:
         args = ([level.to(dtype) for level in features], boxes, output_size, scales)
         return Sample(args, kwargs, tolerance).map_tensors(lambda tensor: tensor.to(device))
 
-    # Boxes of an image of 200 px reach all four levels where the canonical box is small.
+    # The canonical box is small, so boxes in an image of 200 px reach all four levels.
     small = {"canonical_box_size": 56}
     degenerate = torch.cat([torch.zeros(len(DEGENERATE_BOXES), 1), DEGENERATE_BOXES], dim=1)
     lists = [random_boxes(4, (100, 140), 3), torch.zeros(0, 4)]
@@ -53,12 +53,12 @@ def make_samples(dtype: torch.dtype, device: torch.device) -> list[Sample]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_checks(dtype: torch.dtype, device: torch.device) -> None:
     if device.type == "cuda" and dtype == torch.float64:
-        pytest.skip("float64 is for the CPU")
+        pytest.skip("float64 is tested on the CPU only")
     run_op_checks(OPS["multiscale_roi_align"], make_samples(dtype, device))
 
 
 def levels_of(boxes: Tensor, device: torch.device, **kwargs: Any) -> list[int]:
-    """The level (2..5) that each box is pooled from, read off maps of 1024 px that hold their own level."""
+    """Returns the level (2..5) from which each box is pooled, by pooling maps of 1024 px filled with their level."""
     features = [
         torch.full((1, 1, 256 >> level, 256 >> level), level + 2.0, device=device) for level in range(4)
     ]
@@ -70,20 +70,20 @@ def squares(*sides: float) -> Tensor:
     return torch.tensor([[0.0, 0.0, side, side] for side in sides])
 
 
-def test_levels_change_at_halves_and_doubles_of_the_canonical_box(device: torch.device) -> None:
+def test_levels_change_at_powers_of_two_of_the_canonical_box(device: torch.device) -> None:
     sides = (1.0, 56.0, 111.99, 112.0, 223.99, 224.0, 447.99, 448.0, 1000.0)
     assert levels_of(squares(*sides), device) == [2, 2, 2, 3, 3, 4, 4, 5, 5]
     assert levels_of(squares(*sides), device, canonical_level=3) == [2, 2, 2, 2, 2, 3, 3, 4, 5]
     assert levels_of(squares(55.9, 56.0), device, canonical_box_size=112) == [2, 3]
 
 
-def test_level_goes_by_the_area(device: torch.device) -> None:
+def test_level_depends_on_the_area(device: torch.device) -> None:
     assert levels_of(
         torch.tensor([[0.0, 0.0, 112.0 * 8, 112.0 / 8], [0.0, 0.0, 112.0 * 8, 13.9]]), device
     ) == [3, 2]
 
 
-def test_epsilon_decides_just_below_a_limit(device: torch.device) -> None:
+def test_epsilon_decides_just_below_a_level_boundary(device: torch.device) -> None:
     almost = squares(223.9999)
     assert levels_of(almost, device) == [3]
     assert levels_of(almost, device, level_epsilon=1e-5) == [4]

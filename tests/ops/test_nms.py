@@ -9,17 +9,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_checks import OPS, Sample, run_op_checks
-from op_samples import DEGENERATE_BOXES, any_boxes, generator, random_boxes
 from torch import Tensor
 
 from panfpn_fast.ops import nms, reference
+from support.op_checks import OPS, Sample, run_op_checks
+from support.op_samples import DEGENERATE_BOXES, any_boxes, generator, random_boxes
 
 NAN = float("nan")
 
 
 def random_scores(count: int, seed: int) -> Tensor:
-    """Scores of which some are equal, one is NaN and one infinite where there are enough."""
+    """Returns random scores with ties and, if `count` is large enough, one NaN and one infinite score."""
     scores = torch.randint(0, 50, (count,), generator=generator(seed)) / 50
     scores[2:3] = NAN
     scores[5:6] = float("-inf")
@@ -31,8 +31,8 @@ def make_samples(dtype: torch.dtype, device: torch.device) -> list[Sample]:
         scores = random_scores(len(boxes), seed=len(boxes))
         return Sample((boxes.to(dtype), scores.to(dtype), iou_threshold)).map_tensors(lambda t: t.to(device))
 
-    # More than 64 boxes, and than 512, make further blocks of the implementations. Thresholds that float32 rounds
-    # down decide alike on all devices.
+    # The implementations use more than one block above 64 and above 512 boxes. If float32 rounds a threshold down, all
+    # devices decide alike.
     return [
         sample(random_boxes(133, (40, 60), 0), 0.45),
         sample(random_boxes(64, (40, 60), 1), 0.45),
@@ -46,7 +46,7 @@ def make_samples(dtype: torch.dtype, device: torch.device) -> list[Sample]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_checks(dtype: torch.dtype, device: torch.device) -> None:
     if device.type == "cuda" and dtype == torch.float64:
-        pytest.skip("float64 is for the CPU")
+        pytest.skip("float64 is tested on the CPU only")
     run_op_checks(OPS["nms"], make_samples(dtype, device))
 
 
@@ -60,7 +60,7 @@ def keep(
 
 
 def test_drops_above_the_threshold_only(device: torch.device) -> None:
-    # The IoU of the first two is 50 / 150, of the last two 50 / 100.
+    # The IoU of the first two boxes is 50 / 150, that of the last two 50 / 100.
     boxes = [[0.0, 0.0, 10.0, 10.0], [5.0, 0.0, 15.0, 10.0], [50.0, 0.0, 60.0, 10.0], [50.0, 0.0, 55.0, 10.0]]
     scores = [0.2, 0.3, 0.8, 0.9]
     assert keep(boxes, scores, 0.3, device) == [3, 1]
@@ -69,7 +69,7 @@ def test_drops_above_the_threshold_only(device: torch.device) -> None:
     assert keep(boxes, scores, -1.0, device) == [3]
 
 
-def test_a_dropped_box_drops_none(device: torch.device) -> None:
+def test_a_dropped_box_suppresses_no_box(device: torch.device) -> None:
     boxes = [[0.0, 0.0, 10.0, 10.0], [4.0, 0.0, 14.0, 10.0], [8.0, 0.0, 18.0, 10.0]]
     assert keep(boxes, [0.9, 0.8, 0.7], 0.3, device) == [0, 2]
 
@@ -78,7 +78,7 @@ def test_a_dropped_box_drops_none(device: torch.device) -> None:
 def test_threshold_is_a_double_on_the_cpu_and_a_float_on_cuda(
     inter: int, threshold: float, device: torch.device
 ) -> None:
-    # The quotient rounded to float32 is above the double threshold, and equal to the float32 one.
+    # The quotient rounded to float32 is above the double threshold and equal to the float32 threshold.
     boxes = [[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, float(inter)]]
     assert keep(boxes, [0.9, 0.8], threshold, device) == ([0] if device.type == "cpu" else [0, 1])
 
@@ -145,7 +145,7 @@ def test_equals_the_reference(
 @pytest.mark.parametrize("iou_threshold", [0.3, 0.7])
 @pytest.mark.parametrize("spread", [3.0, 1000.0], ids=["crowded", "sparse"])
 def test_many_boxes_of_all_sizes(iou_threshold: float, spread: float) -> None:
-    """As many as the CPU op splits by area."""
+    """Enough boxes for the CPU op to split them by area."""
     random = generator(0)
     count = 1500
     side = torch.exp(torch.rand(count, 2, generator=random) * 9 - 4)
@@ -155,14 +155,14 @@ def test_many_boxes_of_all_sizes(iou_threshold: float, spread: float) -> None:
     assert torch.equal(nms(boxes, scores, iou_threshold), reference.nms(boxes, scores, iou_threshold))
 
 
-def test_copies_of_very_many_boxes_are_dropped() -> None:
-    """As many as the CPU op works on in parallel: copies are dropped for a box of long ago, and of just before."""
+def test_copies_among_very_many_boxes_are_dropped() -> None:
+    """Enough boxes for the CPU op to run in parallel; a copy comes directly after its box or much later."""
     count = 10000
     place = torch.arange(count)
     corner = torch.stack([place % 100, place // 100], dim=1) * 10.0
     boxes = torch.cat([corner, corner + 9], dim=1)
     scores = torch.rand(count, generator=generator(0)) + 1
-    later = scores - (place % 2)  # copies have the score of their box, and come after it, or a much lower one
+    later = scores - (place % 2)  # a copy has the score of its box, and so follows it, or a much lower score
     kept = nms(torch.cat([boxes, boxes + 0.5]), torch.cat([scores, later]), 0.5)
     assert torch.equal(kept, scores.sort(descending=True, stable=True).indices)
 

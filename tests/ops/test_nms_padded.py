@@ -8,17 +8,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_checks import OPS, Sample, run_op_checks
-from op_samples import DEGENERATE_BOXES, any_boxes, generator, random_boxes
 from torch import Tensor
 
 from panfpn_fast.ops import batched_nms, nms, nms_padded, reference
+from support.op_checks import OPS, Sample, run_op_checks
+from support.op_samples import DEGENERATE_BOXES, any_boxes, generator, random_boxes
 
 NAN = float("nan")
 
 
 def random_scores(shape: tuple[int, ...], seed: int) -> Tensor:
-    """Scores of which some are equal, and some NaN where there are enough."""
+    """Returns random scores with ties and, if there are enough, some NaN."""
     scores = torch.randint(0, 50, shape, generator=generator(seed)) / 50
     scores[..., 2:3] = NAN
     return scores
@@ -39,7 +39,7 @@ def make_samples(dtype: torch.dtype, device: torch.device) -> list[Sample]:
     boxes = random_boxes(133, (40, 60), 0)
     batch = torch.stack([random_boxes(129, (40, 60), seed) for seed in range(3)])
     degenerate = torch.cat([DEGENERATE_BOXES, DEGENERATE_BOXES, random_boxes(7, (9, 9), 3)])
-    # 64 boxes make a tile on the GPU; more kept than there is room for, and fewer.
+    # A tile on the GPU has 64 boxes. The number of kept boxes is both above and below `max_output`.
     return [
         sample(boxes, None, 150),
         sample(boxes, None, 11),
@@ -62,11 +62,11 @@ def make_samples(dtype: torch.dtype, device: torch.device) -> list[Sample]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_checks(dtype: torch.dtype, device: torch.device) -> None:
     if device.type == "cuda" and dtype == torch.float64:
-        pytest.skip("float64 is for the CPU")
+        pytest.skip("float64 is tested on the CPU only")
     run_op_checks(OPS["nms_padded"], make_samples(dtype, device))
 
 
-def test_is_filled_up_and_cut_off(device: torch.device) -> None:
+def test_pads_and_truncates(device: torch.device) -> None:
     boxes = torch.tensor([[20.0 * i, 0.0, 20.0 * i + 10, 10.0] for i in range(3)], device=device)
     scores = torch.tensor([0.3, NAN, 0.7], device=device)
     for max_output, expected in ((5, [1, 2, 0, -1, -1]), (3, [1, 2, 0]), (2, [1, 2]), (0, [])):
@@ -77,7 +77,7 @@ def test_is_filled_up_and_cut_off(device: torch.device) -> None:
         assert count.shape == ()
 
 
-def test_is_the_start_of_nms(device: torch.device) -> None:
+def test_equals_the_start_of_nms(device: torch.device) -> None:
     boxes = random_boxes(700, (100, 100), 0).to(device)
     scores = random_scores((700,), 0).to(device)
     idxs = random_groups((700,), 6, 0).to(device)
@@ -90,7 +90,7 @@ def test_is_the_start_of_nms(device: torch.device) -> None:
             assert (keep[int(count) :] == -1).all()
 
 
-def test_images_do_not_meet(device: torch.device) -> None:
+def test_images_do_not_affect_each_other(device: torch.device) -> None:
     boxes = torch.tensor([[[0.0, 0.0, 10.0, 10.0], [1.0, 0.0, 11.0, 10.0]]] * 2, device=device)
     scores = torch.tensor([[0.1, 0.9], [0.9, 0.1]], device=device)
     keep, count = nms_padded(boxes, scores, None, 0.5, 2)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mask_samples import merge_samples
-from op_checks import OPS, Sample, run_op_checks
-from op_samples import DEGENERATE_BOXES, generator, random_boxes
 from torch import Tensor
 
 from panfpn_fast.ops import panoptic_merge, paste_masks, reference
+from support.mask_samples import merge_samples
+from support.op_checks import OPS, Sample, run_op_checks
+from support.op_samples import DEGENERATE_BOXES, generator, random_boxes
 
 INF, NAN = float("inf"), float("nan")
 
@@ -27,11 +27,12 @@ def make_samples(dtype: torch.dtype, device: torch.device) -> list[Sample]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_checks(dtype: torch.dtype, device: torch.device) -> None:
     if device.type == "cuda" and dtype == torch.float64:
-        pytest.skip("float64 is for the CPU")
+        pytest.skip("float64 is tested on the CPU only")
     run_op_checks(OPS["panoptic_merge"], make_samples(dtype, device))
 
 
-# Instances of a 4 x 4 image, with masks of ones. Cells of the masks are at most two pixels, so that they end sharply.
+# Boxes of instances in a 4 x 4 image, with masks of ones. A mask pixel covers at most two image pixels, so that masks
+# have sharp edges.
 LEFT = [0.0, 0.0, 2.0, 4.0]
 MIDDLE = [1.0, 0.0, 3.0, 4.0]
 RIGHT = [2.0, 0.0, 4.0, 4.0]
@@ -42,7 +43,7 @@ FLAT = [1.0, 1.0, 1.0, 3.0]
 def merge(
     boxes: list[list[float]], scores: list[float], semantic: Any, device: torch.device, **kwargs: Any
 ) -> tuple[list[list[int]], list[tuple[Any, ...]]]:
-    """Merges instances of the classes 10, 11, ... into a 4 x 4 image; returns the map and rows of the segments."""
+    """Merges instances of classes 10, 11, ... into a 4 x 4 image; returns the map and the rows of the segment table."""
     panoptic, segments = panoptic_merge(
         torch.ones(len(boxes), 2, 2, device=device),
         torch.tensor(boxes, device=device).reshape(-1, 4),
@@ -68,8 +69,8 @@ def merge(
 
 def test_4_by_4_by_hand(device: torch.device) -> None:
     semantic = [[7, 0, 0, 2], [7, 0, 0, 2], [7, 0, 0, 2], [7, 0, 0, 5]]
-    # MIDDLE loses half of itself, not more; CORNER is taken wholly; FLAT is empty; RIGHT scores too little. Of the
-    # stuff, 7 is under LEFT, 5 has one pixel left, 0 is none.
+    # Half of MIDDLE is taken, which is not too much. CORNER is taken completely, FLAT is empty, and the score of RIGHT
+    # is too low. Stuff 7 is covered by LEFT, stuff 5 has one free pixel, and label 0 is not stuff.
     panoptic, segments = merge(
         [RIGHT, CORNER, LEFT, FLAT, MIDDLE], [0.4, 0.7, 0.9, 0.6, 0.8], semantic, device
     )
@@ -88,8 +89,8 @@ def test_overlap_at_and_above_the_threshold(device: torch.device) -> None:
         assert [row[-1] for row in segments] == kept, overlap_threshold
 
 
-def test_overlap_is_of_all_instances_before(device: torch.device) -> None:
-    # The first two take half of the third each, of which neither alone is more than 0.6.
+def test_overlap_counts_all_previous_instances(device: torch.device) -> None:
+    # Each of the first two instances takes half of the third one; neither alone exceeds 0.6.
     _, segments = merge(
         [LEFT, RIGHT, MIDDLE],
         [0.9, 0.8, 0.7],
@@ -100,7 +101,7 @@ def test_overlap_is_of_all_instances_before(device: torch.device) -> None:
     assert [row[-1] for row in segments] == [0, 1]
 
 
-def test_an_instance_without_free_pixels_is_no_segment(device: torch.device) -> None:
+def test_an_instance_without_free_pixels_gives_no_segment(device: torch.device) -> None:
     nothing = torch.zeros(4, 4, dtype=torch.uint8)
     panoptic, segments = merge([LEFT, CORNER, RIGHT], [0.9, 0.8, 0.7], nothing, device, overlap_threshold=1.0)
     assert [(row[0], row[-1]) for row in segments] == [(1, 0), (2, 2)]
@@ -113,7 +114,7 @@ def test_score_at_the_threshold_is_kept_in_double(device: torch.device) -> None:
         assert [
             row[-1] for row in merge([LEFT], [0.5], nothing, device, score_threshold=threshold)[1]
         ] == kept
-    # 0.7 is 0.69999999 in float32, and 0.3 is 0.30000001.
+    # In float32, 0.7 is 0.69999999 and 0.3 is 0.30000001.
     assert merge([LEFT], [0.7], nothing, device, score_threshold=0.7)[1] == []
     assert len(merge([LEFT], [0.3], nothing, device, score_threshold=0.3)[1]) == 1
 
@@ -123,7 +124,7 @@ def test_equal_scores_keep_their_order_and_nan_is_last(device: torch.device) -> 
     columns = [[float(x), 0.0, x + 1.0, 4.0] for x in range(4)]
     _, segments = merge(columns, [NAN, 0.6, 0.8, 0.6], nothing, device)
     assert [row[-1] for row in segments] == [2, 1, 3, 0]
-    # A score below the threshold ends the instances, so that the NaN behind it is not reached.
+    # The first score below the threshold also drops all later instances, so the instance with the NaN is dropped.
     _, segments = merge(columns, [NAN, 0.6, 0.4, 0.6], nothing, device)
     assert [row[-1] for row in segments] == [1, 3]
 
@@ -154,7 +155,7 @@ def test_labels_out_of_range_are_void(device: torch.device) -> None:
 
 @pytest.mark.parametrize("mask_threshold", [0.0, -1.0])
 def test_a_threshold_that_all_pixels_reach(mask_threshold: float, device: torch.device) -> None:
-    # As paste_masks with threshold 0, the pixels far from the box have the value 0 and reach it.
+    # As in paste_masks with threshold 0, pixels far from the box have the value 0 and so reach the threshold.
     panoptic, segments = panoptic_merge(
         torch.ones(1, 2, 2, device=device),
         torch.tensor([CORNER], device=device),
@@ -178,7 +179,8 @@ def test_masks_with_a_channel_and_boolean_masks(device: torch.device) -> None:
 
 def test_share_in_double_and_in_float32(device: torch.device) -> None:
     nothing = torch.zeros(4, 4, dtype=torch.uint8)
-    # MIDDLE has 8 pixels, LEFT holds 4 of them: 0.5 in double, 4 / (8 + 1e-5) = 0.49999937 with mmdetection's guard.
+    # MIDDLE has 8 pixels and LEFT takes 4 of them. The share is 0.5 in double; mmdetection computes 4 / (8 + 1e-5),
+    # which is 0.49999937.
     for threshold, kept in ((0.4999995, [0, 1]), (0.4999993, [0])):
         _, segments = merge(
             [LEFT, MIDDLE], [0.9, 0.8], nothing, device, rule="mmdetection", overlap_threshold=threshold
@@ -191,7 +193,7 @@ def test_share_in_double_and_in_float32(device: torch.device) -> None:
             assert [row[-1] for row in segments] == [0], rule
 
 
-def test_nan_behind_a_score_below_the_threshold(device: torch.device) -> None:
+def test_nan_after_a_score_below_the_threshold(device: torch.device) -> None:
     nothing = torch.zeros(4, 4, dtype=torch.uint8)
     for rule, kept in (("detectron2", [2]), ("mmdetection", [2]), ("panopticapi", [2, 0])):
         _, segments = merge([RIGHT, LEFT, LEFT], [NAN, 0.4, 0.6], nothing, device, rule=rule)
@@ -199,7 +201,7 @@ def test_nan_behind_a_score_below_the_threshold(device: torch.device) -> None:
 
 
 def test_no_score_threshold(device: torch.device) -> None:
-    # mmdetection's own merger has none.
+    # mmdetection's own merging has no score threshold.
     nothing = torch.zeros(4, 4, dtype=torch.uint8)
     _, segments = merge([LEFT, RIGHT], [-3.0, 0.1], nothing, device, rule="mmdetection", score_threshold=-INF)
     assert [row[-1] for row in segments] == [1, 0]
@@ -208,7 +210,7 @@ def test_no_score_threshold(device: torch.device) -> None:
 def merge_by_pixels(
     pasted: Tensor, scores: list[float], semantic: Tensor, rule: str, thresholds: tuple[float, float, int]
 ) -> tuple[np.ndarray[Any, Any], list[tuple[int, int]]]:
-    """The peers' loops as described, with numpy: the map, and (instance or -label, area) of each segment."""
+    """The loops of the peers in NumPy: returns the map and (instance or -label, area) of each segment."""
     score_threshold, overlap_threshold, stuff_area = thresholds
     taken = np.zeros(semantic.shape, dtype=bool)
     panoptic = np.zeros(semantic.shape, dtype=np.int32)
@@ -269,7 +271,7 @@ def test_any_scene(
     boxes = random_boxes(count, image_size, seed)
     strange = torch.rand(count, generator=random) < 0.1
     boxes[strange] = DEGENERATE_BOXES[torch.randint(0, 12, (int(strange.sum()),), generator=random)]
-    # Few values, so that scores tie.
+    # Few distinct values, so that there are equal scores.
     scores = torch.randint(0, 11, (count,), generator=random) / 10
     scores[torch.rand(count, generator=random) < 0.05] = NAN
     semantic = torch.randint(0, 5, image_size, generator=random).sort(dim=1).values.to(labels)

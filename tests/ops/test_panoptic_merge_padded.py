@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from mask_samples import merge_samples
-from op_checks import OPS, Sample, run_op_checks
-from op_samples import generator, random_boxes, random_masks
 
 from panfpn_fast.ops import panoptic_merge, panoptic_merge_padded
+from support.mask_samples import merge_samples
+from support.op_checks import OPS, Sample, run_op_checks
+from support.op_samples import generator, random_boxes, random_masks
 
 
 def make_samples(dtype: torch.dtype, device: torch.device) -> list[Sample]:
@@ -23,12 +23,12 @@ def make_samples(dtype: torch.dtype, device: torch.device) -> list[Sample]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_checks(dtype: torch.dtype, device: torch.device) -> None:
     if device.type == "cuda" and dtype == torch.float64:
-        pytest.skip("float64 is for the CPU")
+        pytest.skip("float64 is tested on the CPU only")
     run_op_checks(OPS["panoptic_merge_padded"], make_samples(dtype, device))
 
 
 def arguments(device: torch.device) -> tuple[Any, ...]:
-    """Twelve instances and five labels in an image of 60 x 80."""
+    """Returns twelve instances and five labels in an image of 60 x 80."""
     tensors = (
         random_masks(12, 28, 28, 0),
         random_boxes(12, (60, 80), 0) * 0.5,
@@ -39,7 +39,7 @@ def arguments(device: torch.device) -> tuple[Any, ...]:
     return (*(tensor.to(device) for tensor in tensors), (60, 80))
 
 
-def test_rows_beyond_the_segments_and_segments_beyond_the_rows(device: torch.device) -> None:
+def test_pads_and_truncates_the_segments(device: torch.device) -> None:
     given = arguments(device)
     panoptic, segments = panoptic_merge(*given, stuff_area_threshold=10)
     total = len(segments.id)

@@ -8,18 +8,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_checks import FLIP_MARGIN, OPS, Sample, Tolerance, run_op_checks
-from op_samples import DEGENERATE_BOXES, generator, random_boxes, random_masks
 from torch import Tensor
 
 from panfpn_fast.ops import paste_masks, reference
 from panfpn_fast.ops.reference.paste_masks import paste_values
+from support.op_checks import FLIP_MARGIN, OPS, Sample, Tolerance, run_op_checks
+from support.op_samples import DEGENERATE_BOXES, generator, random_boxes, random_masks
 
 INF, NAN = float("inf"), float("nan")
 
 
 def undecided_pixels(masks: Tensor, boxes: Tensor, image_size: tuple[int, int], threshold: float) -> Tensor:
-    """Finds the pixels whose value lies within FLIP_MARGIN of the threshold, or of a step of the uint8 output."""
+    """Returns the pixels whose value is within FLIP_MARGIN of the threshold, or of a step of the uint8 output."""
     dtype = torch.float64 if masks.dtype == torch.float64 else torch.float32
     planes = masks.reshape(len(masks), *masks.shape[-2:]).to(dtype)
     values = [paste_values(mask, box, image_size) for mask, box in zip(planes, boxes.to(dtype), strict=True)]
@@ -28,7 +28,7 @@ def undecided_pixels(masks: Tensor, boxes: Tensor, image_size: tuple[int, int], 
         undecided = (value - threshold).abs() < FLIP_MARGIN
     else:
         undecided = (value * 255 - (value * 255).round()).abs() < 255 * FLIP_MARGIN
-    # Where nothing is pasted the value is zero on every device.
+    # Pixels outside all masks have the value zero on every device.
     return undecided & (value != 0)
 
 
@@ -60,7 +60,7 @@ def make_samples(dtype: torch.dtype, device: torch.device) -> list[Sample]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_checks(dtype: torch.dtype, device: torch.device) -> None:
     if device.type == "cuda" and dtype == torch.float64:
-        pytest.skip("float64 is for the CPU")
+        pytest.skip("float64 is tested on the CPU only")
     run_op_checks(OPS["paste_masks"], make_samples(dtype, device))
 
 
@@ -72,7 +72,7 @@ def paste_one(mask: Tensor, box: list[float], device: torch.device, threshold: f
     return pasted[0].cpu()
 
 
-# What detectron2's paste_masks_in_image paints where it evaluates every pixel.
+# Number of pixels that detectron2's paste_masks_in_image sets when it evaluates every pixel.
 @pytest.mark.parametrize(
     ("box", "pixels"),
     [
@@ -93,7 +93,7 @@ def test_pixels_of_a_full_mask(box: list[float], pixels: int, device: torch.devi
     assert paste_one(torch.ones(28, 28), box, device).sum() == pixels
 
 
-def test_pixels_lie_in_the_box(device: torch.device) -> None:
+def test_pixels_are_inside_the_box(device: torch.device) -> None:
     pasted = paste_one(torch.ones(28, 28), [10.0, 5.0, 20.0, 11.0], device)
     assert pasted[5:11, 10:20].all()
     assert pasted.sum() == 60
@@ -105,8 +105,8 @@ def test_threshold_zero_paints_everything(device: torch.device) -> None:
 
 
 def test_values_fall_off_at_the_rim(device: torch.device) -> None:
-    # Cells are 2.5 px, so the outermost cells' centres lie at 11.25 and 18.75; pixel centres 10.5 and 19.5 see 0.3
-    # of the zeros outside.
+    # A mask pixel covers 2.5 px, so the outermost mask pixels have their centres at 11.25 and 18.75. The zeros outside
+    # have a weight of 0.3 at the pixel centres 10.5 and 19.5.
     mask, box = torch.ones(4, 4), [10.0, 10.0, 20.0, 20.0]
     pasted = paste_one(mask, box, device, threshold=0.99)
     assert pasted[11:19, 11:19].all()
@@ -115,7 +115,7 @@ def test_values_fall_off_at_the_rim(device: torch.device) -> None:
 
 
 def test_the_threshold_itself_is_painted(device: torch.device) -> None:
-    # Cells of one pixel, so every pixel centre is a cell's centre and has its value.
+    # A mask pixel covers one image pixel, so every pixel has exactly the value of a mask pixel.
     mask = torch.tensor([[0.25, 0.5], [0.75, 1.0]])
     assert paste_one(mask, [8.0, 8.0, 10.0, 10.0], device)[8:10, 8:10].tolist() == [
         [False, True],
@@ -148,7 +148,7 @@ def test_no_masks(device: torch.device) -> None:
 
 
 def test_half_precision_masks_keep_the_grid_in_float32(device: torch.device) -> None:
-    # On a grid in bfloat16 a box of 1,000 px would be ragged by several pixels.
+    # With a sampling grid in bfloat16, the edges of a box of 1,000 px would be wrong by several pixels.
     box = torch.tensor([[3.0, 2.0, 1003.0, 7.0]], device=device)
     pasted = paste_masks(torch.ones(1, 28, 28, dtype=torch.bfloat16, device=device), box, (10, 1010))
     assert pasted.sum() == 5000
@@ -156,8 +156,8 @@ def test_half_precision_masks_keep_the_grid_in_float32(device: torch.device) -> 
 
 @pytest.mark.parametrize("extent", [0.2, 1.0], ids=["few rows", "most rows"])
 @pytest.mark.parametrize("threshold", [0.5, 0.0])
-def test_output_that_no_allocator_keeps(extent: float, threshold: float) -> None:
-    """Above 32 MiB what lies around the boxes is not written on the CPU; what was in that memory must not show."""
+def test_output_larger_than_allocators_keep(extent: float, threshold: float) -> None:
+    """Above 32 MiB the CPU op does not write around the boxes; earlier contents of that memory must not show."""
     image_size = (1020, 1111)
     masks = random_masks(30, 14, 14, 0)
     corner = torch.rand(30, 2, generator=generator(0)) * (1 - extent)
@@ -203,8 +203,8 @@ def test_any_masks(
     saturated: bool,
     seed: int,
 ) -> None:
-    # Bit for bit: the native op leaves out only pixels whose side no rounding can change. Saturated masks have large
-    # parts of that kind, and cells at the threshold itself.
+    # Bit-exact: the native op skips only pixels whose side of the threshold no rounding can change. Saturated masks
+    # have large parts of such pixels, and mask pixels exactly at the threshold.
     random = generator(seed)
     masks = torch.rand(count, *mask_size, generator=random)
     masks = (masks * 3).round() / 3 if saturated else masks

@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mask_samples import is_decided
-from op_checks import OPS, Sample, run_op_checks
-from op_samples import DEGENERATE_BOXES, generator, random_boxes, random_masks
 from torch import Tensor
 
 from panfpn_fast.ops import paste_masks, paste_masks_rle, reference
 from panfpn_fast.ops.reference.paste_masks_rle import compress
+from support.mask_samples import is_decided
+from support.op_checks import OPS, Sample, run_op_checks
+from support.op_samples import DEGENERATE_BOXES, generator, random_boxes, random_masks
 
 INF, NAN = float("inf"), float("nan")
 
@@ -28,13 +28,13 @@ def make_samples(dtype: torch.dtype, device: torch.device) -> list[Sample]:
         boxes: Tensor | None = None,
         threshold: float = 0.5,
     ) -> Sample:
-        """Takes the first seed whose pixels are all decided."""
+        """Uses the first seed for which rounding decides no pixel."""
         for seed in range(100):
             masks = random_masks(count, *mask_size, seed=seed).to(dtype)
             placed = (random_boxes(count, image_size, seed) if boxes is None else boxes).to(dtype)
             if is_decided(masks, placed, image_size, threshold):
                 return Sample((masks.to(device), placed.to(device), image_size, threshold))
-        raise AssertionError("no seed without undecided pixels")
+        raise AssertionError("every seed from 0 to 99 has pixels that rounding decides")
 
     return [
         sample(5, (67, 93)),
@@ -52,11 +52,11 @@ def make_samples(dtype: torch.dtype, device: torch.device) -> list[Sample]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_checks(dtype: torch.dtype, device: torch.device) -> None:
     if device.type == "cuda" and dtype == torch.float64:
-        pytest.skip("float64 is for the CPU")
+        pytest.skip("float64 is tested on the CPU only")
     run_op_checks(OPS["paste_masks_rle"], make_samples(dtype, device))
 
 
-def test_the_op_below_works_in_a_graph() -> None:
+def test_dispatcher_op_works_in_a_graph() -> None:
     masks, boxes = random_masks(5, 28, 28, 0), random_boxes(5, (67, 93), 0)
     op = torch.ops.panfpn_fast.paste_masks_rle
 
@@ -72,7 +72,7 @@ def test_the_op_below_works_in_a_graph() -> None:
 
 
 def decode(encoded: dict[str, Any]) -> Tensor:
-    """Reads the compressed string back, from the format's description; independent of how it was written."""
+    """Decodes the compressed string by the description of the format, independently of the encoder."""
     height, width = encoded["size"]
     lengths: list[int] = []
     value = shift = 0
@@ -96,7 +96,8 @@ def decode(encoded: dict[str, Any]) -> Tensor:
 
 
 def test_known_strings(device: torch.device) -> None:
-    # In an image of 4 x 5 the box covers rows 1 and 2 of columns 1 and 2: lengths 5 2 2 2 9, the last two less 2 each.
+    # In an image of 4 x 5 the box covers rows 1 and 2 of columns 1 and 2. The lengths are 5 2 2 2 9; the last two are
+    # encoded as their difference to the length two places before, 2 in both cases.
     boxes = torch.tensor([[1.0, 1.0, 3.0, 3.0], [9.0, 9.0, 12.0, 12.0], [0.0, 0.0, 5.0, 4.0]], device=device)
     encoded = paste_masks_rle(torch.ones(3, 28, 28, device=device), boxes, (4, 5))
     assert encoded == [
@@ -106,7 +107,7 @@ def test_known_strings(device: torch.device) -> None:
     ]
 
 
-# Groups of five bits as numbers before 48 is added; 32 says that more follow.
+# Groups of five bits as numbers, before 48 is added. 32 is added if another group follows.
 @pytest.mark.parametrize(
     ("lengths", "groups"),
     [
@@ -164,7 +165,7 @@ def test_any_number_of_instances(count: int, image_size: tuple[int, int], seed: 
     assert_equals_pasting(masks, boxes, image_size, 0.5)
 
 
-def test_a_mask_that_touches_all_borders_and_one_of_noise() -> None:
+def test_a_mask_that_touches_all_borders_and_a_noise_mask() -> None:
     masks = torch.stack([torch.ones(28, 28), torch.rand(28, 28, generator=generator(1))])
     boxes = torch.tensor([[-3.0, -4.0, 53.0, 47.0], [-3.0, -4.0, 53.0, 47.0]])
     assert_equals_pasting(masks, boxes, (43, 50), 0.5)

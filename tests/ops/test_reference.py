@@ -1,4 +1,4 @@
-"""The references against facts that do not come from them: definitions written as loops, and other libraries."""
+"""The reference implementations against independent ones: definitions written as loops, and other libraries."""
 
 from __future__ import annotations
 
@@ -11,14 +11,22 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_samples import DEGENERATE_BOXES, generator, random_boxes, random_features, random_masks, random_rois
 from torch import Tensor
 
 from panfpn_fast.ops import reference
+from support.head_oracles import Box, iou
+from support.op_samples import (
+    DEGENERATE_BOXES,
+    generator,
+    random_boxes,
+    random_features,
+    random_masks,
+    random_rois,
+)
 
 
 def bilinear(plane: list[list[float]], y: float, x: float) -> float:
-    """The value between pixels, as ROIAlign reads it."""
+    """Returns the bilinear sample at (y, x) by the rules of ROIAlign."""
     height, width = len(plane), len(plane[0])
     if not (-1 <= y <= height and -1 <= x <= width):
         return 0.0
@@ -34,7 +42,7 @@ def bilinear(plane: list[list[float]], y: float, x: float) -> float:
 def roi_align_by_loops(
     features: Tensor, roi: list[float], pooled: int, scale: float, sampling_ratio: int, aligned: bool
 ) -> list[list[float]]:
-    """One box of one channel, sample by sample."""
+    """Pools one box of one channel, sample by sample."""
     plane = features[int(roi[0]), 0].tolist()
     offset = 0.5 if aligned else 0.0
     x1, y1, x2, y2 = (coordinate * scale - offset for coordinate in roi[1:])
@@ -86,7 +94,8 @@ def test_roi_align_of_a_linear_map_is_its_value_at_the_middle_of_the_bin(samplin
 
 
 def test_roi_align_lists_a_long_grid_only_near_the_map() -> None:
-    # Both boxes have more samples per bin than are listed in full, and the loops can still count them along one axis.
+    # Both boxes have more samples per bin than the reference lists in full; the loops can still visit them along one
+    # axis.
     features = random_features((1, 1, 6, 5), 0).double()
     rois = [[0.0, 1.0, -5000.0, 4.0, 9000.0], [0.0, -20000.0, 2.0, 300.0, 4.0]]
     pooled = reference.roi_align(features, torch.tensor(rois, dtype=torch.float64), 2, 1.0, 0, True)
@@ -155,17 +164,7 @@ def test_multiscale_roi_align_gradient() -> None:
     )
 
 
-def iou(a: list[float], b: list[float]) -> float:
-    """Of two boxes with area."""
-    width = max(min(a[2], b[2]) - max(a[0], b[0]), 0)
-    height = max(min(a[3], b[3]) - max(a[1], b[1]), 0)
-    inter = width * height
-    return inter / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter)
-
-
-def nms_by_loops(
-    boxes: list[list[float]], scores: list[float], groups: list[int], threshold: float
-) -> list[int]:
+def nms_by_loops(boxes: list[Box], scores: list[float], groups: list[int], threshold: float) -> list[int]:
     kept: list[int] = []
     for i in sorted(range(len(boxes)), key=lambda i: -scores[i]):
         if all(groups[i] != groups[k] or iou(boxes[i], boxes[k]) <= threshold for k in kept):
@@ -175,7 +174,7 @@ def nms_by_loops(
 
 @settings(max_examples=60, deadline=None)
 @given(
-    # Corner, size, score in tenths, and group.
+    # Corner, size, score in tenths, and group of each box.
     st.lists(
         st.tuples(*[st.integers(0, 9)] * 2, *[st.integers(1, 9)] * 2, st.integers(0, 3), st.integers(0, 2))
     ),
@@ -189,7 +188,7 @@ def test_nms_by_loops(rows: list[tuple[int, ...]], threshold: float) -> None:
     expected = nms_by_loops(boxes.tolist(), scores.tolist(), one_group, threshold)
     assert reference.nms(boxes, scores, threshold).tolist() == expected
     expected = nms_by_loops(boxes.tolist(), scores.tolist(), groups.tolist(), threshold)
-    # Small integers are moved without rounding, so both ways are exact.
+    # Moving small integers needs no rounding, so both modes are exact.
     for exact in ("class", "torchvision"):
         assert reference.batched_nms(boxes, scores, groups, threshold, exact).tolist() == expected
 
@@ -212,7 +211,7 @@ def test_nms_equals_torchvision(seed: int, torchvision_ops: ModuleType, device: 
 
 
 def paste_by_grid_sample(masks: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """The values that detectron2 thresholds, by torch's own sampler: [N, height, width]."""
+    """Computes the values that detectron2 thresholds with F.grid_sample: [N, height, width]."""
     height, width = image_size
     x1, y1, x2, y2 = boxes[:, :, None].unbind(1)
     y = (torch.arange(height, dtype=boxes.dtype) + 0.5 - y1) / (y2 - y1) * 2 - 1
@@ -238,7 +237,7 @@ def test_paste_masks_by_grid_sample(dtype: torch.dtype) -> None:
 def merge_by_sets(
     pasted: Tensor, scores: Tensor, classes: Tensor, semantic: Tensor, overlap: float, stuff_area: int
 ) -> tuple[Tensor, list[tuple[int, bool, int, int, int]]]:
-    """detectron2's rules on sets of pixels, for scores that are all different and at least 0.5."""
+    """Applies detectron2's rules to sets of pixels, for distinct scores of at least 0.5."""
     panoptic = torch.zeros_like(semantic, dtype=torch.int32)
     taken: set[int] = set()
     segments: list[tuple[int, bool, int, int, int]] = []

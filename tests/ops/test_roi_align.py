@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from op_checks import OPS, Sample, averaging_tolerance, run_op_checks
-from op_samples import DEGENERATE_BOXES, random_boxes, random_features, random_rois
 
 from panfpn_fast.ops import reference, roi_align
+from support.op_checks import OPS, Sample, averaging_tolerance, run_op_checks
+from support.op_samples import DEGENERATE_BOXES, half_covered, random_boxes, random_features, random_rois
+from support.poison import default_algorithms
 
-# Rows of 0 1 2 3 / 4 5 6 7 / ...: the value at (y, x) is 4 y + x, between pixels too.
+# Rows of 0 1 2 3 / 4 5 6 7 / ...: the value at (y, x) is 4 y + x, also between pixels.
 RAMP = torch.arange(16.0).reshape(1, 1, 4, 4)
 
 
@@ -46,17 +47,17 @@ def make_samples(dtype: torch.dtype, device: torch.device) -> list[Sample]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_checks(dtype: torch.dtype, device: torch.device) -> None:
     if device.type == "cuda" and dtype == torch.float64:
-        pytest.skip("float64 is for the CPU")
+        pytest.skip("float64 is tested on the CPU only")
     run_op_checks(OPS["roi_align"], make_samples(dtype, device))
 
 
 @pytest.mark.parametrize(
     ("kwargs", "expected"),
     [
-        # Samples at 0.5 and 2.5, or at 1 and 3 without the half pixel.
+        # Samples at 0.5 and 2.5, or at 1 and 3 without the shift by half a pixel.
         ({"sampling_ratio": 1, "aligned": True}, [[2.5, 4.5], [10.5, 12.5]]),
         ({"sampling_ratio": 1, "aligned": False}, [[5.0, 7.0], [13.0, 15.0]]),
-        # Samples at 0, 1 and 2, 3; the adaptive grid has ceil(4 / 2) of them too.
+        # Samples at 0, 1 and 2, 3. The adaptive grid also has ceil(4 / 2) samples per bin.
         ({"sampling_ratio": 2, "aligned": True}, [[2.5, 4.5], [10.5, 12.5]]),
         ({"aligned": True}, [[2.5, 4.5], [10.5, 12.5]]),
         # Samples at 0.5, 1.5 and 2.5, 3.5, the last of which is clamped to the last pixel's centre.
@@ -74,12 +75,12 @@ def test_whole_map_of_4_by_4(
 def test_zero_and_inverted_boxes(device: torch.device) -> None:
     boxes = [torch.tensor([[1.0, 2.0, 1.0, 2.0], [3.0, 3.0, 1.0, 1.0]], device=device)]
     ramp = RAMP.to(device)
-    # The point (0.5, 1.5) has the value 4 * 1.5 + 0.5; an inverted box is read backwards.
+    # The value at (x, y) = (0.5, 1.5) is 4 * 1.5 + 0.5. An inverted box is sampled backwards.
     backwards = [[4 * 2.0 + 2.0, 4 * 2.0 + 1.0], [4 * 1.0 + 2.0, 4 * 1.0 + 1.0]]
     pooled = roi_align(ramp, boxes, 2, sampling_ratio=1, aligned=True)
     assert pooled[:, 0].tolist() == [[[6.5, 6.5], [6.5, 6.5]], backwards]
     assert roi_align(ramp, boxes, 2, aligned=True).abs().max() == 0
-    # Without `aligned` each is a box of one pixel: samples at x, y in steps of a half.
+    # Without `aligned`, each box is enlarged to one pixel, and samples are half a pixel apart.
     pooled = roi_align(ramp, boxes, 2, sampling_ratio=1)
     assert pooled[0, 0].tolist() == [[4 * 2.25 + 1.25, 4 * 2.25 + 1.75], [4 * 2.75 + 1.25, 4 * 2.75 + 1.75]]
 
@@ -96,12 +97,24 @@ def test_unusable_boxes_give_zeros(sampling_ratio: int, aligned: bool, device: t
 
 
 def test_box_far_larger_than_the_map(device: torch.device) -> None:
-    # One bin of 10,000 px: of 10,000 samples along each axis those at -0.5, 0.5, 1.5, 2.5 and 3.5 count.
+    # One bin of 10,000 px has 10,000 samples along each axis, of which only those at -0.5, 0.5, 1.5, 2.5 and 3.5 count.
     boxes = torch.tensor([[0.0, -4999.5, -4999.5, 5000.5, 5000.5]], device=device)
     share = roi_align(torch.ones(1, 1, 4, 4, device=device), boxes, 1, aligned=True).item()
     assert share == pytest.approx(25 / 1e8, rel=1e-4)
     boxes = torch.tensor([[0.0, -1e30, 1.0, 1e30, 3.0], [0.0, 1.0, -1e12, 3.0, 1e12]], device=device)
     assert roi_align(torch.ones(1, 1, 4, 4, device=device), boxes, 1, aligned=True).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("channels", [1, 17])
+@pytest.mark.parametrize("samples", range(2, 26, 2))
+def test_half_of_the_samples_is_exactly_half(samples: int, channels: int, device: torch.device) -> None:
+    """The sum over the samples is divided by their number; a product with its reciprocal can be below one half."""
+    masks = half_covered(samples).expand(-1, channels, -1, -1).to(device)
+    side = masks.shape[-1]
+    rois = torch.tensor([[float(i), 0.0, 0.0, side, side] for i in range(len(masks))], device=device)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        pooled = roi_align(masks.contiguous(memory_format=layout), rois, 7, aligned=True)
+        assert torch.equal(pooled, torch.full_like(pooled, 0.5))
 
 
 def test_output_follows_the_layout_of_the_input(device: torch.device) -> None:
@@ -131,13 +144,13 @@ def test_equals_torchvision(
     sampling_ratio: int, aligned: bool, device: torch.device, torchvision_ops: ModuleType
 ) -> None:
     features = random_features((2, 8, 27, 31), 0).to(device)
-    # torchvision fails on inverted boxes with an adaptive grid, so there are none.
+    # There are no inverted boxes, because torchvision fails on them with an adaptive grid.
     boxes = random_rois(60, 2, (110, 130), 1).to(device)
     args = (features, boxes, (5, 7), 0.25, sampling_ratio, aligned)
     tolerance = averaging_tolerance(torch.float32)
-    torch.testing.assert_close(
-        roi_align(*args), torchvision_ops.roi_align(*args), atol=tolerance.absolute, rtol=tolerance.relative
-    )
+    with default_algorithms(device):  # with deterministic ones torchvision's kernel does not run
+        expected = torchvision_ops.roi_align(*args)
+    torch.testing.assert_close(roi_align(*args), expected, atol=tolerance.absolute, rtol=tolerance.relative)
 
 
 def test_reference_has_the_same_signature() -> None:

@@ -11,18 +11,18 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_checks import FLIP_MARGIN, OPS, Sample, Tolerance, run_op_checks
-from op_samples import generator, random_features
 from torch import Tensor
 
 from panfpn_fast.ops import reference, upsample_argmax
 from panfpn_fast.ops.reference.upsample_argmax import resampled_logits
+from support.op_checks import FLIP_MARGIN, OPS, Sample, Tolerance, run_op_checks
+from support.op_samples import generator, random_features
 
 INF, NAN = math.inf, math.nan
 
 
 def undecided_pixels(resampled: Tensor) -> Tensor:
-    """Finds the pixels whose two best classes differ by no more than rounding may, [N, height, width]."""
+    """Returns the pixels whose two best classes differ by no more than rounding errors, [N, height, width]."""
     if resampled.numel() == 0 or resampled.shape[1] == 1:
         return torch.zeros(
             resampled.shape[0], *resampled.shape[2:], dtype=torch.bool, device=resampled.device
@@ -37,8 +37,8 @@ def make_samples(dtype: torch.dtype, device: torch.device) -> list[Sample]:
         logits = random_features(shape, seed=shape[1]).to(dtype)
         resampled = resampled_logits(logits, scale_factor, kwargs.get("crop"), kwargs.get("size"))
         tolerance = Tolerance(
-            "Rounding decides between classes that are nearly equal. Logits up to 5 are rounded to 5e-7, which "
-            "changes probabilities by as much; coordinates up to 100 to 8e-6 px.",
+            "Rounding decides between classes with nearly equal logits. Logits up to 5 are rounded to 5e-7, which "
+            "changes probabilities by as much. Coordinates up to 100 px are rounded to 8e-6 px.",
             absolute=1e-5,
             undecided=undecided_pixels(resampled).to(device),
         )
@@ -61,26 +61,26 @@ def make_samples(dtype: torch.dtype, device: torch.device) -> list[Sample]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_checks(dtype: torch.dtype, device: torch.device) -> None:
     if device.type == "cuda" and dtype == torch.float64:
-        pytest.skip("float64 is for the CPU")
+        pytest.skip("float64 is tested on the CPU only")
     run_op_checks(OPS["upsample_argmax"], make_samples(dtype, device))
 
 
 def test_known_answers(device: torch.device) -> None:
-    # The difference of the two logits is 8 at the left and -8 at the right; with a factor of 4 the pixels are at
-    # 0, 0, 1/8, 3/8, 5/8, 7/8, 1 and 1 of the way.
+    # The difference of the two logits is 8 at the left and -8 at the right. With a scale factor of 4, the pixels are at
+    # 0, 0, 1/8, 3/8, 5/8, 7/8, 1 and 1 of the distance between them.
     logits = torch.tensor([[8.0, 0.0], [0.0, 8.0]], device=device).reshape(1, 2, 1, 2)
     labels, probabilities = upsample_argmax(logits, 4, return_prob=True)
     assert labels.tolist() == [[[0, 0, 0, 0, 1, 1, 1, 1]] * 4]
     expected = torch.sigmoid(torch.tensor([8.0, 8.0, 6.0, 2.0, 2.0, 6.0, 8.0, 8.0]))
     assert torch.allclose(probabilities.cpu(), expected.expand(1, 4, 8), atol=1e-6)
-    # Of the first six, two of which the second resampling puts in the middle of each of three pixels.
+    # The crop keeps the first six pixels, and each of the three output pixels is the mean of two of them.
     labels, probabilities = upsample_argmax(logits, 4, crop=(2, 6), size=(1, 3), return_prob=True)
     assert labels.tolist() == [[[0, 0, 1]]]
     expected = torch.sigmoid(torch.tensor([[[8.0, 4.0, 4.0]]]))
     assert torch.allclose(probabilities.cpu(), expected, atol=1e-6)
 
 
-def test_without_resampling_it_is_arg_max(device: torch.device) -> None:
+def test_without_resampling_equals_argmax(device: torch.device) -> None:
     logits = random_features((2, 300, 17, 23), 0).to(device)
     labels, probabilities = upsample_argmax(logits, 1, return_prob=True)
     assert labels.dtype == torch.int16
@@ -109,7 +109,7 @@ def test_nan_is_the_largest(device: torch.device) -> None:
     assert labels[0, 7:11, 7:11].eq(17).all()
     assert labels[0, 7:11, 11:].eq(35).all()
     assert probabilities.isnan().sum() == 4 * (18 - 7)
-    # Where NaN is not read nothing changes.
+    # Pixels that do not read a NaN are unchanged.
     others = torch.where(logits.isnan(), 0.0, logits)
     others[0, 3, 4, 4] = 0
     far = torch.ones(18, 18, dtype=torch.bool, device=device)
@@ -137,7 +137,7 @@ def test_values_that_are_not_finite(seed: int, device: torch.device) -> None:
     logits = random_features(shape, seed)
     odd = torch.tensor([NAN, INF, -INF])[torch.randint(0, 3, shape, generator=random)]
     logits = torch.where(torch.rand(shape, generator=random) < 0.03, odd, logits).to(device)
-    # A power of two, so that the reference's coordinates are exact and its zero weights are zero.
+    # With a power of two, the coordinates of the reference are exact and its zero weights are exactly zero.
     scale_factor = 2 ** int(torch.randint(0, 4, (), generator=random))
     labels, probabilities = upsample_argmax(logits, scale_factor, return_prob=True)
     expected, expected_probabilities = reference.upsample_argmax(logits, scale_factor, return_prob=True)
@@ -147,7 +147,7 @@ def test_values_that_are_not_finite(seed: int, device: torch.device) -> None:
 
 
 def scene(classes: int, height: int, width: int, seed: int) -> Tensor:
-    """Logits of patches of several pixels, so that neighbours mostly agree."""
+    """Returns logits with patches of several pixels, so that neighbours mostly have the same class."""
     random = generator(seed)
     patches = 5 * torch.randn(1, classes, -(-height // 6), -(-width // 6), generator=random)
     patches = patches.repeat_interleave(6, 2).repeat_interleave(6, 3)[:, :, :height, :width]
@@ -157,7 +157,7 @@ def scene(classes: int, height: int, width: int, seed: int) -> Tensor:
 @pytest.mark.parametrize(
     ("shape", "scale_factor", "crop", "size"),
     [
-        # Wide enough for several strips, and high enough for several bands.
+        # Wide enough for several strips and high enough for several bands.
         ((257, 30, 130), 2, None, None),
         ((54, 60, 90), 4, (238, 355), (127, 190)),
         ((54, 20, 30), 4, (80, 117), (410, 600)),
@@ -185,7 +185,7 @@ def test_scenes(
     undecided = undecided_pixels(upsampled)
     assert undecided.float().mean() < 1e-3
     assert torch.equal(labels[~undecided].long(), upsampled.argmax(1)[~undecided])
-    # With probabilities every pixel is computed, without them only where neighbours differ.
+    # With probabilities every pixel is computed; without them, only pixels between inputs of different classes are.
     computed, _ = upsample_argmax(logits, scale_factor, crop=crop, size=size, return_prob=True)
     assert torch.equal(labels[~undecided], computed[~undecided])
 
@@ -234,7 +234,21 @@ def test_any_sizes(
     assert torch.equal(upsample_argmax(logits, scale_factor, crop=crop, size=size)[decided], labels[decided])
 
 
-def test_gradients_end_here(device: torch.device) -> None:
+@pytest.mark.parametrize(("channels", "masked"), [(1, 0), (5, 0), (5, 2), (16, 15), (20, 3)])
+def test_weights_that_add_up_to_more_than_one(channels: int, masked: int, device: torch.device) -> None:
+    """The rounded weights of row 13 do, so that the lowest float, which masks classes, gets infinite there."""
+    kept = torch.randn(1, channels - masked, 6, 2, generator=generator(0)).to(device)
+    lowest = kept.new_full((1, masked, 6, 2), torch.finfo(torch.float32).min)
+    arguments: dict[str, Any] = {"scale_factor": 6, "size": (23, 3)}
+    labels, probabilities = upsample_argmax(torch.cat((kept, lowest), 1), **arguments, return_prob=True)
+    resampled = resampled_logits(kept, 6, None, (23, 3))
+    decided = ~undecided_pixels(resampled)
+    assert torch.equal(labels[decided].long(), resampled.argmax(1)[decided])
+    torch.testing.assert_close(probabilities, resampled.softmax(1).amax(1), atol=1e-5, rtol=0)
+    assert torch.equal(upsample_argmax(torch.cat((kept, lowest), 1), **arguments)[decided], labels[decided])
+
+
+def test_output_has_no_gradient(device: torch.device) -> None:
     logits = random_features((1, 3, 4, 4), 0).to(device).requires_grad_()
     labels, probabilities = upsample_argmax(logits, return_prob=True)
     assert not labels.requires_grad

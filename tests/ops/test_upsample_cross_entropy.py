@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from op_checks import OPS, Sample, Tolerance, run_op_checks
-from op_samples import generator, random_features
-from resident_memory import peak_rise
 from torch import Tensor
 
 from panfpn_fast.ops import reference, upsample_cross_entropy
+from support.op_checks import OPS, Sample, Tolerance, run_op_checks
+from support.op_samples import generator, random_features
+from support.resident_memory import peak_rise
 
 IGNORED = 255
 
 
 def random_target(logits: Tensor, scale_factor: int, seed: int, ignored: float = 0.2) -> Tensor:
-    """Classes in patches of 3 x 3 pixels and single ones, and pixels that do not count."""
+    """Returns a target with patches of 3 x 3 pixels, single pixels and ignored pixels."""
     count, classes, height, width = logits.shape
     size = (count, height * scale_factor, width * scale_factor)
     random = generator(seed)
@@ -31,15 +31,15 @@ def random_target(logits: Tensor, scale_factor: int, seed: int, ignored: float =
 
 
 def tolerance(dtype: torch.dtype, pixels: int) -> Tolerance:
-    """For the loss, whose dtype is float32 for half precision, and gradients that are divided by `pixels`."""
+    """Returns the tolerance for the loss (float32 for half precision) and for gradients divided by `pixels`."""
     if dtype == torch.float64:
         return Tolerance(
-            "Sums of up to 64 terms of order ten in another order.", 1e-12 / max(pixels, 1), 1e-12
+            "Sums of up to 64 terms of order ten in a different order.", 1e-12 / max(pixels, 1), 1e-12
         )
-    summed = "Logits of order ten are mixed in another order, and sums over classes and pixels."
+    summed = "Interpolations of logits of order ten, and sums over classes and pixels, in a different order."
     if dtype == torch.float32:
         return Tolerance(summed, 1e-5 / max(pixels, 1), 1e-5)
-    # One step of the gradient's dtype, and of its subnormals.
+    # One step of the gradient's dtype, and one step of its subnormals.
     info = torch.finfo(dtype)
     return Tolerance(
         f"{summed} Rounding to {dtype}.", 1e-5 / max(pixels, 1) + info.smallest_normal * info.eps, info.eps
@@ -71,7 +71,7 @@ def make_samples(dtype: torch.dtype, device: torch.device) -> list[Sample]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_checks(dtype: torch.dtype, device: torch.device) -> None:
     if device.type == "cuda" and dtype == torch.float64:
-        pytest.skip("float64 is for the CPU")
+        pytest.skip("float64 is tested on the CPU only")
     run_op_checks(OPS["upsample_cross_entropy"], make_samples(dtype, device))
 
 
@@ -91,7 +91,7 @@ def torch_loss(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """What PyTorch computes, in the dtype of the logits."""
+    """Computes the loss with PyTorch in the dtype of the logits."""
     upsampled = F.interpolate(logits, scale_factor=scale_factor, mode="bilinear")
     return F.cross_entropy(
         upsampled,
@@ -104,7 +104,7 @@ def torch_loss(
 
 
 def assert_same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], relative: float) -> None:
-    """Compares with a tolerance relative to the largest value, and demands NaN at the same places."""
+    """Compares with a tolerance relative to the largest value; NaN must be at the same positions."""
     for got, wanted in zip(actual, expected, strict=True):
         finite = wanted[wanted.isfinite()].abs()
         scale = float(finite.max()) if finite.numel() else 1.0
@@ -115,7 +115,7 @@ def assert_same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], relati
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_equals_torch(weighted: bool, label_smoothing: float, reduction: str, device: torch.device) -> None:
-    # On the CPU in float64, where there is no doubt about rounding.
+    # The expected value is computed on the CPU in float64, where rounding is negligible.
     dtype = torch.float64 if device.type == "cpu" else torch.float32
     weight = torch.rand(6, generator=generator(0)).to(device, dtype) if weighted else None
     settings: dict[str, Any] = {
@@ -135,7 +135,8 @@ def test_equals_torch(weighted: bool, label_smoothing: float, reduction: str, de
 
 
 def test_known_loss(device: torch.device) -> None:
-    # Two classes that lead by 2 at the left and at the right; in between by 1 or -1, at a quarter of the way.
+    # One class leads by 2 at the left, the other by 2 at the right. In between, at a quarter and at three quarters of
+    # the distance, the leads are 1.
     logits = torch.tensor([[[[2.0, 0.0]], [[0.0, 2.0]]]], device=device)
     target = torch.tensor([[[0, 0, 0, IGNORED], [1, 1, IGNORED, 1]]], device=device)
     losses = upsample_cross_entropy(logits, target, 2, reduction="none")
@@ -147,7 +148,7 @@ def test_known_loss(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_nothing_counts(reduction: str, device: torch.device) -> None:
+def test_no_pixel_counts(reduction: str, device: torch.device) -> None:
     logits = random_features((2, 5, 6, 20), 0).to(device)
     target = torch.full((2, 12, 40), IGNORED, device=device)
     loss, gradient = loss_and_gradient(upsample_cross_entropy, logits, target, 2, reduction=reduction)
@@ -175,7 +176,7 @@ def test_classes_without_weight(label_smoothing: float, device: torch.device) ->
 def test_logits_that_are_not_finite(
     value: float, scale_factor: int, reduction: str, device: torch.device
 ) -> None:
-    # A pixel in the middle, at a corner and at two borders, in maps of their own; half of the last is ignored.
+    # In separate maps: a pixel in the middle, at a corner and at two borders. Half of the last map is ignored.
     logits = random_features((5, 4, 7, 40), 0)
     target = random_target(logits, scale_factor, 0)
     for image, (y, x) in enumerate([(3, 20), (0, 0), (6, 17), (2, 39), (3, 18)]):
@@ -190,7 +191,7 @@ def test_logits_that_are_not_finite(
 
 
 def test_class_that_is_switched_off(device: torch.device) -> None:
-    # PyTorch multiplies minus infinity by zero in the first row and column, and only there.
+    # PyTorch multiplies minus infinity by zero only in the first row and column.
     logits = random_features((1, 4, 5, 20), 0).to(device)
     logits[:, 2] = -math.inf
     target = torch.zeros(1, 20, 80, dtype=torch.int64, device=device)
@@ -202,7 +203,7 @@ def test_class_that_is_switched_off(device: torch.device) -> None:
 
 @pytest.mark.parametrize("step", [30.0, 300.0, 3e4])
 def test_steep_logits(step: float, device: torch.device) -> None:
-    # Halfway between two inputs that are sure of different classes, all logits lie far below both their maxima.
+    # Halfway between two inputs with different confident classes, all logits are far below the maxima of both inputs.
     logits = random_features((2, 6, 5, 37), 0)
     leaders = torch.randint(0, 6, (2, 1, 5, 37), generator=generator(1))
     logits = logits.scatter_add(1, leaders, torch.full_like(leaders, step, dtype=torch.float32))
@@ -212,7 +213,7 @@ def test_steep_logits(step: float, device: torch.device) -> None:
         upsample_cross_entropy, logits.to(device), target.to(device), 4, reduction="none"
     )
     expected = loss_and_gradient(torch_loss, logits.double(), target, 4, reduction="none")
-    # Logits are rounded to float32 before they are exponentials, which matters the more the larger they are.
+    # Logits are rounded to float32 before exp(), and the error grows with their size.
     bound = 1e-6 + 4 * step * torch.finfo(torch.float32).eps
     for got, wanted in zip(actual, expected, strict=True):
         torch.testing.assert_close(got.cpu().double(), wanted, atol=bound, rtol=1e-5)
@@ -242,7 +243,7 @@ def test_dtypes_of_targets(dtype: torch.dtype, ignore_index: int, device: torch.
     ids=str,
 )
 @pytest.mark.parametrize("place", [(0, 0, 0), (1, 11, 37), (1, 6, 20)])
-def test_target_that_is_no_class(
+def test_target_that_is_not_a_class(
     dtype: torch.dtype, value: int, place: tuple[int, int, int], device: torch.device
 ) -> None:
     logits = random_features((2, 5, 6, 19), 0).to(device)
@@ -321,12 +322,12 @@ def test_large_factor(device: torch.device) -> None:
     logits = random_features((1, 3, 2, 3), 0).to(device)
     target = random_target(logits, 150, 0).to(device)
     actual = loss_and_gradient(upsample_cross_entropy, logits, target, 150)
-    # Each gradient is the sum of 40,000 terms of both signs.
+    # Each gradient is a sum of 40,000 terms of both signs.
     assert_same(actual, loss_and_gradient(torch_loss, logits, target, 150), 1e-4)
 
 
-def test_upsampled_logits_are_never_made() -> None:
-    # PyTorch holds the softmax, its gradient and that of the upsampled logits at once.
+def test_upsampled_logits_are_never_in_memory() -> None:
+    # PyTorch holds the softmax, its gradient and the gradient of the upsampled logits at the same time.
     logits = random_features((1, 54, 100, 100), 0).contiguous(memory_format=torch.channels_last)
     target = random_target(logits, 4, 0).to(torch.uint8)
     eager = 3 * 54 * 400 * 400 * 4

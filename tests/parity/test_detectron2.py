@@ -1,8 +1,8 @@
-"""Equal weights give equal outputs: against what detectron2 0.6 computed, and against ourselves in float64.
+"""Outputs equal those of detectron2 0.6 with the same weights, and those of the same network in float64.
 
-There is a golden for R-50 at short edge 480. R-101, and the full size of 800/1333, are compared with the same
-network in float64 on other ops: the plain-PyTorch references, and pooling by grid_sample, because the
-reference of ROIAlign takes minutes here.
+There is a golden file for R-50 at short edge 480. R-101 and the full size of 800/1333 are compared with the same
+network in float64, which uses different ops: the references in plain PyTorch, and pooling by grid_sample, because the
+reference of ROIAlign would take minutes.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ import numpy.typing as npt
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoint_samples import save_pickle, save_torch, seeded_weights, shared_folder
-from panoptic_quality import Quality, panoptic_quality
 
 from panfpn_fast import ops
 from panfpn_fast.checkpoints import load
-from panfpn_fast.inference.preprocess import read_image, resize_shortest_edge
+from panfpn_fast.data.images import read_image, resize_shortest_edge
 from panfpn_fast.models import PanopticFPN, PanopticOutput
 from panfpn_fast.ops import reference
+from support.checkpoint_samples import save_pickle, save_torch, seeded_weights, shared_folder
+from support.numpy_panoptic_quality import Quality, panoptic_quality
 
 CASE = "detectron2_r50"
 PHOTOGRAPHS = ("000000142238", "000000439180")
 
-# Bars. Another convolution algorithm in detectron2 itself gives a quality of 0.9997, so 0.995 leaves room for
-# other hardware and is far above what any mistake in the semantics gives (at most 0.98, mostly below 0.6).
+# Limits. With another convolution algorithm, detectron2 itself reaches a quality of 0.9997. The limit of 0.995 leaves
+# room for other hardware. Mistakes in the semantics give at most 0.98, and mostly less than 0.6.
 LEAST_QUALITY = 0.995
 BOX_PIXELS = 0.5
 SCORE = 1e-3
 LEAST_BOXES = 0.99
 LEAST_EQUAL_LABELS = 0.999
 FEATURES = 1e-3
-MASK_AREA = 0.01  # of the area; and 2 pixels, for small masks
+MASK_AREA = 0.01  # relative to the area, and 2 pixels more for small masks
 
 Features = dict[str, npt.NDArray[Any]]
 
 
 class Result(NamedTuple):
-    """One side of a comparison."""
+    """One of the two results that are compared."""
 
     panoptic: npt.NDArray[Any]
-    categories: dict[int, tuple[bool, int]]  # (isthing, class) of each id
+    categories: dict[int, tuple[bool, int]]  # id -> (isthing, class)
     boxes: npt.NDArray[Any]
     scores: npt.NDArray[Any]
     classes: npt.NDArray[Any]
@@ -72,7 +72,7 @@ def _predict(
     max_edge: int,
     paste: Callable[..., torch.Tensor],
 ) -> Result:
-    """Runs the network; the features are those of the same run."""
+    """Runs the network, and records the features of the same run."""
     kept: list[torch.Tensor] = []
     handle = model.fpn.register_forward_hook(lambda module, args, pyramid: kept.extend(pyramid))
     resized = torch.from_numpy(resize_shortest_edge(photograph, short_edge, max_edge)).permute(2, 0, 1)
@@ -113,18 +113,18 @@ def _golden(name: str) -> tuple[Result, dict[str, Any], npt.NDArray[np.uint8]]:
 
 
 class Figures(NamedTuple):
-    """How far two results agree."""
+    """How closely two results agree."""
 
     quality: Quality
     reverse_quality: Quality
-    boxes: int  # matched within the bars
+    boxes: int  # matched within the limits
     of_boxes: int
-    box_pixels: float  # the worst among the matched
+    box_pixels: float  # largest difference of matched boxes
     score: float
-    mask_area: float  # the worst relative difference among the matched, less 2 pixels
+    mask_area: float  # largest relative difference of matched boxes, after 2 pixels are subtracted
     equal_labels: float
-    features: float  # the worst relative difference
-    pixels: int  # of the panoptic map that differ in (isthing, class)
+    features: float  # largest relative difference
+    pixels: int  # pixels of the panoptic map that differ in (isthing, class)
 
     def __str__(self) -> str:
         return (
@@ -174,7 +174,7 @@ def _compare(expected: Result, got: Result) -> Figures:
 
 
 def _classes(result: Result) -> npt.NDArray[np.int64]:
-    """[H, W, 2]: (isthing, class) of each pixel, (-1, -1) where void."""
+    """Returns (isthing, class) of each pixel, [H, W, 2]; (-1, -1) for void."""
     table = np.full((max(result.categories, default=0) + 1, 2), -1)
     for i, category in result.categories.items():
         table[i] = category
@@ -199,7 +199,7 @@ def _pool_by_grid_sample(
     sampling_ratio: int,
     aligned: bool,
 ) -> torch.Tensor:
-    """multiscale_roi_align for boxes inside the image: there clamping to the border is all that happens."""
+    """Computes multiscale_roi_align for boxes inside the image, where grid_sample only needs to clamp to the border."""
     assert (sampling_ratio, aligned) == (0, True)
     images = torch.cat([torch.full((len(b),), i) for i, b in enumerate(boxes)])
     rois = torch.cat(boxes)
@@ -209,7 +209,7 @@ def _pool_by_grid_sample(
     sizes = rois[:, 2:] - rois[:, :2]
     counts = (sizes / output_size).ceil().long()  # samples per bin, x and y
     pooled = rois.new_zeros(len(rois), features[0].shape[1], output_size, output_size)
-    # Boxes with equally many samples are pooled at once.
+    # Boxes with the same image, level and numbers of samples are pooled together.
     keys = torch.stack((images, levels, counts[:, 0], counts[:, 1]), dim=1)
     for key in torch.unique(keys, dim=0):
         members = (keys == key).all(dim=1).nonzero()[:, 0]

@@ -1,4 +1,4 @@
-"""Equal weights give equal outputs: against what mmdetection 3.3.0 computed, R-50 at scale (800, 480)."""
+"""Outputs equal those of mmdetection 3.3.0 with the same weights, for R-50 at scale (800, 480)."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from checkpoint_samples import save_mmdetection, seeded_weights, shared_folder
-from panoptic_quality import panoptic_quality
 
 from panfpn_fast import ops
 from panfpn_fast.checkpoints import load
-from panfpn_fast.inference.preprocess import read_image, resize_shortest_edge
+from panfpn_fast.data.images import read_image, resize_shortest_edge
 from panfpn_fast.models import PanopticFPN, PanopticOutput
+from support.checkpoint_samples import save_mmdetection, seeded_weights, shared_folder
+from support.numpy_panoptic_quality import panoptic_quality
 
 CASE = "mmdetection_r50"
 
-# Bars. Without mkldnn mmdetection itself differs by 4e-5 in features, 7e-5 in logits, 8e-6 in scores, 3e-4 pixels in
-# boxes, 4e-4 in mask probabilities (stored as float16), 1e-6 in panoptic quality and one pixel; any mistake in the
-# semantics that the photographs can show, by 0.002 or more in panoptic quality.
+# Limits. Without mkldnn, mmdetection itself differs by 4e-5 in features, 7e-5 in logits, 8e-6 in scores, 3e-4 pixels in
+# boxes, 4e-4 in mask probabilities (stored as float16), 1e-6 in panoptic quality and one pixel. Any mistake in the
+# semantics that shows in the photographs changes panoptic quality by 0.002 or more.
 FEATURES = 1e-4
 FEATURE_MEANS = 1e-5
 LOGITS = 2e-4
@@ -35,7 +35,7 @@ PROPOSAL_PIXELS = 0.01
 
 
 class Run(NamedTuple):
-    """What the network gave, and what it went through."""
+    """The output of the network and its intermediate tensors."""
 
     output: PanopticOutput
     batch: torch.Tensor
@@ -65,7 +65,10 @@ def _difference(got: torch.Tensor, expected: npt.NDArray[Any]) -> float:
 
 
 def _ids(label_map: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], dict[int, tuple[bool, int]]]:
-    """mmdetection's map of label + 1000 * instance as ids from 1 and their (isthing, class); 133 is void."""
+    """Converts mmdetection's map to ids from 1 and returns them with the (isthing, class) of each id.
+
+    mmdetection's values are label + 1000 * instance; 133 is void.
+    """
     values = [int(v) for v in np.unique(label_map) if v != 133]
     ids = np.zeros(label_map.shape, np.int64)
     categories = {}
@@ -77,7 +80,7 @@ def _ids(label_map: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], dict[int, tuple
 
 
 def _label_map(output: PanopticOutput) -> npt.NDArray[np.int64]:
-    """Ours as mmdetection's: an instance's number is its place in the fusion's order."""
+    """Converts our panoptic map to mmdetection's. The number of an instance is its position in the merging order."""
     segments = output.segments
     values = [133]
     for i, isthing, label in zip(
@@ -117,7 +120,7 @@ def test_r50_equals_mmdetection(name: str, r50: PanopticFPN, capsys: pytest.Capt
         )
         figures["feature means"] = max(figures["feature means"], means)
         figures["features"] = max(figures["features"], *others)
-    # Channel 53 there, things, is our channel 0.
+    # mmdetection's channel 53, things, is our channel 0.
     figures["logits"] = _difference(logits[0, :, ::4, ::4].roll(-1, 0), golden["semantic_logits_stride4"])
     distances = torch.cdist(torch.from_numpy(golden["proposals"]), proposals, p=float("inf"))
     figures["proposals"] = float(distances.min(dim=1).values.max())

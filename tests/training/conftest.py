@@ -1,15 +1,10 @@
+"""Runs all tests of training in one thread."""
+
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The pieces of work are tiny: threads would wait for each other longer than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def small_workloads(one_thread: None) -> None:
+    """Uses the shared fixture in each test of this folder."""

@@ -1,4 +1,4 @@
-"""Weights to begin with: each naming goes where it belongs, and what is not taken over is said."""
+"""Initial weights: all naming schemes are mapped correctly, and tensors that are not loaded are reported."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoint_samples import save_pickle, save_torch
 from torch import Tensor
-from training_samples import small_model
 
-from panfpn_fast.checkpoints import CheckpointError, detectron2, hub, own
-from panfpn_fast.data.categories import Categories, Category
+from panfpn_fast.checkpoints import CheckpointError, detectron2, hub, native
 from panfpn_fast.models import PanopticFPN
 from panfpn_fast.training.initialize import initialize
+from support.checkpoint_samples import save_pickle, save_torch
+from support.tensors import assert_same_tensors
+from support.training_samples import small_model
 
 TORCHVISION: dict[str, Any] = {
     "stride_in_1x1": False,
@@ -31,13 +31,16 @@ Name = Callable[[str], str | None]
 
 
 def torchvision_name(name: str) -> str:
-    """Of one of our backbone's tensors, by the names that torchvision's ResNet documents."""
+    """Converts the name of a backbone tensor to the name in torchvision's ResNet."""
     name = name.replace("shortcut.conv", "downsample.0").replace("shortcut.norm", "downsample.1")
     return re.sub(r"\bnorm(\d)", r"bn\1", name)
 
 
 def caffe2_name(name: str) -> str | None:
-    """The same, by Caffe2's: res2_0_branch2a_w; normalisations have a scale (s) and a shift (b) alone."""
+    """Converts the name of a backbone tensor to Caffe2's, for example res2_0_branch2a_w.
+
+    Normalisation layers have only a scale (s) and a shift (b), so other tensors give None.
+    """
     kind = {"weight": "w", "bias": "b"}.get(name.rsplit(".", 1)[1])
     if kind is None:
         return None
@@ -55,7 +58,10 @@ def detectron2_name(name: str) -> str:
 
 
 def resnet(rename: Name, **settings: Any) -> tuple[PanopticFPN, PanopticFPN, dict[str, np.ndarray[Any, Any]]]:
-    """A network to fill, the one that its backbone shall be, and that one's weights by other names."""
+    """Returns a network to initialise, a copy with the expected weights, and the backbone weights of the copy.
+
+    The weights have the names that `rename` returns.
+    """
     model = small_model(backbone="resnet50", **{"backbone_norm": "frozen_bn", **settings})
     wanted = copy.deepcopy(model)
     random = torch.Generator().manual_seed(1)
@@ -68,13 +74,7 @@ def resnet(rename: Name, **settings: Any) -> tuple[PanopticFPN, PanopticFPN, dic
     return model, wanted, weights
 
 
-def assert_equal(model: PanopticFPN, wanted: PanopticFPN) -> None:
-    expected = wanted.state_dict()
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, expected[name]), name
-
-
-def test_torchvisions_naming(tmp_path: Path) -> None:
+def test_torchvision_names(tmp_path: Path) -> None:
     model, wanted, weights = resnet(torchvision_name, **TORCHVISION)
     assert {"conv1.weight", "bn1.running_var", "layer1.0.downsample.1.bias", "layer4.2.bn3.weight"} <= set(
         weights
@@ -83,13 +83,13 @@ def test_torchvisions_naming(tmp_path: Path) -> None:
     tensors = {name: torch.from_numpy(value) for name, value in weights.items()}
     torch.save({**tensors, **extras}, tmp_path / "resnet50.pth")
     messages = initialize(model, str(tmp_path / "resnet50.pth"))
-    assert_equal(model, wanted)
+    assert_same_tensors(model.state_dict(), wanted.state_dict())
     assert messages == [
         f"{len(weights)} of {len(model.state_dict())} tensors are from {tmp_path}/resnet50.pth"
     ]
 
 
-def test_settings_that_the_weights_do_not_suit_are_named(tmp_path: Path) -> None:
+def test_settings_that_do_not_suit_the_weights_are_reported(tmp_path: Path) -> None:
     model, _, weights = resnet(torchvision_name)
     messages = initialize(model, str(save_torch(tmp_path / "a.pth", weights)))
     warned = [message for message in messages if message.startswith("warning: ")]
@@ -98,7 +98,7 @@ def test_settings_that_the_weights_do_not_suit_are_named(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("level", ["model", "blobs", ""])
-def test_caffe2s_naming(tmp_path: Path, level: str) -> None:
+def test_caffe2_names(tmp_path: Path, level: str) -> None:
     model, wanted, weights = resnet(caffe2_name)
     assert {"conv1_w", "res_conv1_bn_s", "res2_0_branch1_w", "res5_2_branch2c_bn_b"} <= set(weights)
     content: dict[str, Any] = {
@@ -108,9 +108,9 @@ def test_caffe2s_naming(tmp_path: Path, level: str) -> None:
     }
     path = save_pickle(tmp_path / "R-50.pkl", {level: content} if level else content)
     messages = initialize(model, str(path))
-    assert_equal(model, wanted)
+    assert_same_tensors(model.state_dict(), wanted.state_dict())
     assert len(messages) == 1
-    # Statistics are not in the file, being part of scale and shift there.
+    # The file has no statistics, because its scale and shift include them.
     assert messages[0].startswith(f"{len(weights)} of ")
     assert not bool(model.backbone.get_submodule("norm1").get_buffer("running_mean").any())
 
@@ -122,41 +122,37 @@ def test_a_published_backbone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     folder.mkdir(parents=True)
     save_pickle(folder / "R-50.pkl", {"model": weights})
     initialize(model, "detectron2://ImageNetPretrained/MSRA/R-50.pkl")
-    assert_equal(model, wanted)
+    assert_same_tensors(model.state_dict(), wanted.state_dict())
     with pytest.raises(ValueError, match=r"unknown checkpoint .*MSRA/R-50.pkl"):
         initialize(model, "detectron2://ImageNetPretrained/MSRA/R-51.pkl")
 
 
-def test_detectron2s_naming(tmp_path: Path) -> None:
+def test_detectron2_names(tmp_path: Path) -> None:
     model, wanted, weights = resnet(detectron2_name)
     assert {"stem.conv1.norm.weight", "res2.0.shortcut.norm.running_mean"} <= set(weights)
     initialize(
         model, str(save_pickle(tmp_path / "R-50.pkl", {"model": weights, "matching_heuristics": True}))
     )
-    assert_equal(model, wanted)
+    assert_same_tensors(model.state_dict(), wanted.state_dict())
 
 
-def test_group_norm_begins_anew(tmp_path: Path) -> None:
+def test_group_norm_keeps_its_initial_values(tmp_path: Path) -> None:
     model, wanted, weights = resnet(torchvision_name, backbone_norm="gn", **TORCHVISION)
     for name, tensor in wanted.backbone.state_dict().items():
         if "norm" in name:
             tensor.copy_(model.backbone.state_dict()[name])
     messages = initialize(model, str(save_torch(tmp_path / "a.pth", weights)))
-    assert_equal(model, wanted)
-    assert messages[1:] == ["GroupNorm cannot use the batch norms' values and begins anew"]
+    assert_same_tensors(model.state_dict(), wanted.state_dict())
+    assert messages[1:] == ["GroupNorm cannot use the values of the batch norms and keeps its initial values"]
 
 
-def save_own(path: Path, model: PanopticFPN) -> str:
-    config = model.config
-    count = config.num_things + config.num_stuff
-    labels = [Category(i + 1, f"c{i}", i < config.num_things, (i, i, i)) for i in range(count)]
-    categories = Categories("other", tuple(labels[: config.num_things]), tuple(labels[config.num_things :]))
-    torch.save(own.content_of(model.state_dict(), dataclasses.asdict(config), categories), path)
+def save_native(path: Path, model: PanopticFPN) -> str:
+    torch.save(native.content_of(model.state_dict(), model.config), path)
     return str(path)
 
 
 def changed(model: PanopticFPN) -> dict[str, Tensor]:
-    """Weights that differ from any that are made at random."""
+    """Sets all weights to a value that random initialisation does not give, and returns them."""
     for tensor in model.state_dict().values():
         tensor.fill_(7)
     return model.state_dict()
@@ -176,7 +172,7 @@ def test_our_own_checkpoint(tmp_path: Path, settings: dict[str, Any], others: tu
     weights = changed(source)
     model = small_model(**settings)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    messages = initialize(model, save_own(tmp_path / "a.pth", source))
+    messages = initialize(model, save_native(tmp_path / "a.pth", source))
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name] if name.startswith(others) and others else weights[name]), (
             name
@@ -185,14 +181,28 @@ def test_our_own_checkpoint(tmp_path: Path, settings: dict[str, Any], others: tu
     assert messages[0] == f"{len(before) - len(heads)} of {len(before)} tensors are from {tmp_path}/a.pth"
     assert len(messages) == (2 if others else 1)
     if others:
-        assert messages[1].startswith("other classes or sizes, so these begin at random: ")
-        told = dict(part.split(": ") for part in messages[1].partition(": ")[2].split("; "))
-        assert set(told) == set(heads)
+        assert messages[1].startswith("these keep their random initial values, because their shapes differ: ")
+        reported = dict(part.split(": ") for part in messages[1].partition(": ")[2].split("; "))
+        assert set(reported) == set(heads)
         name = others[0] + "weight"
-        assert told[name] == f"{list(weights[name].shape)}, here {list(before[name].shape)}"
+        assert reported[name] == f"{list(weights[name].shape)}, here {list(before[name].shape)}"
 
 
-def test_a_detectron2_network_of_other_classes(tmp_path: Path) -> None:
+def test_other_classes_of_equal_number_are_reported(tmp_path: Path) -> None:
+    source = small_model()
+    renamed = source.config.categories
+    renamed = dataclasses.replace(
+        renamed, things=tuple(c._replace(name=f"my {c.name}") for c in renamed.things)
+    )
+    path = save_native(tmp_path / "a.pth", source)
+    messages = initialize(small_model(categories=renamed), path)
+    assert messages[1:] == [
+        f"warning: {path} has other classes, and as many: 1 thing 1, 2 thing 2, 3 thing 3, here 1 my thing 1, 2 my "
+        "thing 2, 3 my thing 3; each class starts from the weights of the class in its place"
+    ]
+
+
+def test_a_detectron2_network_with_other_classes(tmp_path: Path) -> None:
     settings = {"backbone": "resnet50", "backbone_norm": "frozen_bn", "mask_head_convs": 4}
     source = small_model(**settings)
     weights = changed(source)
@@ -204,7 +214,7 @@ def test_a_detectron2_network_of_other_classes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [{}, [1, 2], {0: 1}, {"model": {}}, {"a": torch.ones(3)}])
-def test_a_file_of_which_nothing_fits_is_named(tmp_path: Path, content: Any) -> None:
+def test_a_file_without_matching_tensors_is_reported(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match=re.escape(str(tmp_path / "a.pth"))):
         initialize(small_model(), str(tmp_path / "a.pth"))

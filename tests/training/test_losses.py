@@ -1,4 +1,4 @@
-"""Each loss against the same formula written out in NumPy, float64: Mask R-CNN's, and the semantic branch's."""
+"""Compares each loss of Mask R-CNN and of the semantic branch with its formula in NumPy, in float64."""
 
 from __future__ import annotations
 
@@ -12,17 +12,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from training_samples import make_batch, make_sample, small_model
 
 from panfpn_fast.data.sample import Target
 from panfpn_fast.models import PanopticFPN
 from panfpn_fast.training import losses
 from panfpn_fast.training.matching import random_keys
-from panfpn_fast.training.network import INSTANCE_LOSSES, TrainingNetwork, total
+from panfpn_fast.training.network import INSTANCE_LOSSES, TrainingNetwork, predict_masks, total
+from panfpn_fast.training.targets import (
+    SampledBoxes,
+    mask_targets,
+    propose,
+    sample_boxes,
+    semantic_labels,
+)
+from support.training_samples import make_batch, make_sample, small_model
 
 Array = npt.NDArray[Any]
 THINGS = 3
-# Little padding: where there is nothing else to see, anchors have the very same score, and no order is right.
+# The scenes need little padding. Anchors on padding have exactly equal scores, so their order would be arbitrary.
 SCENES = {
     "instances": [make_sample(60, 91, 1), make_sample(64, 88, 2, things=5)],
     "one image without instances": [make_sample(60, 91, 1), make_sample(57, 96, 2, things=0)],
@@ -33,7 +40,7 @@ SCENES = {
 }
 
 
-# The definitions, one box or pixel at a time where that is fast enough.
+# The definitions of the losses. They process one box or pixel at a time where this is fast enough.
 
 
 def iou(boxes: Array, others: Array) -> Array:
@@ -61,7 +68,7 @@ def moved(boxes: Array, deltas: Array) -> Array:
 
 
 def draw(label: Array, count: int, most_positive: int, seed: int) -> tuple[Array, Array]:
-    """Rows of objects and of background: those with the highest random numbers."""
+    """Samples rows of objects and rows of background: those with the highest random keys."""
     key = random_keys(len(label), seed, torch.device("cpu")).numpy()
     positive, negative = (sorted(np.flatnonzero(label == kind), key=lambda row: -key[row]) for kind in (1, 0))
     positive = positive[:most_positive]
@@ -97,7 +104,10 @@ def rpn_expected(
 def proposals_expected(
     anchors: list[Array], logits: list[Array], deltas: list[Array], size: tuple[int, int]
 ) -> Array:
-    """One image's: the best 2000 of each level, NMS within levels at 0.7, the best 1000 of what is left."""
+    """Computes the proposals of one image.
+
+    It takes the best 2000 boxes of each level, applies NMS at 0.7 within each level, and keeps the best 1000 boxes.
+    """
     kept: list[tuple[float, Array]] = []
     for level_anchors, level_logits, level_deltas in zip(anchors, logits, deltas, strict=True):
         best = np.argsort(-level_logits, kind="stable")[:2000]
@@ -116,7 +126,7 @@ def proposals_expected(
 
 
 def drawn_boxes(proposals: Array, target: Target, seed: int) -> tuple[Array, Array, Array, int]:
-    """Boxes, classes, instances, and how many of them (the first) are objects."""
+    """Returns sampled boxes, their classes and instances, and the number of objects, which come first."""
     truth = target.boxes.double().numpy()
     candidates = np.vstack([proposals, truth])
     label, instance = np.zeros(len(candidates), int), np.zeros(len(candidates), int)
@@ -133,14 +143,17 @@ def drawn_boxes(proposals: Array, target: Target, seed: int) -> tuple[Array, Arr
 
 
 def covered(mask: Array, box: Array, size: int) -> Array:
-    """ROIAlign of a map, aligned, with as many samples as a cell has pixels, rounded up."""
+    """Computes aligned ROIAlign of a map; the samples per bin are the size of a bin in pixels, rounded up."""
     x1, y1, x2, y2 = box - 0.5
     grid_x, grid_y = math.ceil((x2 - x1) / size), math.ceil((y2 - y1) / size)
     xs = x1 + (np.arange(size * grid_x) + 0.5) * (x2 - x1) / (size * grid_x)
     ys = y1 + (np.arange(size * grid_y) + 0.5) * (y2 - y1) / (size * grid_y)
 
     def weights(at: Array, length: int) -> Array:
-        """Of each pixel, a row for each sample; clamped at the borders, 0 from one pixel outside on."""
+        """Returns the weight of each pixel (column) for each sample (row).
+
+        Samples are clamped to the border, and are 0 if they are more than one pixel outside.
+        """
         near = np.maximum(1 - np.abs(np.clip(at, 0, length - 1)[:, None] - np.arange(length)), 0)
         return np.where(((at < -1) | (at > length))[:, None], 0, near)
 
@@ -152,7 +165,7 @@ def covered(mask: Array, box: Array, size: int) -> Array:
 def expected_losses(
     model: PanopticFPN, images: list[Tensor], targets: list[Target], seeds: list[int]
 ) -> dict[str, float]:
-    """All losses of a float64 network: it computes the predictions, everything else is done here."""
+    """Computes all losses of a float64 network from its predictions."""
     batch = model.prepare(images)
     shared = model.features(batch.images)
     features = shared["instance"]
@@ -218,7 +231,7 @@ def model() -> PanopticFPN:
 @pytest.mark.parametrize(
     "settings", [{"fpn_groups": 2}, {"class_agnostic_boxes": True, "class_agnostic_masks": True}]
 )
-def test_other_networks_losses_equal_their_definitions(settings: dict[str, Any]) -> None:
+def test_losses_of_other_networks_equal_their_definitions(settings: dict[str, Any]) -> None:
     other = small_model(**settings).double()
     images, targets, seeds = make_batch(*SCENES["instances"])
     with torch.no_grad():
@@ -235,7 +248,7 @@ def test_every_loss_equals_its_definition(model: PanopticFPN, scene: str) -> Non
     expected = expected_losses(model, images, targets, seeds)
     assert set(found) == set(expected)
     for name, value in expected.items():
-        # The last few bits of float64 sums in another order; instances' boxes are float32, but whole numbers.
+        # The sums are float64 in a different order. Boxes of instances are float32, but have integer coordinates.
         assert float(found[name]) == pytest.approx(value, rel=1e-9, abs=1e-12), name
     if scene == "instances":
         assert min(expected.values()) > 0
@@ -266,13 +279,13 @@ def test_gradients_are_finite_and_reach_every_parameter(scene: str, dtype: torch
     total(found).backward()
     assert all(bool(loss.isfinite()) for loss in found.values())
     for name, parameter in model.named_parameters():
-        # DistributedDataParallel waits for every one of them, in a batch without objects too.
+        # DistributedDataParallel waits for all gradients, even if a batch has no objects.
         assert parameter.grad is not None, name
         assert bool(parameter.grad.isfinite().all()), name
 
 
-def test_half_precision_is_near_float32() -> None:
-    """Where the same anchors and pixels are looked at; proposals are others, being chosen by rounded scores."""
+def test_half_precision_is_close_to_float32() -> None:
+    """Only losses over the same anchors and pixels are compared; rounded scores lead to different proposals."""
     model = small_model()
     images, targets, seeds = make_batch(*SCENES["instances"])
     network = TrainingNetwork(model)
@@ -282,24 +295,25 @@ def test_half_precision_is_near_float32() -> None:
     for name, loss in found.items():
         assert loss.dtype == torch.float32
         if name.startswith(("loss_rpn", "loss_semantic")):
-            # bfloat16 keeps 8 bits: 0.4 % each of a dozen layers, averaged over hundreds of positions.
+            # bfloat16 keeps 8 bits: a dozen layers round by 0.4 % each, averaged over hundreds of positions.
             assert float(loss.detach()) == pytest.approx(float(expected[name].detach()), rel=0.02), name
 
 
 def test_void_pixels_and_padding_do_not_count() -> None:
-    """What the semantic branch says there has no gradient."""
+    """The semantic logits have no gradient there."""
     _, targets, _ = make_batch(make_sample(50, 70, 1))
     logits = torch.rand(1, 5, 16, 24, requires_grad=True)
-    losses.semantic_loss(logits, losses.semantic_labels(targets, 64, 96), 4).backward()
+    losses.semantic_loss(logits, semantic_labels(targets, 64, 96), 4).backward()
     assert logits.grad is not None
-    # Rows from 48 on are void, and 70 columns are the image; a pixel reaches two cells of the quarter map.
+    # Rows from 48 on are void, and the image has 70 columns. A pixel depends on two positions of the quarter-size map
+    # along each axis.
     assert logits.grad[:, :, 13:].count_nonzero() == 0
     assert logits.grad[:, :, :, 19:].count_nonzero() == 0
     assert logits.grad[:, :, :12, :17].count_nonzero() == logits.grad[:, :, :12, :17].numel()
 
 
-def test_proposals_are_2000_of_a_level_and_1000_in_all(model: PanopticFPN) -> None:
-    """Level 0 has 2500 apart from one another; the second level's are worse than 900 of them."""
+def test_proposals_are_limited_to_2000_per_level_and_1000_in_total(model: PanopticFPN) -> None:
+    """The first level has 2500 disjoint boxes; the boxes of the second level score below 900 of them."""
     grid = torch.stack(torch.meshgrid(torch.arange(50.0), torch.arange(50.0), indexing="xy"), -1).reshape(
         -1, 2
     )
@@ -307,22 +321,21 @@ def test_proposals_are_2000_of_a_level_and_1000_in_all(model: PanopticFPN) -> No
     second = first[:200] + 500
     logits = [torch.arange(2500, 0, -1.0).double()[None], torch.linspace(1600.4, 1600.2, 200).double()[None]]
     deltas = [torch.zeros(1, len(boxes), 4).double() for boxes in (first, second)]
-    boxes, valid = losses.propose(model.rpn, [first, second], logits, deltas, [(1000, 1000)])
+    boxes, valid = propose(model.rpn, [first, second], logits, deltas, [(1000, 1000)])
     assert boxes.shape == (1, 1000, 4)
     assert bool(valid.all())
     torch.testing.assert_close(boxes[0], torch.cat((first[:900], second[:100])))
 
-    # With the second level far below, and 600 of the 2000 on top of others: 1400 and 200 are left, 1000 taken.
+    # Now the second level scores far lower, and 600 of the 2000 boxes are copies of others. NMS keeps 1400 and 200
+    # boxes, and the best 1000 remain.
     first[900:1500] = first[:600]
-    boxes, valid = losses.propose(
-        model.rpn, [first, second], [logits[0], logits[1] - 5000], deltas, [(1000, 1000)]
-    )
+    boxes, valid = propose(model.rpn, [first, second], [logits[0], logits[1] - 5000], deltas, [(1000, 1000)])
     torch.testing.assert_close(boxes[0], torch.cat((first[:900], first[1500:1600])))
 
-    # All but 700 of the 2000 best lie on the same place; the other 500 of the level are never looked at.
+    # Now all but 700 of the best 2000 boxes are identical. The other 500 boxes of the level are not candidates.
     first[700:] = first[0]
     first[2000:] = torch.tensor([600.0, 600.0, 620.0, 620.0])
-    boxes, valid = losses.propose(
+    boxes, valid = propose(
         model.rpn,
         [first, second[:0]],
         [logits[0], logits[1][:, :0]],
@@ -333,14 +346,14 @@ def test_proposals_are_2000_of_a_level_and_1000_in_all(model: PanopticFPN) -> No
     torch.testing.assert_close(boxes[0][valid[0]], first[:700])
 
 
-def test_proposals_leave_out_what_is_empty_or_not_finite(model: PanopticFPN) -> None:
+def test_proposals_exclude_empty_and_non_finite_boxes(model: PanopticFPN) -> None:
     anchors = torch.tensor(
         [[0.0, 0, 8, 8], [60.0, 0, 68, 8], [20.0, 0, 28, 8], [30.0, 0, 38, 8], [40.0, 0, 48, 8]]
     )
     logits = torch.tensor([[1.0, 5.0, 4.0, float("nan"), 2.0]])
     deltas = torch.zeros(1, 5, 4)
     deltas[0, 2, 0] = float("inf")
-    boxes, valid = losses.propose(small_model().rpn, [anchors], [logits], [deltas], [(50, 50)])
+    boxes, valid = propose(small_model().rpn, [anchors], [logits], [deltas], [(50, 50)])
     assert valid[0].nonzero()[:, 0].tolist() == [0, 1]
     assert boxes[0][valid[0]].tolist() == [anchors[4].tolist(), anchors[0].tolist()]
 
@@ -348,7 +361,7 @@ def test_proposals_leave_out_what_is_empty_or_not_finite(model: PanopticFPN) -> 
 def test_ground_truth_is_among_the_candidates() -> None:
     target = make_batch(make_sample(50, 70, 1))[1][0]
     nothing, valid = torch.zeros(7, 4), torch.zeros(7, dtype=torch.bool)
-    found = losses.sample_boxes(nothing, valid, target, THINGS, seed=0)
+    found = sample_boxes(nothing, valid, target, THINGS, seed=0)
     count = len(target.boxes)
     order = found.instance.argsort()
     assert torch.equal(found.boxes[order], target.boxes)
@@ -356,8 +369,8 @@ def test_ground_truth_is_among_the_candidates() -> None:
     assert found.positives == count == 3
 
 
-def test_slots_that_were_left_over_change_nothing(model: PanopticFPN) -> None:
-    """On a GPU there always are 512 slots, of which 128 go through the mask head; here they are added by hand."""
+def test_unused_slots_change_nothing(model: PanopticFPN) -> None:
+    """On a GPU there are always 512 slots, and 128 enter the mask head; this test adds unused slots on the CPU."""
     images, targets, seeds = make_batch(*SCENES["one image without instances"])
     features = model.features(model.prepare(images).images)["instance"]
     random = torch.Generator().manual_seed(5)
@@ -365,12 +378,12 @@ def test_slots_that_were_left_over_change_nothing(model: PanopticFPN) -> None:
     for target, seed in zip(targets, seeds, strict=True):
         proposals = torch.rand(40, 2, generator=random).double() * 30
         proposals = torch.cat((proposals, proposals + 4 + 20 * torch.rand(40, 2, generator=random)), dim=1)
-        one = losses.sample_boxes(proposals, torch.ones(40, dtype=torch.bool), target, THINGS, seed)
+        one = sample_boxes(proposals, torch.ones(40, dtype=torch.bool), target, THINGS, seed)
         sampled.append(one)
         extra = 9
-        # The slots after the objects belong to background in the mask head, as on a GPU.
+        # The mask head also gets slots after the objects, which are background, as on a GPU.
         padded.append(
-            losses.Sampled(
+            SampledBoxes(
                 torch.cat((one.boxes, torch.zeros(extra, 4).double())),
                 torch.cat((one.classes, torch.full((extra,), -1))),
                 torch.cat((one.instance, torch.zeros(extra, dtype=torch.int64))),
@@ -379,10 +392,10 @@ def test_slots_that_were_left_over_change_nothing(model: PanopticFPN) -> None:
             )
         )
 
-    def of(images: list[losses.Sampled]) -> dict[str, Tensor]:
+    def of(images: list[SampledBoxes]) -> dict[str, Tensor]:
         logits, deltas = model.box_head(features, [image.boxes for image in images])
         found = losses.box_losses(logits, deltas, images, THINGS, model.box_head.weights)
-        return found | {"loss_mask": losses.mask_loss(losses.predict_masks(model, features, targets, images))}
+        return found | {"loss_mask": losses.mask_loss(predict_masks(model, features, targets, images))}
 
     parameters = [*model.box_head.parameters(), *model.mask_head.parameters()]
     results = []
@@ -397,7 +410,7 @@ def test_slots_that_were_left_over_change_nothing(model: PanopticFPN) -> None:
         torch.testing.assert_close(other, gradient)
 
 
-def test_mask_targets_are_cells_covered_by_half() -> None:
+def test_mask_targets_are_bins_that_are_at_least_half_covered() -> None:
     instances = torch.zeros(8, 8, dtype=torch.int32)
     instances[2:6, 2:6] = 1
     instances[:, 7] = 2
@@ -408,12 +421,12 @@ def test_mask_targets_are_cells_covered_by_half() -> None:
         instances.to(torch.uint8),
     )
     boxes = torch.tensor([[2.0, 2, 6, 6], [0.0, 0, 8, 8], [4.0, 0, 8, 8]])
-    found = losses.mask_targets(target, boxes, torch.tensor([0, 0, 1]), 2)
+    found = mask_targets(target, boxes, torch.tensor([0, 0, 1]), 2)
     assert found.tolist() == [[[1, 1], [1, 1]], [[0, 0], [0, 0]], [[0, 1], [0, 1]]]
     random = np.random.default_rng(0)
     boxes = torch.from_numpy(np.sort(random.uniform(0, 8, (20, 2, 2)), axis=1).reshape(20, 4)).float()
     for number in (0, 1):
-        found = losses.mask_targets(target, boxes, torch.full((20,), number), 4)
+        found = mask_targets(target, boxes, torch.full((20,), number), 4)
         for box, one in zip(boxes, found, strict=True):
             share = covered((instances == number + 1).numpy().astype(float), box.double().numpy(), 4)
             assert ((share >= 0.5) == one.numpy().astype(bool))[np.abs(share - 0.5) > 1e-5].all()

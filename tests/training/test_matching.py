@@ -1,4 +1,4 @@
-"""Matching and sampling: rules, known answers, and that the choice depends on the seed alone."""
+"""Matching and sampling: rules, known answers, and samples that depend only on the seed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from panfpn_fast.training.matching import match, pairwise_iou, random_keys, samp
 CPU = torch.device("cpu")
 
 
-def test_iou_equals_counting_pixels() -> None:
+def test_iou_equals_pixel_counts() -> None:
     random = torch.Generator().manual_seed(0)
     corners = torch.randint(0, 12, (20, 2, 2), generator=random).sort(dim=1).values
     boxes = corners.flatten(1).float()
@@ -34,7 +34,7 @@ def test_match_labels() -> None:
     instances = torch.tensor([[0.0, 0, 10, 10], [20.0, 20, 30, 30]])
     boxes = torch.tensor(
         [[0.0, 0, 10, 10], [0.0, 0, 10, 5], [0.0, 0, 10, 2], [50.0, 50, 60, 60], [20.0, 20, 30, 21]]
-    )  # overlaps 1, 0.5, 0.2, none, and 0.1 with the second instance
+    )  # IoU with the first instance 1, 0.5, 0.2 and 0; the last has 0.1 with the second instance
     plain = match(boxes, instances, 0.3, 0.7, keep_best=False)
     assert plain.label.tolist() == [1, -1, 0, 0, 0]
     assert plain.instance[[0, 4]].tolist() == [0, 1]
@@ -44,18 +44,18 @@ def test_match_labels() -> None:
     assert exactly.label.tolist() == [1, 1, 0, 0, 0]
 
 
-def test_an_instance_without_any_overlap_makes_no_object() -> None:
+def test_an_instance_without_overlap_gives_no_object() -> None:
     found = match(torch.tensor([[0.0, 0, 1, 1]]), torch.tensor([[5.0, 5, 6, 6]]), 0.3, 0.7, keep_best=True)
     assert found.label.tolist() == [0]
 
 
-def test_no_instances_make_everything_background() -> None:
+def test_without_instances_everything_is_background() -> None:
     found = match(torch.rand(4, 4), torch.zeros(0, 4), 0.3, 0.7, keep_best=True)
     assert found.label.tolist() == [0, 0, 0, 0]
     assert found.instance.tolist() == [0, 0, 0, 0]
 
 
-def test_keys_are_uniform_and_depend_on_the_seed_alone() -> None:
+def test_keys_are_uniform_and_depend_only_on_the_seed() -> None:
     keys = random_keys(100_000, 3, CPU)
     assert torch.equal(keys, random_keys(100_000, 3, CPU))
     assert torch.equal(keys[:10], random_keys(10, 3, CPU))
@@ -66,7 +66,7 @@ def test_keys_are_uniform_and_depend_on_the_seed_alone() -> None:
         assert correlation.abs() < 0.02
 
 
-def test_sample_takes_objects_first_and_fills_up_with_background() -> None:
+def test_sample_takes_objects_first_and_then_background() -> None:
     label = torch.tensor([1] * 5 + [0] * 10 + [-1] * 5)
     chosen = sample(label, 8, 2, seed=1)
     assert chosen.label.tolist() == [1, 1, 0, 0, 0, 0, 0, 0]

@@ -1,19 +1,19 @@
-"""The network with its losses: which branches learn, and what their gradients reach."""
+"""The network with its losses: which branches are trained, and which parameters get gradients."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from training_samples import make_batch, make_sample, small_model
 
 from panfpn_fast.training.network import INSTANCE_LOSSES, SEMANTIC_LOSSES, TrainingNetwork, total
+from support.training_samples import make_batch, make_sample, small_model
 
 SCENES = [make_sample(50, 70, 1), make_sample(64, 64, 2)]
 LOSSES = {"instance": INSTANCE_LOSSES, "semantic": SEMANTIC_LOSSES}
 
 
 @pytest.mark.parametrize("task", LOSSES)
-def test_one_branch_learns_as_it_does_beside_the_other(task: str) -> None:
+def test_one_branch_has_the_same_losses_alone_and_in_a_shared_network(task: str) -> None:
     joint = small_model()
     alone = small_model(tasks=(task,))
     state = joint.state_dict()
@@ -31,18 +31,18 @@ def test_one_branch_learns_as_it_does_beside_the_other(task: str) -> None:
     total(turn).backward()
     parameters = dict(joint.named_parameters())
     for name, parameter in alone.named_parameters():
-        # DistributedDataParallel waits for every one of them.
+        # DistributedDataParallel waits for all gradients.
         assert parameter.grad is not None, name
         torch.testing.assert_close(parameter.grad, parameters[name].grad)
 
 
-def test_a_branch_that_the_network_lacks_is_named() -> None:
+def test_a_branch_that_the_network_does_not_have_is_rejected() -> None:
     network = TrainingNetwork(small_model(tasks=("semantic",)))
     with pytest.raises(ValueError, match=r"branches: expected some of the network's, \('semantic',\)"):
         network(*make_batch(*SCENES), branches=("instance",))
 
 
-def test_losses_depend_on_the_seed_alone() -> None:
+def test_losses_depend_only_on_the_seed() -> None:
     network = TrainingNetwork(small_model())
     images, targets, seeds = make_batch(*SCENES)
     first = network(images, targets, seeds)

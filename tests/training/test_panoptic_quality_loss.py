@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from training_samples import make_batch, make_sample, small_model
 
 from panfpn_fast.training.network import TrainingNetwork, total
 from panfpn_fast.training.panoptic_quality_loss import panoptic_quality_loss, stuff_quality, thing_quality
+from support.training_samples import make_batch, make_sample, small_model
 
-LABELS = torch.tensor([[[1, 1, 2, 0], [1, 255, 2, 0]], [[3, 3, 3, 3], [3, 3, 0, 255]]], dtype=torch.uint8)
+LABELS = torch.tensor([[[1, 1, 2, 0], [1, -1, 2, 0]], [[3, 3, 3, 3], [3, 3, 0, -1]]], dtype=torch.int16)
 TRUTH = torch.tensor([[[1, 1], [0, 0]], [[0, 1], [0, 1]], [[1, 1], [1, 1]], [[0, 0], [0, 0]]])
 COUNTED = torch.tensor([True, True, True, True])
 INSTANCE = torch.tensor([0, 0, 2, 1])
@@ -20,7 +20,7 @@ CLASSES = torch.tensor([1, 0, 1])
 
 
 def right(sharpness: float) -> tuple[Tensor, Tensor]:
-    """Logits that are for the truth, and the more so the greater the number; below 0 they are against it."""
+    """Returns logits that favour the ground truth if `sharpness` is positive and oppose it if it is negative."""
     stuff = (LABELS[:, None] == torch.arange(4)[:, None, None]).double() * sharpness
     return stuff, (TRUTH * 2 - 1).double() * sharpness
 
@@ -49,18 +49,18 @@ def test_known_answers() -> None:
     def quality(iou: float) -> float:
         return iou * (1 + math.exp(-5)) / (1 + math.exp(-(iou - 0.5) / 0.1))
 
-    # A quarter of each of 7 pixels; 3, 2 and 6 of them belong to the class.
+    # In each image, 7 pixels are not void and have probability 1/4. The classes cover 3, 2 and 6 of them.
     expected = [quality(area / 4 / (7 / 4 + area - area / 4)) for area in (3, 2, 6)]
     torch.testing.assert_close(found.quality, torch.tensor(expected).double())
 
     things = torch.zeros(4, 2, 2).double()
     found = thing_quality(things, TRUTH, COUNTED, INSTANCE, CLASSES, 3)
-    # The box without a part of its instance does not count, so instance 1 and class 0 do not occur.
+    # A box that contains no part of its instance does not count, so instance 1 and class 0 do not occur.
     assert found.segments.tolist() == [0, 2, 0]
     torch.testing.assert_close(found.quality, torch.tensor([0, quality(1 / 3) + quality(2 / 4), 0]).double())
     both = panoptic_quality_loss([stuff_quality(torch.zeros(2, 4, 2, 4).double(), LABELS), found])
     mean = (sum(expected) + (quality(1 / 3) + quality(1 / 2)) / 2) / 4
-    assert float(both) == pytest.approx(-math.log(mean), abs=1e-4)  # kept from infinity by 1e-6
+    assert float(both) == pytest.approx(-math.log(mean), abs=1e-4)  # the loss adds 1e-6 to stay finite
 
 
 def test_gradients() -> None:
@@ -70,10 +70,10 @@ def test_gradients() -> None:
     assert torch.autograd.gradcheck(loss_of, (stuff, things))
     gradients = torch.autograd.grad(loss_of(stuff, things), (stuff, things))
     assert not bool(gradients[0][0, :, 1, 1].any()), "void"
-    assert not bool(gradients[1][3].any()), "a box without a part of its instance"
+    assert not bool(gradients[1][3].any()), "a box that contains no part of its instance"
 
 
-def test_slots_that_were_left_over_change_nothing() -> None:
+def test_unused_slots_change_nothing() -> None:
     stuff, things = right(1)
     other = things.clone()
     other[2] = 50
@@ -88,7 +88,7 @@ def test_an_empty_batch_costs_nothing() -> None:
     none = torch.zeros(0, dtype=torch.int64)
     loss = panoptic_quality_loss(
         [
-            stuff_quality(stuff, torch.full((1, 2, 4), 255, dtype=torch.uint8)),
+            stuff_quality(stuff, torch.full((1, 2, 4), -1, dtype=torch.int16)),
             thing_quality(things, things.detach(), none.bool(), none, none, 3),
         ]
     )
@@ -98,7 +98,7 @@ def test_an_empty_batch_costs_nothing() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_is_off_unless_it_has_a_weight(dtype: torch.dtype) -> None:
+def test_the_loss_is_off_unless_it_has_a_weight(dtype: torch.dtype) -> None:
     model = small_model()
     batch = make_batch(make_sample(50, 70, 1), make_sample(64, 64, 2, things=0))
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
@@ -123,7 +123,7 @@ def test_one_branch_has_its_own_quality(task: str) -> None:
     assert 0 < float(found["loss_panoptic"].detach()) < 14
 
 
-def test_training_lowers_it() -> None:
+def test_training_reduces_the_loss() -> None:
     torch.manual_seed(0)
     stuff, things = torch.randn(2, 4, 2, 4), torch.randn(4, 2, 2)
     parameters = [stuff.requires_grad_(), things.requires_grad_()]

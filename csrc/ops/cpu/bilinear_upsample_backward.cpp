@@ -2,10 +2,10 @@
 #include "ops/cpu/upsample_gather.h"
 #include "ops/group_norm.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 namespace {
 
-// Writes V registers of a row's pixels.
+// Stores V vectors of channels for each pixel of a row.
 template <typename T, typename A, int V>
 struct StoreSink {
   T* row;
@@ -102,8 +102,8 @@ Tensor bilinear_upsample_backward(const Tensor& grad, int64_t scale_factor) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(panfpn_fast, CPU, m) {
+PANFPN_LIBRARY_IMPL(m) {
   m.impl("bilinear_upsample_backward", TORCH_BOX(&bilinear_upsample_backward));
 }
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

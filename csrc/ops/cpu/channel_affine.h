@@ -6,15 +6,9 @@
 #include "ops/cpu/lanes.h"
 #include "ops/group_norm.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 
-// Channels are padded to whole registers, so that each load of their constants is a full one.
-template <typename A>
-constexpr int64_t padded_channels(int64_t channels) {
-  return (channels + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
-}
-
-// The values of a tensor of any floating dtype.
+// Reads the values of a tensor of any floating dtype.
 template <typename A>
 std::vector<A> read_values(const Tensor& tensor, const char* op) {
   const Tensor dense = torch::stable::contiguous(tensor);
@@ -27,7 +21,7 @@ std::vector<A> read_values(const Tensor& tensor, const char* op) {
   return values;
 }
 
-// scale * x + shift is the normalised x, [N, padded] each; zero in the padding.
+// The normalised value of x is scale * x + shift. Both are [N, padded channels], zero in the padding.
 template <typename A>
 struct ChannelAffine {
   int64_t padded;
@@ -51,7 +45,7 @@ struct ChannelAffine {
   }
 };
 
-// max(scale * x + shift, 0), where NaN stays NaN.
+// max(scale * x + shift, 0); NaN stays NaN.
 template <typename A>
 PANFPN_ALWAYS_INLINE void normalise_relu(const Lanes<A>& x, const Lanes<A>& scale, const Lanes<A>& shift,
                                          Lanes<A>& to) {
@@ -59,7 +53,7 @@ PANFPN_ALWAYS_INLINE void normalise_relu(const Lanes<A>& x, const Lanes<A>& scal
   to = value <= A(0) ? Lanes<A>{} : value;
 }
 
-// Activations of `count` pixels with their channels side by side -> [count, padded channels].
+// Activations of `count` channels-last pixels -> [count, padded channels].
 template <typename T, typename A>
 PANFPN_VECTOR_CLONES void activate_pixels(const T* pixels, int64_t count, int64_t channels, const A* scale,
                                           const A* shift, A* to) {
@@ -85,4 +79,4 @@ PANFPN_VECTOR_CLONES void activate_pixels(const T* pixels, int64_t count, int64_
   }
 }
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

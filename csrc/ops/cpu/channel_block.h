@@ -1,16 +1,17 @@
-// Moves between feature maps and blocks: as many channels as a register has lanes, [pixels, kLanes] in the
-// type of the sums, so that each pixel of a block is one register whatever the layout and dtype of the map.
+// Copies between feature maps and blocks. A block is [pixels, kLanes]: as many channels as a vector has
+// lanes, in the type of the sums. So each pixel of a block is one vector, whatever the layout and dtype of
+// the map.
 #pragma once
 
 #include <algorithm>
 
 #include "ops/cpu/lanes.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 
 using Quad = float __attribute__((vector_size(16)));
 
-// Transposes 4 x 4 numbers whose rows lie `from_stride` and `to_stride` apart.
+// Transposes 4 x 4 numbers; the rows are `from_stride` and `to_stride` apart.
 PANFPN_ALWAYS_INLINE void transpose_quads(const float* from, int64_t from_stride, float* to,
                                           int64_t to_stride) {
   using Index = int32_t __attribute__((vector_size(16)));
@@ -33,7 +34,7 @@ PANFPN_ALWAYS_INLINE void transpose_quads(const float* from, int64_t from_stride
   std::memcpy(to + 3 * to_stride, &fourth, sizeof(fourth));
 }
 
-// Transposes kLanes x kLanes numbers, contiguous but for rows of `to` that lie `to_stride` apart.
+// Transposes kLanes x kLanes numbers. `from` is contiguous; the rows of `to` are `to_stride` apart.
 PANFPN_ALWAYS_INLINE void transpose_block(const float* from, float* to, int64_t to_stride = 16) {
   for (int row = 0; row < 16; row += 4) {
     for (int column = 0; column < 16; column += 4) {
@@ -47,7 +48,7 @@ PANFPN_ALWAYS_INLINE void transpose_block(const double* from, double* to, int64_
   }
 }
 
-// `channels` planes of `count` contiguous pixels each -> block [count, kLanes]; missing channels become zero.
+// `channels` planes of `count` contiguous pixels each -> block [count, kLanes]; missing channels are zero.
 template <typename T, typename A>
 PANFPN_VECTOR_CLONES void planes_to_block(const T* planes, int64_t plane_stride, int64_t channels,
                                           int64_t count, A* block) {
@@ -75,7 +76,7 @@ PANFPN_VECTOR_CLONES void planes_to_block(const T* planes, int64_t plane_stride,
   }
 }
 
-// The way back: block [count, kLanes] -> `channels` planes.
+// The inverse: block [count, kLanes] -> `channels` planes.
 template <typename T, typename A>
 PANFPN_VECTOR_CLONES void block_to_planes(const A* block, int64_t count, T* planes, int64_t plane_stride,
                                           int64_t channels) {
@@ -103,7 +104,7 @@ PANFPN_VECTOR_CLONES void block_to_planes(const A* block, int64_t count, T* plan
   }
 }
 
-// `channels` adjacent channels of `count` pixels that lie `pixel_stride` apart -> block [count, kLanes].
+// `channels` adjacent channels of `count` pixels that are `pixel_stride` apart -> block [count, kLanes].
 template <typename T, typename A>
 PANFPN_VECTOR_CLONES void pixels_to_block(const T* pixels, int64_t pixel_stride, int64_t channels,
                                           int64_t count, A* block) {
@@ -119,7 +120,7 @@ PANFPN_VECTOR_CLONES void pixels_to_block(const T* pixels, int64_t pixel_stride,
   }
 }
 
-// The way back: block [count, kLanes] -> `channels` adjacent channels of pixels.
+// The inverse: block [count, kLanes] -> `channels` adjacent channels of pixels.
 template <typename T, typename A>
 PANFPN_VECTOR_CLONES void block_to_pixels(const A* block, int64_t count, T* pixels, int64_t pixel_stride,
                                           int64_t channels) {
@@ -135,4 +136,4 @@ PANFPN_VECTOR_CLONES void block_to_pixels(const A* block, int64_t count, T* pixe
   }
 }
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

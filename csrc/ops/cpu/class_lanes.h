@@ -1,6 +1,6 @@
-// The arg max over classes with the classes in the lanes: rows of the input as [column, class], mixed to a
-// line of the output, and that line's columns mixed for each pixel, with the best class of each lane kept on
-// the way.
+// Arg max over classes, with the classes in the lanes. Rows of the input, as [column, class], are mixed to a
+// line of the output; then the columns of that line are mixed for each pixel, while the best class of each
+// lane is tracked.
 #pragma once
 
 #include <limits>
@@ -8,17 +8,12 @@
 
 #include "ops/cpu/channel_block.h"
 #include "ops/cpu/vector_exp.h"
+#include "ops/range.h"
 #include "ops/upsample_argmax.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 
-// A register's worth of classes of one column.
-template <typename A>
-struct alignas(64) ClassBlock {
-  A lanes[kLanes<A>];
-};
-
-// Numbers of classes, one for each lane.
+// Class indices, one for each lane.
 template <typename A>
 struct ClassIndexOf {
   typedef int32_t type __attribute__((vector_size(64)));
@@ -32,27 +27,27 @@ using ClassIndex = typename ClassIndexOf<A>::type;
 template <typename A>
 using class_index_t = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
 
-// 0, 1, ..
+// 0, 1, 2, ...
 template <typename A>
 PANFPN_ALWAYS_INLINE void count_lanes(ClassIndex<A>& to) {
   constexpr class_index_t<A> kCounted[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   std::memcpy(&to, kCounted, sizeof(to));
 }
 
-// std::min would stay a call.
+// std::min might not be inlined.
 PANFPN_ALWAYS_INLINE int64_t lesser(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
 
-// An image of logits.
+// The logits of one image.
 template <typename T>
 struct LogitMap {
   const T* data;
-  const T* end;  // of the tensor
+  const T* end;  // end of the tensor
   int64_t channels, channel_stride, row_stride, pixel_stride;
 };
 
-// Up to kLanes numbers; what lies behind them in the tensor may come along.
+// Loads up to kLanes numbers. The remaining lanes may hold the numbers that follow in the tensor.
 template <typename T, typename A>
 PANFPN_ALWAYS_INLINE void load_up_to(const T* from, int64_t count, const T* end, Lanes<A>& to) {
   if (end - from >= kLanes<A>) {
@@ -68,16 +63,19 @@ PANFPN_ALWAYS_INLINE void prefetch([[maybe_unused]] const void* address) {
 #endif
 }
 
-// Columns of a row of the input -> [columns, blocks]; whether all of them are finite. Lanes beyond the last
-// class hold what no class is below. May write as many columns more as make the number a multiple of kLanes.
+// Loads columns of an input row into `to` [columns, blocks]; returns whether the magnitudes of all numbers
+// are below half of the largest finite number. Lanes beyond the last class hold minus this half. Writes
+// columns up to the next multiple of kLanes.
 template <typename T, typename A>
 PANFPN_VECTOR_CLONES bool load_classes(const LogitMap<T>& map, int64_t row, int64_t first_column,
-                                       int64_t columns, ClassBlock<A>* to) {
+                                       int64_t columns, Block<A>* to) {
   constexpr int L = kLanes<A>;
-  constexpr A kLowest = std::numeric_limits<A>::lowest();
+  // Rounded weights can add up to more than 1. Then a mix of numbers near the largest one would be infinite,
+  // and NaN in columns without weight; half of the range leaves room.
+  constexpr A kLowest = std::numeric_limits<A>::lowest() / 2;
   const int64_t blocks = (map.channels + L - 1) / L;
   const T* from = map.data + row * map.row_stride + first_column * map.pixel_stride;
-  Lanes<A> zeros{};  // becomes NaN with the first number that is not finite
+  Lanes<A> zeros{};  // becomes NaN with the first number that does not stay finite when doubled
   ClassIndex<A> lane;
   count_lanes<A>(lane);
   if (map.channel_stride == 1) {
@@ -88,7 +86,7 @@ PANFPN_VECTOR_CLONES bool load_classes(const LogitMap<T>& map, int64_t row, int6
         if (b == blocks - 1) {
           lanes = lane < static_cast<class_index_t<A>>(map.channels - b * L) ? lanes : Lanes<A>{} + kLowest;
         }
-        zeros += lanes * A(0);
+        zeros += lanes * A(2) * A(0);
         store_lanes(lanes, to[x * blocks + b].lanes);
       }
     }
@@ -103,10 +101,10 @@ PANFPN_VECTOR_CLONES bool load_classes(const LogitMap<T>& map, int64_t row, int6
           const T* plane = from + (b * L + c) * map.channel_stride + x;
           Lanes<A> lanes;
           load_up_to<T, A>(plane, columns - x, map.end, lanes);
-          // Of the next row: these are more planes side by side than the processor foresees by itself.
+          // The next row. There are more planes than the processor's prefetcher tracks.
           prefetch(plane + map.row_stride);
           lanes = inside ? lanes : Lanes<A>{};
-          zeros += lanes * A(0);
+          zeros += lanes * A(2) * A(0);
           store_lanes(lanes, rows + c * L);
         }
         transpose_block(rows, to[x * blocks + b].lanes, blocks * L);
@@ -119,15 +117,10 @@ PANFPN_VECTOR_CLONES bool load_classes(const LogitMap<T>& map, int64_t row, int6
   return all;
 }
 
-// Columns [begin, end).
-struct ColumnRange {
-  int64_t begin, end;
-};
-
-// Up to three rows of the input -> a line of the output.
+// Mixes up to three rows of the input to a line of the output.
 template <typename A, int kTaps>
-PANFPN_ALWAYS_INLINE void mix_taps(const ClassBlock<A>* const (&rows)[3], const A* weight, int64_t begin,
-                                   int64_t end, ClassBlock<A>* line) {
+PANFPN_ALWAYS_INLINE void mix_taps(const Block<A>* const (&rows)[3], const A* weight, int64_t begin,
+                                   int64_t end, Block<A>* line) {
   for (int64_t i = begin; i < end; ++i) {
     Lanes<A> sum;
     load_lanes(rows[0][i].lanes, sum);
@@ -142,9 +135,8 @@ PANFPN_ALWAYS_INLINE void mix_taps(const ClassBlock<A>* const (&rows)[3], const 
 }
 
 template <typename A>
-PANFPN_VECTOR_CLONES void mix_rows(const ClassBlock<A>* const (&rows)[3], const ComposedTap<A>& tap,
-                                   const ColumnRange* ranges, int64_t count, int64_t blocks,
-                                   ClassBlock<A>* line) {
+PANFPN_VECTOR_CLONES void mix_rows(const Block<A>* const (&rows)[3], const ComposedTap<A>& tap,
+                                   const Range* ranges, int64_t count, int64_t blocks, Block<A>* line) {
   for (int64_t i = 0; i < count; ++i) {
     const int64_t begin = ranges[i].begin * blocks, end = ranges[i].end * blocks;
     if (tap.taps == 1) {
@@ -157,7 +149,7 @@ PANFPN_VECTOR_CLONES void mix_rows(const ClassBlock<A>* const (&rows)[3], const 
   }
 }
 
-// Where a pixel's columns begin, in blocks, how many they are, and their weights.
+// The columns that a pixel reads: offset of the first in blocks, their number, and their weights.
 template <typename A>
 struct PixelTap {
   int32_t offset, taps;
@@ -167,14 +159,14 @@ struct PixelTap {
 // A line of the output before its columns are mixed.
 template <typename A>
 struct ClassLine {
-  const ClassBlock<A>* columns;
+  const Block<A>* columns;
   int64_t blocks, channels;
   const PixelTap<A>* pixels;
 };
 
-// A block of a pixel's classes.
+// Mixes one block of a pixel's classes.
 template <typename A>
-PANFPN_ALWAYS_INLINE void interpolate(const ClassBlock<A>* column, int64_t blocks, const A* weight, int taps,
+PANFPN_ALWAYS_INLINE void interpolate(const Block<A>* column, int64_t blocks, const A* weight, int taps,
                                       Lanes<A>& value) {
   load_lanes(column->lanes, value);
   value *= weight[0];
@@ -204,9 +196,9 @@ struct Sum {
   }
 };
 
-constexpr int kAtOnce = 4;  // pixels whose bests stay in registers
+constexpr int kAtOnce = 4;  // pixels whose best values stay in registers
 
-// Combines the lanes of each of four registers, which are in memory, to one number.
+// Reduces the lanes of each of four vectors in memory to one number.
 template <typename Op, typename E>
 PANFPN_ALWAYS_INLINE void reduce_lanes(const E* registers, E* to) {
   constexpr int kEach = 16 / sizeof(E);
@@ -230,8 +222,8 @@ PANFPN_ALWAYS_INLINE void reduce_lanes(const E* registers, E* to) {
   }
 }
 
-// As many pixels of a line as are labelled together. Their list has room for kAtOnce more, which are valid
-// pixels too.
+// The largest number of pixels of a line that are labelled together. Lists of pixels have room for kAtOnce
+// more entries, which must be valid pixels too.
 constexpr int kBatch = 64;
 
 template <typename A>
@@ -240,12 +232,12 @@ struct alignas(64) LaneBests {
   A value[kBatch + kAtOnce][kLanes<A>];
 };
 
-// The best class of each lane; kTaps is at least what each pixel has.
+// Finds the best class of each lane. kTaps is at least the number of taps of every pixel.
 template <typename A, int kTaps>
 PANFPN_ALWAYS_INLINE void find_bests(const ClassLine<A>& line, const int32_t* pixels, int64_t count,
                                      LaneBests<A>& bests) {
   for (int64_t i = 0; i < count; i += kAtOnce) {
-    const ClassBlock<A>* column[kAtOnce];
+    const Block<A>* column[kAtOnce];
     const A* weight[kAtOnce];
     Lanes<A> best[kAtOnce];
     ClassIndex<A> index[kAtOnce], current;
@@ -277,7 +269,8 @@ PANFPN_ALWAYS_INLINE void find_bests(const ClassLine<A>& line, const int32_t* pi
   }
 }
 
-// Labels of the pixels in a list, and their logits in the order of the list; all numbers are finite.
+// Labels the pixels in a list and writes their largest logits in the order of the list. All numbers must be
+// finite.
 template <typename A, typename Label>
 PANFPN_VECTOR_CLONES void label_pixels(const ClassLine<A>& line, int taps, const int32_t* pixels,
                                        int64_t count, Label* labels, A* largest) {
@@ -291,7 +284,7 @@ PANFPN_VECTOR_CLONES void label_pixels(const ClassLine<A>& line, int taps, const
   }
   for (int64_t i = 0; i < count; i += kAtOnce) {
     reduce_lanes<Larger>(bests.value[i], largest + i);
-    // Of lanes that are equal the one whose class is the first.
+    // Among lanes with equal values, the smallest class wins.
 #pragma GCC unroll 4
     for (int p = 0; p < kAtOnce; ++p) {
       Lanes<A> value;
@@ -303,19 +296,20 @@ PANFPN_VECTOR_CLONES void label_pixels(const ClassLine<A>& line, int taps, const
     }
     class_index_t<A> label[kAtOnce];
     reduce_lanes<Smaller>(bests.index[i], label);
-    // What follows the list are pixels that get their label here as well.
+    // The entries after the end of the list are pixels too, and get the same label as in their own turn.
 #pragma GCC unroll 4
     for (int p = 0; p < kAtOnce; ++p) labels[pixels[i + p]] = static_cast<Label>(label[p]);
   }
 }
 
-// The same where some numbers may not be finite: NaN is the largest, and only what a pixel reads counts.
+// The same for numbers that may not be finite. NaN counts as the largest number, and only the columns that a
+// pixel reads are considered.
 template <typename A, typename Label>
 PANFPN_VECTOR_CLONES void label_any_pixels(const ClassLine<A>& line, const int32_t* pixels, int64_t count,
                                            Label* labels, A* largest) {
   for (int64_t i = 0; i < count; ++i) {
     const PixelTap<A>& tap = line.pixels[pixels[i]];
-    const ClassBlock<A>* column = line.columns + tap.offset;
+    const Block<A>* column = line.columns + tap.offset;
     Lanes<A> best;
     interpolate<A>(column, line.blocks, tap.weight, tap.taps, best);
     ClassIndex<A> current;
@@ -329,7 +323,7 @@ PANFPN_VECTOR_CLONES void label_any_pixels(const ClassLine<A>& line, const int32
       best = better ? value : best;
       index = better ? current : index;
     }
-    // The first lane has no padding, so there is a class to begin with.
+    // The first lane is never padding, so its class is a valid start.
     int64_t label = index[0];
     A most = best[0];
     for (int l = 1; l < kLanes<A>; ++l) {
@@ -346,19 +340,24 @@ PANFPN_VECTOR_CLONES void label_any_pixels(const ClassLine<A>& line, const int32
   }
 }
 
-// Softmax probabilities of the labels, from their logits.
+// Computes the softmax probabilities of the labels from their logits.
 template <typename A>
 PANFPN_VECTOR_CLONES void top_probabilities(const ClassLine<A>& line, const int32_t* pixels, int64_t count,
                                             const A* largest, float* probabilities) {
   alignas(64) A sums[kBatch + kAtOnce][kLanes<A>];
+  ClassIndex<A> lane;
+  count_lanes<A>(lane);
   for (int64_t i = 0; i < count; ++i) {
     const PixelTap<A>& tap = line.pixels[pixels[i]];
-    const ClassBlock<A>* column = line.columns + tap.offset;
+    const Block<A>* column = line.columns + tap.offset;
     Lanes<A> sum{};
     for (int64_t b = 0; b < line.blocks; ++b) {
       Lanes<A> value, power;
       interpolate<A>(column + b, line.blocks, tap.weight, tap.taps, value);
       exp_lanes<A, false>(value - largest[i], power);
+      if (b == line.blocks - 1) {
+        power = lane < static_cast<class_index_t<A>>(line.channels - b * kLanes<A>) ? power : Lanes<A>{};
+      }
       sum += power;
     }
     store_lanes(sum, sums[i]);
@@ -373,4 +372,4 @@ PANFPN_VECTOR_CLONES void top_probabilities(const ClassLine<A>& line, const int3
   }
 }
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

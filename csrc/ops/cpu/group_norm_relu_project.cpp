@@ -1,5 +1,5 @@
-// A tile of pixels is normalised into the first cache and multiplied from there, so that the activations
-// never reach memory.
+// A tile of pixels is normalised into the L1 cache and multiplied from there, so that the activations are
+// never written to memory.
 #include "ops/group_norm_relu_project.h"
 
 #include "ops/cpu/channel_affine.h"
@@ -8,10 +8,10 @@
 #include "ops/cpu/pages.h"
 #include "ops/upsample.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 namespace {
 
-// The matrix [K, C] and its bias, as `multiply` reads them.
+// The matrix [K, C] and its bias in the layout of `multiply`.
 template <typename A>
 struct Predictor {
   PanelLayout layout;
@@ -30,7 +30,8 @@ struct Predictor {
   }
 };
 
-// Activations of `channels` channels of some pixels, which lie `stride` apart, and `to_stride` in `to`.
+// Computes `channels` channels of the activations of some pixels, which are `stride` apart in `from` and
+// `to_stride` apart in `to`.
 template <typename T, typename A>
 PANFPN_VECTOR_CLONES void activate_pixels(const T* from, int64_t stride, int64_t channels, int64_t pixels,
                                           const A* scale, const A* shift, A* to, int64_t to_stride) {
@@ -51,7 +52,7 @@ PANFPN_VECTOR_CLONES void activate_pixels(const T* from, int64_t stride, int64_t
   }
 }
 
-// What is added to one pixel's logits: the weighted mean of `count` pixels of the residual.
+// The sum added to one pixel's logits: up to four pixels of the residual, and their weights.
 template <typename T, typename A>
 struct Addend {
   const T* pixels[4];
@@ -68,7 +69,7 @@ PANFPN_ALWAYS_INLINE void add_lanes(const Addend<T, A>& addend, int64_t offset, 
   }
 }
 
-// product [pixels, padded outputs] + addends -> to [pixels, outputs].
+// product [pixels, padded outputs] + addends -> `to` [pixels, outputs].
 template <typename T, typename A, int Count>
 PANFPN_VECTOR_CLONES void add_and_store(const A* product, int64_t padded, const Addend<T, A>* addends,
                                         int64_t outputs, int64_t pixels, T* to) {
@@ -88,7 +89,7 @@ PANFPN_VECTOR_CLONES void add_and_store(const A* product, int64_t padded, const 
       continue;
     }
     for (int64_t k = 0; k < outputs; k += L) {
-      const int64_t begin = std::min<int64_t>(k, outputs - L);  // the last outputs overlap those before
+      const int64_t begin = std::min<int64_t>(k, outputs - L);  // the last vector overlaps the one before
       load_lanes(row + begin, sum);
       add_lanes<T, A, Count>(addends[p], begin, sum);
       store_lanes(sum, out + begin);
@@ -96,12 +97,12 @@ PANFPN_VECTOR_CLONES void add_and_store(const A* product, int64_t padded, const 
   }
 }
 
-// The residual's pixels that a row of the output adds up.
+// The pixels of the residual that are added to a row of the output.
 template <typename T, typename A>
 struct ResidualRow {
   const T *low, *high;  // rows of the residual
   A high_weight;
-  int64_t width;  // of the residual
+  int64_t width;  // width of the residual
   bool half;
 
   Addend<T, A> at(int64_t x, int64_t outputs) const {
@@ -114,7 +115,7 @@ struct ResidualRow {
   }
 };
 
-// A feature map as it lies in memory, dense in either layout.
+// A feature map in memory, dense in either layout.
 template <typename T>
 struct Map {
   const T* data;
@@ -122,8 +123,8 @@ struct Map {
   bool channels_last;
 };
 
-// Activations [pixels, padded channels] of pixels that follow each other in a row. `block` is scratch of
-// [pixels, kLanes].
+// Activations [pixels, padded channels] of consecutive pixels of a row. `block` is scratch of [pixels,
+// kLanes].
 template <typename T, typename A>
 void activate(const Map<T>& map, const ChannelAffine<A>& affine, int64_t image, int64_t y, int64_t x,
               int64_t pixels, A* block, A* to) {
@@ -156,7 +157,7 @@ void project(const Map<T>& map, const ChannelAffine<accumulate_t<T>>& affine,
     const Scratch<A> activations = make_scratch<A>(kPixelTile * affine.padded);
     const Scratch<A> block = make_scratch<A>(kPixelTile * kLanes<A>),
                      product = make_scratch<A>(kPixelTile * padded);
-    // A tile that is not full is multiplied whole.
+    // The unused rows of a partial tile are multiplied too.
     std::fill(activations.get(), activations.get() + kPixelTile * affine.padded, A(0));
     Addend<T, A> addends[kPixelTile];
     for (int64_t row = begin; row < end; ++row) {
@@ -218,8 +219,8 @@ Tensor group_norm_relu_project(const Tensor& input, const Tensor& mean, const Te
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(panfpn_fast, CPU, m) {
+PANFPN_LIBRARY_IMPL(m) {
   m.impl("group_norm_relu_project", TORCH_BOX(&group_norm_relu_project));
 }
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

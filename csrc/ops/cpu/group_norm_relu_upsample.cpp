@@ -1,12 +1,13 @@
-// Each low-resolution row is normalised once, into scratch, and the outputs are mixed from there: with
-// registers across channels for a channels-last map, and along the row for an NCHW map.
+// Each low-resolution row is normalised once, into scratch, and the outputs are mixed from there. Vectors run
+// across the channels of a channels-last map, and along the rows of an NCHW map.
 #include <optional>
 
 #include "ops/cpu/channel_affine.h"
+#include "ops/cpu/map_size.h"
 #include "ops/cpu/pages.h"
-#include "ops/cpu/upsample_cells.h"
+#include "ops/upsample.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 namespace {
 
 // to = low_weight * low + high_weight * high
@@ -16,7 +17,7 @@ PANFPN_ALWAYS_INLINE void mix(const Lanes<A>& low, const Lanes<A>& high, A low_w
   to = low * low_weight + high * high_weight;
 }
 
-// Adds the residual, if there is one, and stores `count` lanes, which are all where they are a `Whole`.
+// Adds the residual, if there is one, and stores `count` lanes. `Whole` promises that these are all lanes.
 template <typename T, typename A, bool Whole>
 PANFPN_ALWAYS_INLINE void add_and_store(Lanes<A>& value, const T* residual, int64_t at, int64_t count,
                                         T* out) {
@@ -36,7 +37,7 @@ PANFPN_ALWAYS_INLINE void add_and_store(Lanes<A>& value, const T* residual, int6
   }
 }
 
-// The four activations that a cell reads, above and below, low and high, for one register of channels.
+// The four activations that a cell reads, for one vector of channels.
 template <typename A>
 struct Corners {
   const A *above_low, *above_high, *below_low, *below_high;
@@ -55,7 +56,7 @@ struct Corners {
   }
 };
 
-// Where the outputs of a row of cells go, and what is added to them or null.
+// Where a row of cells writes its outputs; `residual` is added to them, or is null.
 template <typename T>
 struct Target {
   const T* residual;
@@ -63,7 +64,7 @@ struct Target {
   int64_t row_stride, pixel_stride;
 };
 
-// One cell of any size, all channels.
+// Upsamples a cell of any size, all channels.
 template <typename T, typename A>
 PANFPN_ALWAYS_INLINE void upsample_cell(const Corners<A>& corners, int64_t rows, int64_t columns,
                                         const A* const (&y)[2], const A* const (&x)[2], int64_t channels,
@@ -88,7 +89,7 @@ PANFPN_ALWAYS_INLINE void upsample_cell(const Corners<A>& corners, int64_t rows,
   }
 }
 
-// The same for cells of 2 x 2, whose weights are 3/4 and 1/4: that of the nearer input comes first.
+// The same for cells of 2 x 2, whose weights are 3/4 for the nearer and 1/4 for the other input.
 template <typename T, typename A, bool Residual>
 PANFPN_ALWAYS_INLINE void upsample_cell_of_two(const Corners<A>& corners, int64_t channels, int64_t at,
                                                const Target<T>& target) {
@@ -114,8 +115,8 @@ PANFPN_ALWAYS_INLINE void upsample_cell_of_two(const Corners<A>& corners, int64_
   }
 }
 
-// A row of cells, `rows` outputs high with the weights `y`: outputs [rows, width * factor, channels] from the
-// low rows `above` and `below`, [width, padded channels].
+// Upsamples a row of cells with `rows` rows of outputs, whose weights are `y`: from the low-resolution rows
+// `above` and `below`, [width, padded channels], to outputs [rows, width * factor, channels].
 template <typename T, typename A>
 PANFPN_VECTOR_CLONES void upsample_pixels(const A* above, const A* below, int64_t rows,
                                           const A* const (&y)[2], const CellWeights<A>& weights,
@@ -127,7 +128,7 @@ PANFPN_VECTOR_CLONES void upsample_pixels(const A* above, const A* below, int64_
   for (int64_t j = 0; j <= width; ++j) {
     const Cell cell = cell_at(j, width, factor);
     const Corners<A> corners(above, below, cell, padded);
-    const int64_t at = cell.begin * channels;
+    const int64_t at = cell.outputs.begin * channels;
     if (two && 0 < j && j < width) {
       if (residual == nullptr) {
         upsample_cell_of_two<T, A, false>(corners, channels, at, target);
@@ -136,12 +137,12 @@ PANFPN_VECTOR_CLONES void upsample_pixels(const A* above, const A* below, int64_
       }
     } else {
       const A* const x[2] = {weights.low(j, width), weights.high(j, width)};
-      upsample_cell<T, A>(corners, rows, cell.end - cell.begin, y, x, channels, at, target);
+      upsample_cell<T, A>(corners, rows, cell.outputs.size(), y, x, channels, at, target);
     }
   }
 }
 
-// Without upsampling: pixels with their channels side by side, each written where it is read.
+// A factor of 1: normalises channels-last pixels, each in one read and one write.
 template <typename T, typename A>
 PANFPN_VECTOR_CLONES void normalise_pixels(const T* pixels, int64_t count, int64_t channels, const A* scale,
                                            const A* shift, const T* residual, T* out) {
@@ -166,8 +167,9 @@ PANFPN_VECTOR_CLONES void normalise_pixels(const T* pixels, int64_t count, int64
   }
 }
 
-// Calls activate(unit, y, row) for each low row and then emit(unit, i, above, below, more) for each row of
-// cells, with the halves of the scratch that hold its low rows. A unit is an image or a plane.
+// Calls activate(unit, y, row) for each low-resolution row, and emit(unit, i, above, below, more) for each
+// row of cells, with the two halves of the scratch that hold its low-resolution rows. A unit is an image or a
+// plane.
 template <typename A, typename Activate, typename Emit>
 void for_rows_of_cells(int64_t units, const MapSize& size, int64_t row_size, int64_t more,
                        const Activate& activate, const Emit& emit) {
@@ -175,7 +177,7 @@ void for_rows_of_cells(int64_t units, const MapSize& size, int64_t row_size, int
   const int64_t grain = grain_of(size.factor * size.factor * row_size);
   torch::stable::parallel_for(0, units * cells, grain, [&](int64_t begin, int64_t end) {
     std::vector<A> scratch(2 * row_size + more);  // row y is in half y % 2
-    int64_t last = -1;                            // the last row that was made, counted through all units
+    int64_t last = -1;                            // the last row that was activated, counted over all units
     for (int64_t i = begin; i < end; ++i) {
       const int64_t unit = i / cells;
       const Cell rows = cell_at(i % cells, size.height, size.factor);
@@ -206,13 +208,13 @@ void upsample_channels_last(const T* input, const ChannelAffine<accumulate_t<T>>
       [&](int64_t n, int64_t i, const A* above, const A* below, A*) {
         const Cell rows = cell_at(i, size.height, size.factor);
         const A* const y[2] = {weights.low(i, size.height), weights.high(i, size.height)};
-        const int64_t at = (n * size.height * size.factor + rows.begin) * large_row;
-        upsample_pixels<T, A>(above, below, rows.end - rows.begin, y, weights, size.width, size.factor,
+        const int64_t at = (n * size.height * size.factor + rows.outputs.begin) * large_row;
+        upsample_pixels<T, A>(above, below, rows.outputs.size(), y, weights, size.width, size.factor,
                               size.channels, residual == nullptr ? nullptr : residual + at, out + at);
       });
 }
 
-// A plane is cut into pixels of as many "channels" as a register has lanes, all with the same constants.
+// A plane is treated as pixels with as many "channels" as a vector has lanes, all with the same constants.
 template <typename A>
 struct PlaneAffine {
   A scale[kLanes<A>], shift[kLanes<A>];
@@ -223,7 +225,7 @@ struct PlaneAffine {
   }
 };
 
-// A register of each half: even and odd outputs -> the outputs in order.
+// Merges even and odd outputs into consecutive ones, a first and a second half.
 PANFPN_ALWAYS_INLINE void interleave(const Lanes<float>& even, const Lanes<float>& odd, Lanes<float>& first,
                                      Lanes<float>& second) {
   using Index = int32_t __attribute__((vector_size(64)));
@@ -247,8 +249,9 @@ PANFPN_ALWAYS_INLINE void add_and_store_up_to(Lanes<A>& value, const T* residual
   }
 }
 
-// One output row from the low rows `above` and `below` of a plane, in which pixel x is at x + 1 and those at
-// the ends are repeated. `scratch` holds the factor + 1 rows that are made on the way, each of `stride`.
+// Writes one output row from the low-resolution rows `above` and `below` of a plane. In these, pixel x is at
+// x + 1, and the first and the last pixel are repeated. `scratch` holds factor + 1 intermediate rows, each of
+// `stride` values.
 template <typename T, typename A>
 PANFPN_VECTOR_CLONES void upsample_row(const A* above, const A* below, A above_weight, A below_weight,
                                        const CellWeights<A>& weights, int64_t width, int64_t factor,
@@ -276,7 +279,7 @@ PANFPN_VECTOR_CLONES void upsample_row(const A* above, const A* below, A above_w
     }
     return;
   }
-  // Output factor * x + q, for each q, is in the cell before x or in the one after it.
+  // For each phase q, output factor * x + q is in the cell before or after input x.
   for (int64_t q = 0; q < factor; ++q) {
     const int64_t after = q < factor / 2 ? 0 : 1, k = after ? q - factor / 2 : q + factor - factor / 2;
     const A low_weight = weights.low(1, 2)[k], high_weight = weights.high(1, 2)[k];
@@ -303,7 +306,7 @@ void upsample_planes(const T* input, const ChannelAffine<accumulate_t<T>>& affin
   using A = accumulate_t<T>;
   constexpr int64_t L = kLanes<A>;
   const CellWeights<A> weights(size.factor);
-  const int64_t width = size.width, stride = width + 2 + L;  // loads may reach one register beyond the row
+  const int64_t width = size.width, stride = width + 2 + L;  // a load may read one vector beyond the row
   const int64_t whole = width / L, rest = width % L, scratch_rows = size.factor == 2 ? 1 : size.factor + 1;
   for_rows_of_cells<A>(
       size.batch * size.channels, size, stride, scratch_rows * stride,
@@ -321,8 +324,9 @@ void upsample_planes(const T* input, const ChannelAffine<accumulate_t<T>>& affin
       [&](int64_t plane, int64_t i, const A* above, const A* below, A* scratch) {
         const Cell rows = cell_at(i, size.height, size.factor);
         const A *above_weight = weights.low(i, size.height), *below_weight = weights.high(i, size.height);
-        for (int64_t k = 0; k < rows.end - rows.begin; ++k) {
-          const int64_t at = (plane * size.height * size.factor + rows.begin + k) * size.large_width();
+        for (int64_t k = 0; k < rows.outputs.size(); ++k) {
+          const int64_t at =
+              (plane * size.height * size.factor + rows.outputs.begin + k) * size.large_width();
           upsample_row<T, A>(above, below, above_weight[k], below_weight[k], weights, width, size.factor,
                              stride, scratch, residual == nullptr ? nullptr : residual + at, out + at);
         }
@@ -399,8 +403,8 @@ Tensor group_norm_relu_upsample(const Tensor& input, const Tensor& mean, const T
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(panfpn_fast, CPU, m) {
+PANFPN_LIBRARY_IMPL(m) {
   m.impl("group_norm_relu_upsample", TORCH_BOX(&group_norm_relu_upsample));
 }
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

@@ -1,20 +1,21 @@
-// Two passes. The first gathers the gradient of each normalised value, lets it through where the ReLU did,
-// keeps it, and sums it up for each channel and row: as it is, and times the value's distance from the mean.
-// The sums are added row by row, whatever thread made them. The second subtracts what the statistics take.
+// Two passes. The first gathers the gradient of each normalised value, sets it to zero where the ReLU did,
+// stores it, and sums it up for each channel and row, both as it is and times the distance of the value from
+// the mean. The sums are added in the order of the rows, whichever thread computed them. The second pass
+// subtracts the gradient through the statistics.
 #include "ops/cpu/channel_affine.h"
 #include "ops/cpu/pages.h"
 #include "ops/cpu/upsample_gather.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 namespace {
 
-// What an image's channels are normalised with, padded to whole registers.
+// The constants that normalise an image's channels, padded to whole vectors.
 template <typename A>
 struct Constants {
   const A *scale, *shift, *mean;
 };
 
-// g -> g where the ReLU let x through, else 0; adds it to the sums.
+// Sets g to zero where the ReLU set x to zero, and adds it to the sums.
 template <typename A>
 PANFPN_ALWAYS_INLINE void mask_and_sum(const Lanes<A>& x, const Lanes<A>& scale, const Lanes<A>& shift,
                                        const Lanes<A>& mean, Lanes<A>& g, Lanes<A>& sum,
@@ -25,7 +26,7 @@ PANFPN_ALWAYS_INLINE void mask_and_sum(const Lanes<A>& x, const Lanes<A>& scale,
   sum_of_products += g * (x - mean);
 }
 
-// Takes the gradients of V registers of a channels-last row.
+// Takes the gradients of V vectors of a channels-last row.
 template <typename T, typename A, int V>
 struct MaskSink {
   const T* x;
@@ -93,7 +94,7 @@ PANFPN_VECTOR_CLONES void gather_and_mask(const RowTaps<T, A>& taps, const CellW
   gather_pixels<T, A>(taps, weights, width, factor, channels, sinks);
 }
 
-// A row of a plane, whose gathered gradients are in `low`.
+// Takes a row of a plane, whose gathered gradients are in `low`.
 template <typename T, typename A>
 PANFPN_VECTOR_CLONES void mask_row(const T* x, const A* low, int64_t width, const Constants<A>& constants,
                                    A* g, A* sum, A* sum_of_products) {
@@ -111,7 +112,7 @@ PANFPN_VECTOR_CLONES void mask_row(const T* x, const A* low, int64_t width, cons
     } else {
       load_some<T, A>(x + i, width - i, values);
       Lanes<A> some;
-      load_some<A, A>(low + i, width - i, some);  // nothing beyond the row in the sums
+      load_some<A, A>(low + i, width - i, some);  // zeros beyond the row, for the sums
       mask_and_sum<A>(values, scale, shift, mean, some, sums, sums_of_products);
       store_some<A, A>(some, width - i, g + i);
     }
@@ -123,7 +124,7 @@ PANFPN_VECTOR_CLONES void mask_row(const T* x, const A* low, int64_t width, cons
   }
 }
 
-// Factors of the second pass, [N, padded channels] each:
+// The factors of the second pass, [N, padded channels] each:
 // to = scale * g - offset - slope * (x - mean)
 template <typename A>
 struct Correction {
@@ -180,7 +181,7 @@ class Backward {
     }
   }
 
-  // The first pass: g [N, C, H, W] in the layout of x.
+  // The first pass; g is [N, C, H, W] in the layout of x.
   void gather(const T* grad, const T* x, A* g) {
     const CellWeights<A> weights(size_.factor);
     const int64_t units = channels_last_ ? size_.batch : size_.batch * size_.channels;
@@ -207,7 +208,7 @@ class Backward {
         });
   }
 
-  // The gradients of weight and bias, and the factors of the second pass.
+  // Computes the gradients of weight and bias, and the factors of the second pass.
   Correction<A> reduce(std::vector<double>& weight_grad, std::vector<double>& bias_grad) {
     Correction<A> correction{std::vector<A>(mean_.size()), std::vector<A>(mean_.size())};
     const int64_t group_size = size_.channels / groups_;
@@ -251,7 +252,7 @@ class Backward {
                                mean_.data() + first, correction.offset.data() + first,
                                correction.slope.data() + first, to + at);
         } else {
-          // Pixels of as many "channels" as a register has lanes, all with the same constants.
+          // Pixels with as many "channels" as a vector has lanes, all with the same constants.
           const int64_t channel = i / size_.channels * affine_.padded + i % size_.channels;
           A scale[L], mean[L], offset[L], slope[L];
           std::fill(scale, scale + L, affine_.scale[channel]);
@@ -314,7 +315,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_relu_upsample_backward(const Tenso
       using T = typename decltype(tag)::type;
       using A = accumulate_t<T>;
       T* const out = input_grad.mutable_data_ptr<T>();
-      // Half precision is rounded once, at the end, so it needs a place for what comes before.
+      // Half precision is rounded once, at the end, so the intermediate gradients need memory of their own.
       Tensor wide = input_grad;
       if constexpr (!std::is_same_v<T, A>) wide = empty({input.numel()}, ScalarType::Float, input);
       A* const g = wide.mutable_data_ptr<A>();
@@ -331,8 +332,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_relu_upsample_backward(const Tenso
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(panfpn_fast, CPU, m) {
+PANFPN_LIBRARY_IMPL(m) {
   m.impl("group_norm_relu_upsample_backward", TORCH_BOX(&group_norm_relu_upsample_backward));
 }
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

@@ -1,22 +1,23 @@
 // Blocks of fixed size are summed in parallel and combined in order (Chan, Golub and LeVeque 1979), so the
-// result does not depend on the number of threads. Within a block the values are taken relative to the mean
-// of its first `kPilot`-th: with k of a block's n values in it, the sum of squares exceeds that of the
-// deviations from the true mean by a factor of 1 + n / k at most, so nothing cancels.
+// result does not depend on the number of threads. Within a block, values are taken relative to the mean of
+// its first `1 / kPilot` part. If k of the block's n values are in this part, the sum of squares exceeds the
+// sum of squared deviations from the true mean by a factor of at most 1 + n / k, so nothing cancels.
 #include <algorithm>
 #include <cmath>
 
-#include "ops/cpu/channel_affine.h"
+#include "ops/cpu/lanes.h"
+#include "ops/group_norm.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 namespace {
 
 constexpr int64_t kPilot = 8;
 
-// Number, mean, and sum of squared deviations from it.
+// The number of values, their mean, and the sum of squared deviations from it.
 struct Moments {
   double count = 0, mean = 0, m2 = 0;
 
-  // Of values whose differences from `centre` have this sum and sum of squares.
+  // The moments of values whose differences from `centre` have this sum and this sum of squares.
   static Moments of_shifted(double count, double centre, double sum, double squares) {
     return {count, centre + sum / count, squares - sum * sum / count};
   }
@@ -46,7 +47,7 @@ PANFPN_ALWAYS_INLINE double sum_of_lanes(const Lanes<A>& lanes) {
   return sum;
 }
 
-// Contiguous values of one group.
+// The moments of contiguous values of one group.
 template <typename T, typename A>
 PANFPN_VECTOR_CLONES Moments moments_of_run(const T* values, int64_t count) {
   constexpr int L = kLanes<A>;
@@ -84,7 +85,7 @@ PANFPN_VECTOR_CLONES Moments moments_of_run(const T* values, int64_t count) {
   return Moments::of_shifted(static_cast<double>(count), static_cast<double>(centre), total, total_squares);
 }
 
-// Per-channel sums over pixels whose channels lie side by side.
+// Sums the channels-last pixels for each channel.
 template <typename T, typename A>
 PANFPN_ALWAYS_INLINE void sum_channels(const T* pixels, int64_t count, int64_t channels, A* sums) {
   constexpr int L = kLanes<A>;
@@ -99,8 +100,8 @@ PANFPN_ALWAYS_INLINE void sum_channels(const T* pixels, int64_t count, int64_t c
   }
 }
 
-// V registers of channels, the last of which has `rest` lanes: sums of the differences from `centres`, and of
-// their squares.
+// For V vectors of channels, the last of which has `rest` lanes: the sums of the differences from `centres`,
+// and of their squares.
 template <typename T, typename A, int V>
 PANFPN_ALWAYS_INLINE void sum_shifted(const T* pixels, int64_t count, int64_t channels, int64_t rest,
                                       const A* centres, A* sums, A* squares) {
@@ -132,7 +133,8 @@ PANFPN_ALWAYS_INLINE void sum_shifted(const T* pixels, int64_t count, int64_t ch
   }
 }
 
-// All groups of a run of channels-last pixels. `scratch` has room for three times the padded channels.
+// The moments of all groups of consecutive channels-last pixels. `scratch` has room for three times the
+// padded channels.
 template <typename T, typename A>
 PANFPN_VECTOR_CLONES void moments_of_pixels(const T* pixels, int64_t count, int64_t channels, int64_t groups,
                                             A* scratch, Moments* moments) {
@@ -167,7 +169,7 @@ PANFPN_VECTOR_CLONES void moments_of_pixels(const T* pixels, int64_t count, int6
   }
 }
 
-// Moments [N, blocks, G] of an image's blocks of channels-last pixels.
+// Moments [N, blocks, G] of channels-last images, divided into blocks of pixels.
 template <typename T>
 std::vector<Moments> channels_last_moments(const T* data, int64_t batch, int64_t channels, int64_t pixels,
                                            int64_t groups, int64_t block, int64_t blocks) {
@@ -185,7 +187,7 @@ std::vector<Moments> channels_last_moments(const T* data, int64_t batch, int64_t
   return moments;
 }
 
-// The same for planes: a group's values are one run.
+// The same for NCHW images, where the values of a group are contiguous.
 template <typename T>
 std::vector<Moments> planes_moments(const T* data, int64_t batch, int64_t run, int64_t groups, int64_t block,
                                     int64_t blocks) {
@@ -235,8 +237,8 @@ std::tuple<Tensor, Tensor> group_norm_statistics(const Tensor& input, int64_t nu
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(panfpn_fast, CPU, m) {
+PANFPN_LIBRARY_IMPL(m) {
   m.impl("group_norm_statistics", TORCH_BOX(&group_norm_statistics));
 }
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

@@ -1,8 +1,9 @@
-// A register's worth of accumulators, and what loads and stores it from and to each dtype of feature maps.
+// Vectors of accumulators, the size of one register, and their loads and stores for each dtype of feature
+// maps.
 //
-// Vectors of 64 bytes whatever the processor has: the compiler cuts them for the narrower clones of a
-// PANFPN_VECTOR_CLONES function. They are passed by reference, because their calling convention differs
-// between the clones.
+// A vector has 64 bytes on every processor: in the narrower clones of a PANFPN_VECTOR_CLONES function, the
+// compiler splits it. Vectors are passed by reference, because their calling convention differs between the
+// clones.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +12,7 @@
 #include "ops/cpu/simd.h"
 #include "stable_compat.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 
 template <typename A>
 struct LanesOf;
@@ -28,6 +29,19 @@ using Lanes = typename LanesOf<A>::type;
 template <typename A>
 inline constexpr int kLanes = 64 / sizeof(A);
 
+// The memory of one vector, aligned.
+template <typename A>
+struct alignas(64) Block {
+  A lanes[kLanes<A>];
+};
+
+// The number of channels, rounded up to whole vectors. Arrays of constants for each channel are padded to it,
+// so that every load is a full one.
+template <typename A>
+constexpr int64_t padded_channels(int64_t channels) {
+  return (channels + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+}
+
 using HalfBits = uint16_t __attribute__((vector_size(32)));
 using WordBits = uint32_t __attribute__((vector_size(64)));
 
@@ -43,8 +57,8 @@ PANFPN_ALWAYS_INLINE void load_lanes(const c10::BFloat16* from, Lanes<float>& to
   const WordBits wide = __builtin_convertvector(bits, WordBits) << 16;
   std::memcpy(&to, &wide, sizeof(to));
 }
-// Exponents are rebased from 15 to 127; infinities and NaN go on to 255. Subnormals get the leading one of
-// 2^-14, which is then subtracted.
+// Exponents are rebased from 15 to 127; the exponent of infinities and NaN becomes 255. Subnormals are read
+// with an implicit one at 2^-14, which is then subtracted.
 PANFPN_ALWAYS_INLINE void load_lanes(const c10::Half* from, Lanes<float>& to) {
   HalfBits bits;
   std::memcpy(&bits, from, sizeof(bits));
@@ -78,8 +92,8 @@ PANFPN_ALWAYS_INLINE void store_lanes(const Lanes<float>& from, c10::BFloat16* t
   const HalfBits result = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7FC0u), HalfBits);
   std::memcpy(to, &result, sizeof(result));
 }
-// The same. A step of 2^-24 is that of float16's subnormals and of float32 from 0.5 on, so adding 0.5 rounds
-// them.
+// Rounds to nearest, ties to even. The spacing of float16's subnormals, 2^-24, is the spacing of float32 from
+// 0.5 to 1, so adding 0.5 rounds them.
 PANFPN_ALWAYS_INLINE void store_lanes(const Lanes<float>& from, c10::Half* to) {
   WordBits bits;
   std::memcpy(&bits, &from, sizeof(bits));
@@ -100,7 +114,7 @@ PANFPN_ALWAYS_INLINE void store_lanes(const Lanes<float>& from, c10::Half* to) {
   std::memcpy(to, &narrow, sizeof(narrow));
 }
 
-// The first `count` lanes only; the others are zero.
+// Loads the first `count` lanes and sets the others to zero.
 template <typename T, typename A>
 PANFPN_ALWAYS_INLINE void load_some(const T* from, int64_t count, Lanes<A>& to) {
   T padded[kLanes<A>];
@@ -115,4 +129,4 @@ PANFPN_ALWAYS_INLINE void store_some(const Lanes<A>& from, int64_t count, T* to)
   std::memcpy(static_cast<void*>(to), padded, static_cast<size_t>(count) * sizeof(T));
 }
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

@@ -1,10 +1,8 @@
-// Rows of logits as upsample_cross_entropy reads them in both directions, and what it reads of the targets.
+// Rows of logits, and targets, as both directions of upsample_cross_entropy read them.
 //
-// An upsampling by a factor works cell by cell: the outputs between the centres of two neighbouring inputs
-// mix those two, with `factor` weights that are the same everywhere. `size` inputs have size + 1 cells; the
-// first and the last lie beyond the outermost centres. Pixels go into the lanes, one class after the other:
-// each lane is a cell, so that one pair of registers serves all of its outputs, and nothing is summed across
-// lanes.
+// The upsampling works cell by cell (ops/upsample.h). The pixels of one class fill the lanes, one class after
+// the other: each lane is a cell, so that one pair of vectors serves all outputs of its cells, and no sum
+// runs across lanes.
 #pragma once
 
 #include <array>
@@ -15,35 +13,10 @@
 #include "ops/cpu/channel_block.h"
 #include "ops/upsample_cross_entropy.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 
-// Output `phase` of a cell; may lie beyond the border.
-inline int64_t cell_output(int64_t cell, int64_t phase, int64_t factor) {
-  return factor * (cell - 1) + factor / 2 + phase;
-}
-
-// The weight of the input behind a cell's output; that before it has what is missing to 1.
-template <typename A>
-std::vector<A> phase_weights(int64_t factor) {
-  std::vector<A> weights;
-  for (int64_t phase = 0; phase < factor; ++phase) {
-    weights.push_back(A(2 * phase + (factor % 2 == 0 ? 1 : 0)) / A(2 * factor));
-  }
-  return weights;
-}
-
-struct Range {
-  int64_t begin, end;
-};
-
-// Which phases of a cell are outputs.
-inline Range cell_phases(int64_t cell, int64_t factor, int64_t size) {
-  const int64_t first = cell_output(cell, 0, factor);
-  return {std::max<int64_t>(0, -first), std::min(factor, size * factor - first)};
-}
-
-// Which rows a row of cells mixes. Like PyTorch, the first cell multiplies its second row by zero, which
-// matters to what is infinite.
+// The input rows that a row of cells reads. As in PyTorch, the first cell reads a second row and multiplies
+// it by zero, which matters if that row has infinities.
 struct CellRows {
   int64_t low, high;
   bool high_counts;
@@ -54,12 +27,12 @@ inline CellRows cell_rows(int64_t cell, int64_t height) {
   return {cell - 1, std::min(cell, height - 1), true};
 }
 
-// Cells go to the threads in bands of rows. Where they are cut depends on the shape alone, so that the order
-// of sums does not depend on the number of threads.
+// Divides the rows of cells into bands, the work of one task. The division depends on the shape alone, so
+// that the order of the sums does not depend on the number of threads.
 class Bands {
  public:
   explicit Bands(int64_t height) : cells_(height + 1) {
-    constexpr int64_t kCount = 16, kMostRows = 16;  // 8 to 16 rows each, and work for many threads
+    constexpr int64_t kCount = 16, kMostRows = 16;  // 8 to 16 rows each; enough tasks for many threads
     count_ = std::min(cells_, kCount * ((cells_ + kCount * kMostRows - 1) / (kCount * kMostRows)));
   }
 
@@ -70,21 +43,13 @@ class Bands {
   int64_t cells_, count_;
 };
 
-// A register's worth of memory, aligned.
-template <typename A>
-struct alignas(64) Block {
-  A lanes[kLanes<A>];
-};
-template <typename A>
-using Scratch = std::vector<Block<A>>;
-
-// How a row lies in scratch memory: planes [classes, stride], of which column x is at x + 1, between copies
-// of its first and last column; cell q mixes q and q + 1. Two more planes follow the classes'.
+// The layout of a row in scratch memory: planes [classes, stride]. Column x is at index x + 1, between copies
+// of the first and the last column; cell q reads the indices q and q + 1. Two more planes follow the classes.
 struct RowShape {
   int64_t channels, width;
 
   int64_t cells() const { return width + 1; }
-  // The number of registers is odd, so that the same column of all classes fits into a cache of few ways.
+  // The number of vectors is odd, so that the same column of all classes fits into a cache with few ways.
   template <typename A>
   int64_t blocks() const {
     return ((cells() + kLanes<A> - 1) / kLanes<A> + 1) | 1;
@@ -93,18 +58,18 @@ struct RowShape {
   int64_t stride() const {
     return blocks<A>() * kLanes<A>;
   }
-  // Of each column: the weighted sum of its logits, for label smoothing.
+  // For each column, the weighted sum of its logits, for label smoothing.
   int64_t sum_plane() const { return channels; }
-  // 0, or NaN where a logit is not finite.
+  // For each column, 0, or NaN if a logit is not finite.
   int64_t finite_plane() const { return channels + 1; }
   int64_t planes() const { return channels + 2; }
 };
 
-// Where the numbers of one image lie, NCHW or channels-last.
+// The memory of one image, NCHW or channels-last.
 template <typename T>
 struct ImageLayout {
   T* data;
-  T* end;  // of the tensor
+  T* end;  // end of the tensor
   int64_t channels, height, width;
   bool channels_last;
 
@@ -119,8 +84,9 @@ ImageLayout<T> image_layout(T* data, const Tensor& tensor, int64_t image) {
           tensor.size(2),      tensor.size(3),        is_channels_last(tensor)};
 }
 
-// One row of an image -> `to` [planes, stride], each column less its largest logit: a mean of such columns is
-// at most 0, and its softmax is that of the mean of the logits.
+// Loads one row of an image into `to` [planes, stride] and subtracts the largest logit of each column from
+// it. A weighted mean of such columns is at most 0, and its softmax equals the softmax of the mean of the
+// logits.
 template <typename T, typename A>
 PANFPN_VECTOR_CLONES void load_logit_row(const ImageLayout<const T>& image, int64_t y, const RowShape& shape,
                                          const A* class_weights, A* to) {
@@ -181,13 +147,13 @@ PANFPN_VECTOR_CLONES void load_logit_row(const ImageLayout<const T>& image, int6
   }
   for (int64_t c = 0; c < shape.planes(); ++c) {
     A* const plane = to + c * stride;
-    plane[0] = plane[1] + A(0) * plane[std::min<int64_t>(2, width)];  // as with rows
+    plane[0] = plane[1] + A(0) * plane[std::min<int64_t>(2, width)];  // as in CellRows
     plane[width + 1] = plane[width];
   }
 }
 
-// Whether all logits of kLanes cells are finite. Where they are not PyTorch has NaN even for ignored pixels,
-// whose zero gradients multiply them.
+// Returns whether all logits of kLanes cells are finite. If they are not, PyTorch returns NaN even for
+// ignored pixels, because their zero gradients multiply these logits.
 template <typename A>
 bool block_is_finite(const A* low, const A* high, int64_t cell, const RowShape& shape) {
   const int64_t begin = shape.finite_plane() * shape.stride<A>() + cell;
@@ -196,14 +162,14 @@ bool block_is_finite(const A* low, const A* high, int64_t cell, const RowShape& 
          std::all_of(high + begin, high + end, [](A zero) { return zero == 0; });
 }
 
-// The classes of a label map, whatever its dtype.
+// The classes of a label map of any integer dtype.
 struct Targets {
   const void* data;
   ScalarType dtype;
   int64_t channels, ignore_index;
 
-  // Classes of the pixels [begin, end) -> `to`, -1 for those that are ignored; whether all of them exist
-  // (those that do not are ignored as well).
+  // Reads the classes of the pixels [begin, end) into `to`, -1 for ignored ones. Returns whether all classes
+  // exist; those that do not are ignored as well.
   bool read(int64_t begin, int64_t end, int32_t* to) const {
     switch (dtype) {
       case ScalarType::Byte:
@@ -233,7 +199,7 @@ struct Targets {
  private:
   template <typename Label>
   bool read_as(int64_t begin, int64_t end, int32_t* to) const {
-    // Narrow integers are what the compiler can vectorise.
+    // The compiler can vectorise narrow integers only.
     using Wide = std::conditional_t<(sizeof(Label) < 4), int32_t, int64_t>;
     const bool representable = ignore_index == static_cast<Label>(ignore_index);
     const Wide ignore = representable ? static_cast<Wide>(ignore_index) : std::numeric_limits<Wide>::min();
@@ -250,7 +216,7 @@ struct Targets {
   }
 };
 
-// The loss of a pixel of class c is one_hot[c] * -log p_c + uniform * sum of weight[k] * -log p_k.
+// The loss of a pixel of class c is one_hot[c] * -log p_c + uniform * (sum over k of weight[k] * -log p_k).
 template <typename A>
 struct ClassTerms {
   std::vector<A> weight, one_hot;
@@ -272,7 +238,7 @@ struct ClassTerms {
   }
 };
 
-// The rows that a thread has at hand: two neighbours.
+// The two neighbouring rows that a thread currently uses.
 template <typename T>
 class LogitRows {
   using A = accumulate_t<T>;
@@ -281,7 +247,7 @@ class LogitRows {
   explicit LogitRows(const RowShape& shape)
       : shape_(shape), blocks_(shape.planes() * shape.blocks<A>()), rows_(2 * blocks_), held_{-1, -1} {}
 
-  // Turns to an image.
+  // Switches to an image.
   void open(const ImageLayout<const T>& image, const ClassTerms<A>& terms) {
     image_ = image;
     terms_ = &terms;
@@ -298,15 +264,15 @@ class LogitRows {
  private:
   RowShape shape_;
   int64_t blocks_;
-  Scratch<A> rows_;
+  std::vector<Block<A>> rows_;
   ImageLayout<const T> image_{};
   const ClassTerms<A>* terms_ = nullptr;
   std::array<int64_t, 2> held_;
 };
 
-// Logits in a layout that can be read.
+// Returns the logits in a layout that the kernels can read.
 inline Tensor dense_logits(const Tensor& logits) {
   return is_channels_last(logits) ? logits : torch::stable::contiguous(logits);
 }
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

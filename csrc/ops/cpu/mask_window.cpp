@@ -6,10 +6,10 @@
 
 #include "ops/cpu/simd.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 namespace {
 
-// PasteAxis::taps for many pixels.
+// Computes PasteAxis::taps for a range of pixels.
 template <typename A>
 PANFPN_VECTOR_CLONES void locate(A axis_low, A extent, A cells, int64_t first, int64_t count,
                                  int32_t* __restrict low, A* __restrict low_weight,
@@ -34,8 +34,8 @@ PANFPN_VECTOR_CLONES void pick(const A* __restrict cells, const int32_t* __restr
   }
 }
 
-// The four cells around each pixel of a stretch, and the weights of the axis along it. The cells are named by
-// the image whichever way the scan goes, since the order of the sum in `interpolate` decides the last bit.
+// The four cells around each pixel of a stretch, and the weights along the line. The names refer to the image
+// in both scan directions, since the order of the sum in `interpolate` decides the last bit.
 template <typename A>
 struct Cells {
   const A *top_left, *top_right, *bottom_left, *bottom_right;
@@ -79,7 +79,7 @@ PANFPN_VECTOR_CLONES void row_bytes(const Cells<A>& cells, const PasteTaps<A>& r
 }  // namespace
 
 template <typename A>
-void AxisTaps<A>::fill(const PasteAxis<A>& axis, PixelRange range, bool degenerate) {
+void AxisTaps<A>::fill(const PasteAxis<A>& axis, Range range, bool degenerate) {
   pixels = range;
   const size_t count = static_cast<size_t>(size());
   low.assign(count, kOutside);
@@ -101,8 +101,8 @@ MaskWindow<A>::MaskWindow(Scan scan, const A* mask, int64_t mask_height, int64_t
     : scan_(scan), rule_(rule) {
   const PasteAxis<A> y{box[1], box[3], mask_height}, x{box[0], box[2], mask_width};
   const bool whole = rule.zero_is_on();
-  const PixelRange rows = whole ? PixelRange{0, image_height} : y.window(image_height);
-  const PixelRange columns = whole ? PixelRange{0, image_width} : x.window(image_width);
+  const Range rows = whole ? Range{0, image_height} : y.window(image_height);
+  const Range columns = whole ? Range{0, image_width} : x.window(image_width);
   const bool nothing = mask_height == 0 || mask_width == 0 || y.degenerate() || x.degenerate();
   if (rows.begin == rows.end || columns.begin == columns.end || (nothing && !whole)) return;
   const bool by_rows = scan == Scan::rows;
@@ -121,9 +121,9 @@ MaskWindow<A>::MaskWindow(Scan scan, const A* mask, int64_t mask_height, int64_t
   }
 }
 
-// Rounding moves a mean of four values by less than 1e-6 of the largest: the two weights of an axis sum to
-// one within 2^-23, and each term is rounded four times on its way. The margin is ten times that, and its
-// second term covers values so small that they lose bits. Anything with NaN or infinity is mixed.
+// Rounding moves a mean of four values by less than 1e-6 times the largest: the two weights of an axis add up
+// to one within 2^-23, and each term is rounded four times. The margin is ten times that; its second term
+// covers values so small that they lose bits. Cells with NaN or infinity are mixed.
 template <typename A>
 Content LineCursor<A>::classify(int32_t line, int32_t cell) const {
   const PixelRule<A>& rule = window_.rule_;
@@ -211,4 +211,4 @@ template class MaskWindow<double>;
 template class LineCursor<float>;
 template class LineCursor<double>;
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

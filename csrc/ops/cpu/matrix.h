@@ -1,5 +1,5 @@
-// Products of a few pixels, in the first cache, with a matrix, in registers: as fast as the processor
-// multiplies and adds, if the compiler may fuse the two (-ffp-contract=fast, CMakeLists.txt).
+// Products of a few pixels, in the L1 cache, with a matrix, in registers. This reaches the peak rate of the
+// processor if the compiler may fuse multiplications and additions (PANFPN_FUSED_SOURCES in CMakeLists.txt).
 #pragma once
 
 #include <algorithm>
@@ -8,13 +8,13 @@
 
 #include "ops/cpu/lanes.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 
 struct FreeAligned {
   void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(64)); }
 };
 
-// Uninitialised numbers from the start of a cache line on.
+// Uninitialised memory, aligned to a cache line.
 template <typename A>
 using Scratch = std::unique_ptr<A[], FreeAligned>;
 
@@ -24,9 +24,12 @@ Scratch<A> make_scratch(int64_t count) {
   return Scratch<A>(static_cast<A*>(::operator new(bytes, std::align_val_t(64))));
 }
 
-// Whether there are 32 registers of 64 bytes.
+// Returns whether functions with PANFPN_VECTOR_CLONES use 32 registers of 64 bytes on this processor. Without
+// clones, the target of the compiler decides.
 inline bool has_wide_registers() {
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__AVX512F__)
+  return true;
+#elif defined(PANFPN_HAS_VECTOR_CLONES)
   static const bool wide = __builtin_cpu_supports("avx512f");
   return wide;
 #else
@@ -34,29 +37,30 @@ inline bool has_wide_registers() {
 #endif
 }
 
-// How a matrix [K, C] is stored for `multiply`: in panels of a few registers of outputs, [C, registers of
-// outputs] each, the last ones filled up with zeros.
+// The layout of a matrix [K, C] for `multiply`: panels of a few vectors of outputs each, as [C, vectors of
+// outputs]. The last panel is padded with zeros.
 struct PanelLayout {
   int64_t outputs, channels;
   int lanes;
-  int widest = has_wide_registers() ? 2 : 1;  // registers of outputs in a panel
+  int widest = has_wide_registers() ? 2 : 1;  // vectors of outputs in a panel
 
   int64_t padded() const { return (outputs + lanes - 1) / lanes * lanes; }
   int64_t size() const { return padded() * channels; }
-  // Registers of outputs in the panel that begins at output `first`.
+  // Vectors of outputs in the panel that begins at output `first`.
   int64_t registers(int64_t first) const { return std::min<int64_t>((padded() - first) / lanes, widest); }
-  // Where a weight is.
+  // The index of a weight.
   int64_t index(int64_t output, int64_t channel) const {
     const int64_t panel = widest * lanes, first = output / panel * panel;
     return first * channels + channel * registers(first) * lanes + output - first;
   }
 };
 
-// Pixels are multiplied this many at a time; divisible by those of each block of registers below.
+// The number of pixels that are multiplied at a time; a multiple of the numbers of pixels in `multiply`
+// below.
 constexpr int64_t kPixelTile = 24;
 
-// [P, V registers] = activations [P, channels] x panel [channels, V registers] + bias. Pixels of the two lie
-// `stride` and `to_stride` apart.
+// [P, V vectors] = activations [P, channels] x panel [channels, V vectors] + bias. Pixels are `stride` apart
+// in the activations and `to_stride` apart in the output.
 template <typename A, int P, int V>
 PANFPN_ALWAYS_INLINE void multiply_block(const A* activations, int64_t stride, const A* panel, const A* bias,
                                          int64_t channels, A* to, int64_t to_stride) {
@@ -93,8 +97,8 @@ PANFPN_VECTOR_CLONES void multiply_panel(const A* activations, int64_t stride, c
   }
 }
 
-// Products [pixels, padded outputs] of activations [pixels, channels] and a matrix, plus the bias [padded
-// outputs]. There must be room for `pixels` rounded up to kPixelTile in both.
+// [pixels, padded outputs] = activations [pixels, channels] x matrix + bias [padded outputs]. Activations and
+// output must have room for `pixels` rounded up to kPixelTile.
 template <typename A>
 void multiply(const A* activations, int64_t stride, int64_t pixels, const PanelLayout& layout,
               const A* panels, const A* bias, A* to, int64_t to_stride) {
@@ -111,4 +115,4 @@ void multiply(const A* activations, int64_t stride, int64_t pixels, const PanelL
   }
 }
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

@@ -1,4 +1,4 @@
-// The pages under what an op writes.
+// The memory pages of an op's output.
 #pragma once
 
 #include <algorithm>
@@ -6,13 +6,15 @@
 #include <cstring>
 #include <span>
 
+#include "arithmetic.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 
-// The whole pages of some memory.
+// The whole pages within a piece of memory.
 inline std::span<uint8_t> pages_of(void* data, int64_t bytes) {
   constexpr uintptr_t kPage = 4096;
   const uintptr_t address = reinterpret_cast<uintptr_t>(data);
@@ -21,9 +23,9 @@ inline std::span<uint8_t> pages_of(void* data, int64_t bytes) {
   return {reinterpret_cast<uint8_t*>(begin), end > begin ? end - begin : 0};
 }
 
-// Asks for huge pages under a large fresh allocation. The output is written once, and most of that time would
-// go into 4 KiB page faults (100 masks of 800 x 1333: 68 of 88 ms on one core). Only a hint: a failure
-// changes nothing.
+// Asks for huge pages under a large fresh allocation. An output is written once, and most of that time would
+// be spent in faults of 4 KiB pages (100 masks of 800 x 1333: 68 of 88 ms on one core). This is only a hint:
+// a failure changes nothing.
 inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr int64_t kWorthIt = int64_t{1} << 22;
@@ -33,10 +35,10 @@ inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int6
 #endif
 }
 
-// Makes a large allocation zero without touching it, and says whether that worked: the kernel then provides
-// zeros at the first touch. No more than it does anyway where the allocation is fresh, as it is above the
-// largest size that glibc's malloc keeps for itself. Memory that is mapped in a way that nobody gives to
-// malloc (a shared file) would keep its contents; the first page is a probe for that.
+// Sets a large allocation to zero without touching it, and returns whether this worked: the kernel then
+// provides pages of zeros at the first touch. This costs nothing extra if the allocation is fresh, as it is
+// above the largest size that glibc's malloc keeps for reuse. Memory that is mapped in a way that no malloc
+// uses (a shared file) would keep its contents; the write to the first page detects this.
 inline bool zero_at_first_touch([[maybe_unused]] uint8_t* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
   constexpr int64_t kAlwaysFresh = int64_t{1} << 25;
@@ -54,4 +56,4 @@ inline bool zero_at_first_touch([[maybe_unused]] uint8_t* data, [[maybe_unused]]
 #endif
 }
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

@@ -1,22 +1,22 @@
-// Instances come in score order; each is evaluated once within its box into a scratch bitmap while its area
-// and the part that others hold are counted, then written where the pixel is still free. What stays free is
-// stuff: one pass counts its labels, one writes the ids of those that are large enough.
+// Instances are processed in score order. Each is evaluated once, within its box, into a scratch bitmap,
+// while its area and its overlap with earlier instances are counted; then its id is written to the pixels
+// that are still free. The remaining free pixels are stuff: one pass counts their labels, another writes the
+// ids of labels with enough pixels.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <mutex>
-#include <tuple>
 #include <vector>
 
 #include "ops/cpu/mask_window.h"
 #include "ops/cpu/simd.h"
 #include "ops/panoptic_merge.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 namespace {
 
-// Per task. Instances are small and many, and each one is a step that the next waits for, so that only large
-// ones are worth waking other threads for.
+// Pixels per task. Instances are small and many, and each waits for the previous one, so only large ones are
+// worth waking other threads.
 constexpr int64_t kGrainPixels = int64_t{1} << 18;
 constexpr int64_t kStuffGrainPixels = int64_t{1} << 16;
 
@@ -29,7 +29,8 @@ struct Map {
   int64_t height, width;
 };
 
-// `taken` says where the map's id is not zero: counting and claiming then move bytes, not integers.
+// `taken` is 1 where the id in the map is not zero, so that counting and claiming read bytes instead of
+// integers.
 struct Claims {
   Map map;
   std::vector<uint8_t> taken, scratch;
@@ -41,7 +42,7 @@ struct Counts {
 
 PANFPN_VECTOR_CLONES Counts count_line(const uint8_t* bits, const uint8_t* taken, int64_t width) {
   int64_t area = 0, claimed = 0;
-  // Sums of bytes in 32 bits: an image row has fewer than 2^31 pixels in every block.
+  // Bytes are summed in 32 bits, which a block of a row cannot overflow.
   constexpr int64_t kBlock = int64_t{1} << 20;
   for (int64_t begin = 0; begin < width; begin += kBlock) {
     const int64_t end = std::min(width, begin + kBlock);
@@ -62,16 +63,16 @@ PANFPN_VECTOR_CLONES void claim_line(const uint8_t* bits, uint8_t* taken, int32_
   for (int64_t i = 0; i < width; ++i) taken[i] = static_cast<uint8_t>(taken[i] | bits[i]);
 }
 
-// Claims the free pixels of one instance for `id` and returns how many; 0 where it is empty or too much
-// overlapped.
+// Claims the free pixels of one instance for `id` and returns their number, or 0 if the instance is empty or
+// overlaps too much.
 template <typename A>
 int64_t claim_instance(Claims& claims, const MaskWindow<A>& window, const MergeParams& params, int32_t id) {
   if (window.empty()) return 0;
-  const PixelRange rows = window.lines();
-  const int64_t left = window.across().begin, width = window.across().end - left;
+  const Range rows = window.lines();
+  const int64_t left = window.across().begin, width = window.across().size();
   const int64_t map_width = claims.map.width;
   std::vector<uint8_t>& scratch = claims.scratch;
-  scratch.resize(std::max(scratch.size(), static_cast<size_t>((rows.end - rows.begin) * width)));
+  scratch.resize(std::max(scratch.size(), static_cast<size_t>(rows.size() * width)));
   const int64_t grain = std::max<int64_t>(1, kGrainPixels / width);
 
   std::atomic<int64_t> all_area{0}, all_claimed{0};
@@ -103,7 +104,7 @@ int64_t claim_instance(Claims& claims, const MaskWindow<A>& window, const MergeP
 template <typename A>
 void merge_things(const Map& map, const Tensor& masks, const Tensor& boxes, const Tensor& scores,
                   const Tensor& classes, const MergeParams& params, std::vector<SegmentRow>& table) {
-  const Tensor order_tensor = argsort(negate(scores), /*descending=*/false);  // NaN last, as detectron2
+  const Tensor order_tensor = argsort(negate(scores), /*descending=*/false);  // NaN last, as in detectron2
   const int64_t* order = order_tensor.const_data_ptr<int64_t>();
   const int64_t mask_height = masks.size(1), mask_width = masks.size(2);
   const PixelRule<A> rule{static_cast<A>(params.mask_threshold), false};
@@ -122,14 +123,14 @@ void merge_things(const Map& map, const Tensor& masks, const Tensor& boxes, cons
   }
 }
 
-// Whether a pixel is free for stuff.
+// Returns whether a pixel is free and has a stuff label.
 template <typename L>
 PANFPN_ALWAYS_INLINE bool is_stuff(int32_t id, L label) {
   return id == 0 && label > 0 && static_cast<int64_t>(label) < kMaxLabels;
 }
 
-// The end of the run of free pixels with one label that begins at `i`. Label maps are smooth: runs are long,
-// and found in steps that compile to vector comparisons.
+// Returns the end of the run of free pixels with one label that begins at `i`. Label maps are smooth, so runs
+// are long; they are searched in steps that compile to vector comparisons.
 template <typename L>
 PANFPN_ALWAYS_INLINE int64_t run_end(const int32_t* ids, const L* semantic, int64_t i, int64_t end) {
   const L label = semantic[i];
@@ -212,71 +213,31 @@ void fill_stuff_of_any_dtype(const Map& map, const Tensor& semantic, const Merge
   }
 }
 
-// The map and its segments, none of them without pixels.
-struct Merged {
-  Tensor panoptic;
-  std::vector<SegmentRow> table;
-};
-
-Merged merge(const Tensor& masks_in, const Tensor& boxes_in, const Tensor& scores_in,
-             const Tensor& classes_in, const Tensor& semantic_in, const MergeParams& params, const char* op) {
-  check_panoptic_merge_inputs(masks_in, boxes_in, scores_in, classes_in, semantic_in, op);
-  const Tensor masks = torch::stable::contiguous(masks_in), boxes = torch::stable::contiguous(boxes_in),
-               scores = torch::stable::contiguous(scores_in), classes = torch::stable::contiguous(classes_in),
-               semantic = torch::stable::contiguous(semantic_in);
-  Merged merged{empty({semantic.size(0), semantic.size(1)}, ScalarType::Int, masks), {}};
-  torch::stable::zero_(merged.panoptic);
-  const Map map{merged.panoptic.mutable_data_ptr<int32_t>(), semantic.size(0), semantic.size(1)};
-  dispatch_float_or_double(masks.scalar_type(), op, [&](auto tag) {
-    merge_things<typename decltype(tag)::type>(map, masks, boxes, scores, classes, params, merged.table);
-  });
-  fill_stuff_of_any_dtype(map, semantic, params, merged.table);
-  return merged;
-}
-
-std::tuple<Tensor, Tensor> panoptic_merge(const Tensor& masks, const Tensor& boxes, const Tensor& scores,
-                                          const Tensor& classes, const Tensor& semantic,
-                                          double score_threshold, double overlap_threshold,
-                                          int64_t stuff_area_threshold, double mask_threshold,
-                                          const std::string& rule) {
-  const char* op = "panoptic_merge";
-  const MergeParams params{score_threshold, overlap_threshold, stuff_area_threshold, mask_threshold,
-                           merge_rule(rule, op)};
-  const Merged merged = merge(masks, boxes, scores, classes, semantic, params, op);
-  Tensor segments =
-      empty({static_cast<int64_t>(merged.table.size()), kSegmentColumns}, ScalarType::Long, masks);
-  int64_t* out = segments.mutable_data_ptr<int64_t>();
-  for (const SegmentRow& row : merged.table) out = std::copy(row.begin(), row.end(), out);
-  return {merged.panoptic, segments};
-}
-
-std::tuple<Tensor, Tensor, Tensor> panoptic_merge_padded(const Tensor& masks, const Tensor& boxes,
-                                                         const Tensor& scores, const Tensor& classes,
-                                                         const Tensor& semantic, double score_threshold,
-                                                         double overlap_threshold,
-                                                         int64_t stuff_area_threshold, double mask_threshold,
-                                                         const std::string& rule, int64_t max_segments) {
-  const char* op = "panoptic_merge_padded";
-  STD_TORCH_CHECK(max_segments >= 0, op, ": max_segments must not be negative");
-  const MergeParams params{score_threshold, overlap_threshold, stuff_area_threshold, mask_threshold,
-                           merge_rule(rule, op)};
-  const Merged merged = merge(masks, boxes, scores, classes, semantic, params, op);
-  Tensor segments = empty({max_segments, kSegmentColumns}, ScalarType::Long, masks);
-  Tensor count = empty({}, ScalarType::Long, masks);
-  *count.mutable_data_ptr<int64_t>() = static_cast<int64_t>(merged.table.size());
-  int64_t* out = segments.mutable_data_ptr<int64_t>();
-  for (int64_t i = 0; i < max_segments; ++i) {
-    const SegmentRow& row = i < static_cast<int64_t>(merged.table.size()) ? merged.table[i] : kNoSegment;
-    out = std::copy(row.begin(), row.end(), out);
-  }
-  return {merged.panoptic, segments, count};
-}
-
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(panfpn_fast, CPU, m) {
-  m.impl("panoptic_merge", TORCH_BOX(&panoptic_merge));
-  m.impl("panoptic_merge_padded", TORCH_BOX(&panoptic_merge_padded));
+Merged merge_segments(const MergeInputs& inputs, const MergeParams& params,
+                      std::optional<int64_t> max_segments, const char* op) {
+  const Tensor masks = torch::stable::contiguous(inputs.masks),
+               boxes = torch::stable::contiguous(inputs.boxes),
+               scores = torch::stable::contiguous(inputs.scores),
+               classes = torch::stable::contiguous(inputs.classes),
+               semantic = torch::stable::contiguous(inputs.semantic);
+  Tensor panoptic = empty({semantic.size(0), semantic.size(1)}, ScalarType::Int, masks);
+  torch::stable::zero_(panoptic);
+  const Map map{panoptic.mutable_data_ptr<int32_t>(), semantic.size(0), semantic.size(1)};
+  std::vector<SegmentRow> table;  // every segment has pixels
+  dispatch_float_or_double(masks.scalar_type(), op, [&](auto tag) {
+    merge_things<typename decltype(tag)::type>(map, masks, boxes, scores, classes, params, table);
+  });
+  fill_stuff_of_any_dtype(map, semantic, params, table);
+
+  Tensor count = empty({}, ScalarType::Long, masks);
+  *count.mutable_data_ptr<int64_t>() = static_cast<int64_t>(table.size());
+  table.resize(static_cast<size_t>(max_segments.value_or(static_cast<int64_t>(table.size()))), kNoSegment);
+  Tensor segments = empty({static_cast<int64_t>(table.size()), kSegmentColumns}, ScalarType::Long, masks);
+  int64_t* out = segments.mutable_data_ptr<int64_t>();
+  for (const SegmentRow& row : table) out = std::copy(row.begin(), row.end(), out);
+  return {panoptic, segments, count};
 }
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

@@ -1,4 +1,4 @@
-// Work that is shared out while it goes on.
+// Parallel work that is divided dynamically.
 #pragma once
 
 #include <algorithm>
@@ -7,10 +7,10 @@
 
 #include "stable_compat.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 
-// Calls make_worker() once per thread, and what it returns with chunks [begin, end) of the work as the
-// threads become free: pieces differ too much in size to be dealt out beforehand.
+// Calls make_worker() once in each thread, and its result with chunks [begin, end) of the work whenever the
+// thread is free. For items whose costs differ too much to divide them in advance.
 template <typename MakeWorker>
 void parallel_in_chunks(int64_t count, int64_t chunk, const MakeWorker& make_worker) {
   std::atomic<int64_t> next{0};
@@ -25,4 +25,4 @@ void parallel_in_chunks(int64_t count, int64_t chunk, const MakeWorker& make_wor
   });
 }
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

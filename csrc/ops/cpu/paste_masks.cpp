@@ -4,19 +4,20 @@
 #include "ops/cpu/mask_window.h"
 #include "ops/cpu/pages.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 namespace {
 
 constexpr int64_t kGrainPixels = int64_t{1} << 17;  // per task
 
-// Rows `begin` to `end` of one image. Pixels around the window are written too, unless they are `blank`.
+// Writes the rows `begin` to `end` of one image. Pixels around the window are written too, unless they are
+// `blank`.
 template <typename A>
 void paste_rows(const MaskWindow<A>& window, int64_t begin, int64_t end, int64_t width, uint8_t outside,
                 bool blank, uint8_t* image) {
   const auto fill = [&](uint8_t* first, const uint8_t* last) {
     if (!blank) std::memset(first, outside, static_cast<size_t>(last - first));
   };
-  const PixelRange rows = window.lines(), columns = window.across();
+  const Range rows = window.lines(), columns = window.across();
   const int64_t first = std::clamp(rows.begin, begin, end), last = std::clamp(rows.end, first, end);
   fill(image + begin * width, image + first * width);
   LineCursor<A> cursor(window);
@@ -29,13 +30,13 @@ void paste_rows(const MaskWindow<A>& window, int64_t begin, int64_t end, int64_t
   fill(image + last * width, image + end * width);
 }
 
-// How much of the output lies in rows that meet a box.
+// The share of the output that is in rows with a box.
 template <typename A>
 double share_of_rows(const A* boxes, int64_t count, int64_t mask_height, int64_t height) {
   int64_t rows = 0;
   for (int64_t n = 0; n < count; ++n) {
-    const PixelRange window = PasteAxis<A>{boxes[n * 4 + 1], boxes[n * 4 + 3], mask_height}.window(height);
-    rows += window.end - window.begin;
+    const Range window = PasteAxis<A>{boxes[n * 4 + 1], boxes[n * 4 + 3], mask_height}.window(height);
+    rows += window.size();
   }
   return static_cast<double>(rows) / (static_cast<double>(count) * static_cast<double>(height));
 }
@@ -44,7 +45,7 @@ template <typename A>
 void paste(const A* masks, const A* boxes, int64_t count, int64_t mask_height, int64_t mask_width,
            int64_t height, int64_t width, A threshold, uint8_t* out) {
   if (count == 0 || height == 0 || width == 0) return;
-  constexpr double kMostPages = 0.3;  // of which huge ones cost less (measured)
+  constexpr double kMostPages = 0.3;  // with a larger share of touched pages, huge pages cost less (measured)
   const PixelRule<A> rule{threshold, threshold < A(0)};
   const uint8_t outside = paste_pixel(A(0), threshold);
   const int64_t bytes = count * height * width;
@@ -78,8 +79,8 @@ Tensor paste_masks(const Tensor& masks_in, const Tensor& boxes_in, int64_t heigh
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(panfpn_fast, CPU, m) {
+PANFPN_LIBRARY_IMPL(m) {
   m.impl("paste_masks", TORCH_BOX(&paste_masks));
 }
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

@@ -1,5 +1,5 @@
-// Run lengths of pasted masks, column by column as COCO has them, straight from the mask: the stretches of a
-// column that are all off or all on need no pixel to be looked at.
+// Run lengths of pasted masks, column by column as in COCO, directly from the mask: no pixel is evaluated in
+// the stretches of a column that are all off or all on.
 #include <algorithm>
 #include <cstring>
 #include <string>
@@ -8,13 +8,13 @@
 
 #include "ops/cpu/mask_window.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 namespace {
 
-// Lengths of alternating runs over an image in column order; the first one is off.
+// The lengths of alternating runs over an image in column order; the first run is off.
 class Runs {
  public:
-  // Pixels from `at` on are `on`, until the next call.
+  // Sets the pixels from `at` on to `on`, until the next call.
   void set(int64_t at, bool on) {
     if (on == on_) return;
     lengths_.push_back(at - begin_);
@@ -22,9 +22,9 @@ class Runs {
     on_ = on;
   }
 
-  // COCO's compressed string of them. A length is written as the difference to the one two before it from the
-  // fourth on, in groups of five bits, lowest first, the sixth bit telling that more follow; 48 is added so
-  // that the bytes are printable.
+  // Returns COCO's compressed string. From the fourth on, a length is written as its difference from the
+  // length two before it. It is split into groups of five bits, lowest first; the sixth bit is set if more
+  // groups follow. Adding 48 makes the bytes printable.
   std::string encode(int64_t pixels) {
     lengths_.push_back(pixels - begin_);
     std::string text;
@@ -46,7 +46,7 @@ class Runs {
   bool on_ = false;
 };
 
-// Appends the bits of one stretch, of which most equal their neighbours: eight at a time are compared with
+// Appends the bits of one stretch. Most bits equal their neighbours, so eight at a time are compared with
 // eight copies of the current one.
 void add_bits(Runs& runs, int64_t at, const uint8_t* bits, int64_t count) {
   constexpr uint64_t kOnes = 0x0101010101010101;
@@ -70,9 +70,9 @@ void add_bits(Runs& runs, int64_t at, const uint8_t* bits, int64_t count) {
 template <typename A>
 std::string encode_mask(const MaskWindow<A>& window, int64_t height, int64_t width) {
   Runs runs;
-  const PixelRange columns = window.lines(), rows = window.across();
+  const Range columns = window.lines(), rows = window.across();
   LineCursor<A> cursor(window);
-  std::vector<uint8_t> bits(static_cast<size_t>(rows.end - rows.begin));
+  std::vector<uint8_t> bits(static_cast<size_t>(rows.size()));
   for (int64_t x = columns.begin; x < columns.end; ++x) {
     const int64_t top = x * height + rows.begin;
     if (rows.begin > 0) runs.set(x * height, false);
@@ -93,7 +93,8 @@ std::string encode_mask(const MaskWindow<A>& window, int64_t height, int64_t wid
 std::tuple<Tensor, Tensor> paste_masks_rle(const Tensor& masks_in, const Tensor& boxes_in, int64_t height,
                                            int64_t width, double threshold) {
   check_mask_boxes(masks_in, boxes_in, "paste_masks_rle");
-  STD_TORCH_CHECK(height >= 0 && width >= 0, "paste_masks_rle: the image size must not be negative");
+  STD_TORCH_CHECK(height >= 0 && width >= 0, "paste_masks_rle: height and width must be at least 0, got ",
+                  height, " and ", width);
   const Tensor masks = torch::stable::contiguous(masks_in), boxes = torch::stable::contiguous(boxes_in);
   const int64_t count = masks.size(0), mask_height = masks.size(1), mask_width = masks.size(2);
   std::vector<std::string> strings(static_cast<size_t>(count));
@@ -125,8 +126,8 @@ std::tuple<Tensor, Tensor> paste_masks_rle(const Tensor& masks_in, const Tensor&
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(panfpn_fast, CPU, m) {
+PANFPN_LIBRARY_IMPL(m) {
   m.impl("paste_masks_rle", TORCH_BOX(&paste_masks_rle));
 }
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

@@ -1,6 +1,7 @@
-// A cell's grid of samples is a product of its rows and columns, and so are the bilinear weights. So each
-// axis is folded first: the samples that touch one row (or column) of pixels add up to one weight for it, and
-// a cell becomes a weighted sum over its few pixels, each read once instead of once per sample.
+// The samples of a bin form a grid, the product of its rows and columns, and the bilinear weights are
+// products too. So each axis is folded first: the weights of all samples that touch a row (or column) of
+// pixels are added up. A bin becomes a weighted sum over a few pixels, and each is read once instead of once
+// for each sample.
 #pragma once
 
 #include <algorithm>
@@ -11,9 +12,9 @@
 
 #include "ops/roi_align.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 
-// For each cell along one axis: which pixels contribute, and the sum of their samples' weights.
+// The pixels along one axis that contribute to each bin, with the summed weights of their samples.
 template <typename A>
 class AxisFold {
  public:
@@ -22,19 +23,19 @@ class AxisFold {
     A weight;
   };
 
-  void fold(const RoiAxis<A>& axis, int64_t cells, int64_t size) {
+  void fold(const RoiAxis<A>& axis, int64_t bins, int64_t size) {
     pixels_.clear();
     entries_.clear();
     starts_.assign(1, 0);
-    const bool ascending = axis.cell >= A(0);
-    for (int64_t cell = 0; cell < cells; ++cell) {
+    const bool ascending = axis.bin >= A(0);
+    for (int64_t bin = 0; bin < bins; ++bin) {
       if (axis.grid > 0) {
-        const SampleRange range = samples_on_map(axis, cell, size);
+        const Range range = samples_on_map(axis, bin, size);
         for (int64_t i = range.begin; i < range.end; ++i) {
-          const Taps<A> taps = bilinear_taps(axis.sample(cell, i), size);
+          const Taps<A> taps = bilinear_taps(axis.sample(bin, i), size);
           if (!taps.valid) continue;
           const bool two = taps.high_weight != A(0);
-          // In the order of the samples, so that slots stay in the order of the axis.
+          // In the order of the samples, so that the slots follow the order of the axis.
           if (two && !ascending) add(taps.high, taps.high_weight, ascending);
           add(taps.low, taps.low_weight, ascending);
           if (two && ascending) add(taps.high, taps.high_weight, ascending);
@@ -44,14 +45,14 @@ class AxisFold {
     }
   }
 
-  // Pixels that any cell touches, in the order of the axis.
+  // The pixels that any bin touches, in the order of the axis.
   const std::vector<int64_t>& pixels() const { return pixels_; }
-  const Entry* begin(int64_t cell) const { return entries_.data() + starts_[cell]; }
-  const Entry* end(int64_t cell) const { return entries_.data() + starts_[cell + 1]; }
+  const Entry* begin(int64_t bin) const { return entries_.data() + starts_[bin]; }
+  const Entry* end(int64_t bin) const { return entries_.data() + starts_[bin + 1]; }
 
  private:
-  // Samples come in order, so a pixel that was seen before is at the end of the list. Should rounding break
-  // that order a pixel is listed twice, which only costs time.
+  // Samples come in order, so a pixel that was added before is near the end of the list. If rounding breaks
+  // this order, a pixel is listed twice, which only costs time.
   void add(int64_t pixel, A weight, bool ascending) {
     size_t slot = pixels_.size();
     while (slot > 0 && (ascending ? pixels_[slot - 1] > pixel : pixels_[slot - 1] < pixel)) --slot;
@@ -75,13 +76,13 @@ class AxisFold {
   std::vector<size_t> starts_;
 };
 
-// One box: its map and, folded, the pixels its cells average.
+// One box: its feature map, and the folded pixels of its bins.
 template <typename A>
 struct BoxFold {
-  bool usable = false;  // false: all its cells are zero
+  bool usable = false;  // false: all bins are zero
   int level = 0;
   int64_t image = 0;
-  A scale = 0;  // 1 / samples of a cell
+  A samples = 1;  // in a bin; sums are divided by it, which gives exactly 0.5 for a mask on half of them
   AxisFold<A> rows, columns;
 
   void fold(const A* box, const PyramidShape& shape, const RoiAlignParams& params) {
@@ -100,11 +101,12 @@ struct BoxFold {
     rows.fold(y, params.pooled_height, height);
     columns.fold(x, params.pooled_width, width);
     usable = !rows.pixels().empty() && !columns.pixels().empty();
-    scale = A(1) / (static_cast<A>(y.grid) * static_cast<A>(x.grid));
+    samples = static_cast<A>(y.grid) * static_cast<A>(x.grid);
   }
 };
 
-// The folds of all boxes: kept where there are few enough of them to be kept, else made anew at each use.
+// The folds of all boxes. They are computed once and kept if there are few enough boxes; otherwise each use
+// computes them again.
 template <typename A>
 class BoxFolds {
  public:
@@ -124,49 +126,49 @@ class BoxFolds {
     return scratch;
   }
 
-  // Boxes of one image on one level, from those above to those below, so that maps stay in the cache.
+  // The boxes of one image on one level, from top to bottom, so that the map stays in the cache.
   struct Group {
     int64_t image;
     int level;
     std::vector<int64_t> boxes;
-    int64_t top, bottom, left, right;  // half-open range of the pixels they touch
+    int64_t top, bottom, left, right;  // half-open ranges of the pixels that they touch
   };
 
-  // All boxes that touch a pixel, grouped by level and image.
+  // Groups all boxes that touch a pixel by level and image.
   std::vector<Group> groups() const {
-    struct Place {
+    struct Key {
       uint64_t map;
       int64_t row, column, box;
-      bool operator<(const Place& other) const {
+      bool operator<(const Key& other) const {
         return std::tie(map, row, column, box) < std::tie(other.map, other.row, other.column, other.box);
       }
     };
     constexpr int64_t kTile = 16;
-    std::vector<Place> places(count_);
+    std::vector<Key> keys(count_);
     std::vector<std::array<int64_t, 4>> edges(count_);
     constexpr uint64_t kNoMap = std::numeric_limits<uint64_t>::max();
     torch::stable::parallel_for(0, count_, 16, [&](int64_t begin, int64_t end) {
       BoxFold<A> scratch;
       for (int64_t k = begin; k < end; ++k) {
         const BoxFold<A>& box = get(k, scratch);
-        places[k] = {kNoMap, 0, 0, k};
+        keys[k] = {kNoMap, 0, 0, k};
         if (!box.usable) continue;
         const auto rows = std::minmax_element(box.rows.pixels().begin(), box.rows.pixels().end());
         const auto columns = std::minmax_element(box.columns.pixels().begin(), box.columns.pixels().end());
         edges[k] = {*rows.first, *rows.second + 1, *columns.first, *columns.second + 1};
-        places[k] = {static_cast<uint64_t>(box.level) * static_cast<uint64_t>(shape_.batch) +
-                         static_cast<uint64_t>(box.image),
-                     *rows.first / kTile, *columns.first / kTile, k};
+        keys[k] = {static_cast<uint64_t>(box.level) * static_cast<uint64_t>(shape_.batch) +
+                       static_cast<uint64_t>(box.image),
+                   *rows.first / kTile, *columns.first / kTile, k};
       }
     });
-    std::sort(places.begin(), places.end());
+    std::sort(keys.begin(), keys.end());
     std::vector<Group> groups;
     uint64_t map = kNoMap;
-    for (const Place& place : places) {
-      if (place.map == kNoMap) break;
-      const auto& [top, bottom, left, right] = edges[place.box];
-      if (place.map != map) {
-        map = place.map;
+    for (const Key& key : keys) {
+      if (key.map == kNoMap) break;
+      const auto& [top, bottom, left, right] = edges[key.box];
+      if (key.map != map) {
+        map = key.map;
         groups.push_back({static_cast<int64_t>(map % static_cast<uint64_t>(shape_.batch)),
                           static_cast<int>(map / static_cast<uint64_t>(shape_.batch)),
                           {},
@@ -176,7 +178,7 @@ class BoxFolds {
                           right});
       }
       Group& group = groups.back();
-      group.boxes.push_back(place.box);
+      group.boxes.push_back(key.box);
       group.top = std::min(group.top, top);
       group.bottom = std::max(group.bottom, bottom);
       group.left = std::min(group.left, left);
@@ -193,4 +195,4 @@ class BoxFolds {
   std::vector<BoxFold<A>> kept_;
 };
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

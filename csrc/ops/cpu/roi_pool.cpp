@@ -1,7 +1,7 @@
-// Channels-last maps are read where they lie, box by box. NCHW maps, and channels-last ones that many large
-// boxes read again and again, are first cut into blocks of channels that are small enough for the cache and
-// lie as the vector instructions want them; then all boxes are pooled from one block.
-#include "ops/cpu/roi_pool.h"
+// Channels-last maps are read in place, box by box. NCHW maps, and channels-last maps that many large boxes
+// read again and again, are first copied to blocks of channels that fit into the cache and have the layout of
+// the vector instructions; then all boxes are pooled from one block.
+#include "ops/roi_pool.h"
 
 #include <algorithm>
 
@@ -9,10 +9,10 @@
 #include "ops/cpu/parallel.h"
 #include "ops/cpu/roi_fold.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 namespace {
 
-// A map, or a part of it, with its channels side by side.
+// A map or a part of it, with adjacent channels.
 template <typename T>
 struct MapView {
   const T* data;
@@ -24,7 +24,7 @@ struct MapView {
   }
 };
 
-// sum += weight * lanes for V registers at `from`.
+// sum += weight * values, for V vectors at `from`.
 template <typename T, typename A, int V>
 PANFPN_ALWAYS_INLINE void multiply_add(const T* from, A weight, Lanes<A> (&sum)[V]) {
 #pragma GCC unroll 4
@@ -35,65 +35,65 @@ PANFPN_ALWAYS_INLINE void multiply_add(const T* from, A weight, Lanes<A> (&sum)[
   }
 }
 
-// Weighted sum of V registers at `offset` in each of `count` places.
+// The weighted sum of V vectors at `offset` from each of `count` addresses.
 template <typename T, typename A, int V>
-PANFPN_ALWAYS_INLINE void sum_places(const T* const* places, const A* weights, int64_t count, int64_t offset,
-                                     Lanes<A> (&sum)[V]) {
+PANFPN_ALWAYS_INLINE void sum_at(const T* const* addresses, const A* weights, int64_t count, int64_t offset,
+                                 Lanes<A> (&sum)[V]) {
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) sum[v] = Lanes<A>{};
-  for (int64_t i = 0; i < count; ++i) multiply_add<T, A, V>(places[i] + offset, weights[i], sum);
+  for (int64_t i = 0; i < count; ++i) multiply_add<T, A, V>(addresses[i] + offset, weights[i], sum);
 }
 
-// The same for the last channels, fewer than a register has lanes.
+// The same for the last channels, fewer than a vector has lanes.
 template <typename T, typename A>
-PANFPN_ALWAYS_INLINE void sum_places_of_rest(const T* const* places, const A* weights, int64_t count,
-                                             int64_t offset, int64_t rest, Lanes<A>& sum) {
+PANFPN_ALWAYS_INLINE void sum_rest(const T* const* addresses, const A* weights, int64_t count, int64_t offset,
+                                   int64_t rest, Lanes<A>& sum) {
   sum = Lanes<A>{};
   for (int64_t i = 0; i < count; ++i) {
     Lanes<A> lanes;
-    load_some<T, A>(places[i] + offset, rest, lanes);
+    load_some<T, A>(addresses[i] + offset, rest, lanes);
     sum += lanes * weights[i];
   }
 }
 
 template <typename A, int V>
-PANFPN_ALWAYS_INLINE void scale_and_store(Lanes<A> (&sum)[V], A* to) {
+PANFPN_ALWAYS_INLINE void store_all(Lanes<A> (&sum)[V], A* to) {
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) store_lanes(sum[v], to + v * kLanes<A>);
 }
 
-// Weighted sums over `count` places for all channels -> `to`, whose channels are padded to whole registers.
+// Weighted sums over `count` addresses for all channels -> `to`, whose channels are padded to whole vectors.
 template <typename T, typename A>
-PANFPN_ALWAYS_INLINE void sum_all_channels(const T* const* places, const A* weights, int64_t count,
+PANFPN_ALWAYS_INLINE void sum_all_channels(const T* const* addresses, const A* weights, int64_t count,
                                            int64_t channels, A* to) {
   constexpr int L = kLanes<A>;
   int64_t c = 0;
   for (; c + 4 * L <= channels; c += 4 * L) {
     Lanes<A> sum[4];
-    sum_places<T, A, 4>(places, weights, count, c, sum);
-    scale_and_store<A, 4>(sum, to + c);
+    sum_at<T, A, 4>(addresses, weights, count, c, sum);
+    store_all<A, 4>(sum, to + c);
   }
   for (; c + L <= channels; c += L) {
     Lanes<A> sum[1];
-    sum_places<T, A, 1>(places, weights, count, c, sum);
-    scale_and_store<A, 1>(sum, to + c);
+    sum_at<T, A, 1>(addresses, weights, count, c, sum);
+    store_all<A, 1>(sum, to + c);
   }
   if (c < channels) {
     Lanes<A> sum;
-    sum_places_of_rest<T, A>(places, weights, count, c, channels - c, sum);
+    sum_rest<T, A>(addresses, weights, count, c, channels - c, sum);
     store_lanes(sum, to + c);
   }
 }
 
-// What a thread keeps between boxes.
+// Memory that a thread reuses for all boxes.
 template <typename T, typename A>
 struct PoolScratch {
   std::vector<const T*> pixels;       // of the map, for one column
-  std::vector<const A*> columns;      // of `line`, for one cell
-  std::vector<A> weights, line, sum;  // line: one row of cells, folded along y: [columns, padded channels]
+  std::vector<const A*> columns;      // of `line`, for one bin
+  std::vector<A> weights, line, sum;  // line: one row of bins, folded along y: [columns, padded channels]
 };
 
-// Pools one box: [pooled_height, pooled_width, channels] -> out, whose cells lie `channels` apart.
+// Pools one box into `out` [pooled_height, pooled_width, channels].
 template <typename T, typename A, typename Out>
 PANFPN_VECTOR_CLONES void pool_box(const MapView<T>& map, const BoxFold<A>& box, int64_t channels,
                                    int64_t pooled_height, int64_t pooled_width, PoolScratch<T, A>& scratch,
@@ -110,7 +110,7 @@ PANFPN_VECTOR_CLONES void pool_box(const MapView<T>& map, const BoxFold<A>& box,
     const int64_t row_count = box.rows.end(ph) - row;
     scratch.pixels.resize(row_count);
     scratch.weights.resize(row_count);
-    for (int64_t i = 0; i < row_count; ++i) scratch.weights[i] = row[i].weight * box.scale;
+    for (int64_t i = 0; i < row_count; ++i) scratch.weights[i] = row[i].weight;
     for (int64_t j = 0; j < touched; ++j) {
       for (int64_t i = 0; i < row_count; ++i) {
         scratch.pixels[i] = map.pixel(rows[row[i].slot], columns[j]);
@@ -133,12 +133,12 @@ PANFPN_VECTOR_CLONES void pool_box(const MapView<T>& map, const BoxFold<A>& box,
       for (; c + L <= channels; c += L) {
         Lanes<A> lanes;
         load_lanes(sum + c, lanes);
-        store_lanes(lanes, out + c);
+        store_lanes(lanes / box.samples, out + c);
       }
       if (c < channels) {
         Lanes<A> lanes;
         load_lanes(sum + c, lanes);
-        store_some<Out, A>(lanes, channels - c, out + c);
+        store_some<Out, A>(lanes / box.samples, channels - c, out + c);
       }
       out += channels;
     }
@@ -158,12 +158,12 @@ void zero_unusable(const BoxFolds<accumulate_t<T>>& folds, int64_t count, int64_
 template <typename A>
 using Group = typename BoxFolds<A>::Group;
 
-// Box by box from channels-last maps where they lie.
+// Pools box by box from channels-last maps in place.
 template <typename T>
 void pool_in_place(const Pyramid<const T>& pyramid, const BoxFolds<accumulate_t<T>>& folds,
                    const std::vector<Group<accumulate_t<T>>>& groups, const RoiAlignParams& params, T* out) {
   using A = accumulate_t<T>;
-  std::vector<std::pair<int64_t, const T*>> work;  // box and its image's map
+  std::vector<std::pair<int64_t, const T*>> work;  // a box, and the map of its image
   for (const auto& group : groups) {
     const int64_t map_size = pyramid.height[group.level] * pyramid.width[group.level] * pyramid.channels;
     for (const int64_t k : group.boxes)
@@ -182,7 +182,7 @@ void pool_in_place(const Pyramid<const T>& pyramid, const BoxFolds<accumulate_t<
   });
 }
 
-// Block of channels by block, all boxes of a map from one block before the next.
+// Pools block by block of channels: all boxes of a map from one block before the next block.
 template <typename T>
 void pool_in_blocks(const Pyramid<const T>& pyramid, const BoxFolds<accumulate_t<T>>& folds,
                     const std::vector<Group<accumulate_t<T>>>& groups, const RoiAlignParams& params,
@@ -190,10 +190,10 @@ void pool_in_blocks(const Pyramid<const T>& pyramid, const BoxFolds<accumulate_t
   using A = accumulate_t<T>;
   constexpr int L = kLanes<A>;
   const int64_t channels = pyramid.channels, blocks = (channels + L - 1) / L;
-  const int64_t cells = params.pooled_height * params.pooled_width;
+  const int64_t bins = params.pooled_height * params.pooled_width;
   parallel_in_chunks(static_cast<int64_t>(groups.size()) * blocks, 1, [&] {
     return [&, scratch = PoolScratch<A, A>(), fold = BoxFold<A>(), block = std::vector<A>(),
-            pooled = std::vector<A>(cells * L)](int64_t task, int64_t) mutable {
+            pooled = std::vector<A>(bins * L)](int64_t task, int64_t) mutable {
       const auto& group = groups[task / blocks];
       const int64_t first = task % blocks * L, some = std::min<int64_t>(L, channels - first);
       const int64_t width = pyramid.width[group.level], plane = pyramid.height[group.level] * width;
@@ -214,17 +214,17 @@ void pool_in_blocks(const Pyramid<const T>& pyramid, const BoxFolds<accumulate_t
         pool_box<A, A, A>(view, folds.get(k, fold), L, params.pooled_height, params.pooled_width, scratch,
                           pooled.data());
         if (channels_last) {
-          block_to_pixels<T, A>(pooled.data(), cells, out + k * cells * channels + first, channels, some);
+          block_to_pixels<T, A>(pooled.data(), bins, out + k * bins * channels + first, channels, some);
         } else {
-          block_to_planes<T, A>(pooled.data(), cells, out + (k * channels + first) * cells, cells, some);
+          block_to_planes<T, A>(pooled.data(), bins, out + (k * channels + first) * bins, bins, some);
         }
       }
     };
   });
 }
 
-// Whether a channels-last map is better cut into blocks: it is too large for the cache, and its boxes read
-// each pixel so often that the copy is made up for.
+// Returns whether a channels-last map should be copied to blocks: it is too large for the cache, and its
+// boxes read each pixel often enough to repay the copy.
 template <typename T>
 bool worth_blocks(const Group<accumulate_t<T>>& group, const BoxFolds<accumulate_t<T>>& folds,
                   int64_t channels) {
@@ -268,4 +268,4 @@ Tensor pool_features(const std::vector<Tensor>& features, const std::vector<doub
   return out;
 }
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

@@ -1,18 +1,19 @@
-// Each task owns a block of channels of one map and adds all boxes to it, in the order of the groups: no two
-// threads write one value, and the order of the sums never changes. A block is summed in float32 (float64)
-// with its channels side by side, whatever the map's layout and dtype, and then written out once.
+// Each task owns a block of channels of one map and adds all boxes to it, in the order of the groups. So no
+// two threads write the same value, and the order of the sums never changes. A block is summed in float32
+// (float64 for float64) with adjacent channels, whatever the layout and dtype of the map, and written to the
+// map once.
 #include <algorithm>
 
 #include "ops/cpu/channel_block.h"
 #include "ops/cpu/parallel.h"
 #include "ops/cpu/roi_fold.h"
-#include "ops/cpu/roi_pool.h"
+#include "ops/roi_pool.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 namespace {
 
-// Adds one box's `grad` [pooled_height, pooled_width, kLanes] to the map `block` [H, W, kLanes]. `line` is
-// scratch of the columns' size.
+// Adds the gradient of one box, `grad` [pooled_height, pooled_width, kLanes], to the map `block` [H, W,
+// kLanes]. `line` is scratch for the box's columns.
 template <typename A>
 PANFPN_VECTOR_CLONES void add_box(const A* grad, const BoxFold<A>& box, int64_t pooled_height,
                                   int64_t pooled_width, int64_t map_width, A* line, A* block) {
@@ -27,7 +28,7 @@ PANFPN_VECTOR_CLONES void add_box(const A* grad, const BoxFold<A>& box, int64_t 
     for (int64_t pw = 0; pw < pooled_width; ++pw) {
       Lanes<A> value;
       load_lanes(grad + (ph * pooled_width + pw) * L, value);
-      value *= box.scale;
+      value /= box.samples;
       const auto* column_end = box.columns.end(pw);
       for (const auto* column = box.columns.begin(pw); column != column_end; ++column) {
         Lanes<A> sum;
@@ -49,7 +50,8 @@ PANFPN_VECTOR_CLONES void add_box(const A* grad, const BoxFold<A>& box, int64_t 
   }
 }
 
-// A block of one map's channels, to which the boxes of `group` are added; no group: the gradient is zero.
+// A block of channels of one map, to which the boxes of `group` are added. Without a group the gradient is
+// zero.
 template <typename A>
 struct BackwardTask {
   int level;
@@ -62,10 +64,10 @@ void add_boxes(const T* grad, bool grad_channels_last, const Pyramid<T>& pyramid
                const BoxFolds<accumulate_t<T>>& folds, const RoiAlignParams& params) {
   using A = accumulate_t<T>;
   constexpr int L = kLanes<A>;
-  const int64_t channels = pyramid.channels, cells = params.pooled_height * params.pooled_width;
+  const int64_t channels = pyramid.channels, bins = params.pooled_height * params.pooled_width;
   const auto groups = folds.groups();
   std::vector<BackwardTask<A>> tasks;
-  size_t next = 0;  // groups come by level, then by image
+  size_t next = 0;  // groups are ordered by level, then by image
   for (int level = 0; level < pyramid.levels; ++level) {
     for (int64_t image = 0; image < pyramid.batch; ++image) {
       const bool found = next < groups.size() && groups[next].level == level && groups[next].image == image;
@@ -77,7 +79,7 @@ void add_boxes(const T* grad, bool grad_channels_last, const Pyramid<T>& pyramid
   }
   parallel_in_chunks(static_cast<int64_t>(tasks.size()), 1, [&] {
     return [&, fold = BoxFold<A>(), block = std::vector<A>(), line = std::vector<A>(),
-            box_grad = std::vector<A>(cells * L)](int64_t index, int64_t) mutable {
+            box_grad = std::vector<A>(bins * L)](int64_t index, int64_t) mutable {
       const BackwardTask<A>& task = tasks[index];
       const int64_t first = task.first_channel, some = std::min<int64_t>(L, channels - first);
       const int64_t width = pyramid.width[task.level], pixels = pyramid.height[task.level] * width;
@@ -87,11 +89,11 @@ void add_boxes(const T* grad, bool grad_channels_last, const Pyramid<T>& pyramid
         for (const int64_t k : task.group->boxes) {
           const BoxFold<A>& box = folds.get(k, fold);
           line.resize(std::max(line.size(), box.columns.pixels().size() * L));
-          const T* from = grad + k * cells * channels;
+          const T* from = grad + k * bins * channels;
           if (grad_channels_last) {
-            pixels_to_block<T, A>(from + first, channels, some, cells, box_grad.data());
+            pixels_to_block<T, A>(from + first, channels, some, bins, box_grad.data());
           } else {
-            planes_to_block<T, A>(from + first * cells, cells, some, cells, box_grad.data());
+            planes_to_block<T, A>(from + first * bins, bins, some, bins, box_grad.data());
           }
           add_box<A>(box_grad.data(), box, params.pooled_height, params.pooled_width, width, line.data(),
                      block.data());
@@ -111,7 +113,8 @@ void add_boxes(const T* grad, bool grad_channels_last, const Pyramid<T>& pyramid
 
 std::vector<Tensor> pool_features_backward(const Tensor& grad_in, const std::vector<double>& scales,
                                            const Tensor& boxes_in, const MapSizes& sizes, bool channels_last,
-                                           const RoiAlignParams& params, const char* op) {
+                                           bool /*deterministic*/, const RoiAlignParams& params,
+                                           const char* op) {
   const Tensor grad = dense_grad(grad_in), boxes = torch::stable::contiguous(boxes_in);
   std::vector<Tensor> grads;
   for (size_t level = 0; level < scales.size(); ++level) {
@@ -128,4 +131,4 @@ std::vector<Tensor> pool_features_backward(const Tensor& grad_in, const std::vec
   return grads;
 }
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

@@ -1,5 +1,5 @@
-// A radix sort of the scores' bits: some tens of microseconds for ten thousand boxes, where a comparison sort
-// takes longer than the suppression after it.
+// A radix sort of the bits of the scores. It takes tens of microseconds for ten thousand boxes; a comparison
+// sort would take longer than the suppression that follows.
 #include "ops/cpu/score_order.h"
 
 #include <algorithm>
@@ -9,12 +9,12 @@
 
 #include "ops/nms.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 namespace {
 
 constexpr int kDigitBits = 8;
 constexpr int64_t kDigits = 1 << kDigitBits;
-// Below this, counting digits takes longer than comparing.
+// For fewer boxes, counting digits takes longer than comparing.
 constexpr int64_t kSmall = 48;
 
 template <typename Key>
@@ -46,7 +46,7 @@ void order_as(const T* scores, int64_t count, uint32_t* order) {
     for (int pass = 0; pass < kPasses; ++pass) {
       auto& starts = counts[pass];
       const int shift = pass * kDigitBits;
-      if (starts[from[0].key >> shift & (kDigits - 1)] == count) continue;  // a digit that all have in common
+      if (starts[from[0].key >> shift & (kDigits - 1)] == count) continue;  // all keys have the same digit
       uint32_t next = 0;
       for (uint32_t& start : starts) next += std::exchange(start, next);
       for (int64_t i = 0; i < count; ++i) to[starts[from[i].key >> shift & (kDigits - 1)]++] = from[i];
@@ -64,4 +64,4 @@ void order_by_score(const void* scores, ScalarType dtype, int64_t count, uint32_
   });
 }
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

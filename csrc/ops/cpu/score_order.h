@@ -5,10 +5,10 @@
 
 #include "stable_compat.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 
-// Writes to `order` the indices of `scores` (float32 or float64) by descending score: NaN first, equal ones
-// in their given order, as a stable torch.sort has them.
+// Writes the indices of `scores` (float32 or float64) to `order` by descending score, as a stable torch.sort
+// orders them: NaN first, equal scores in their given order.
 void order_by_score(const void* scores, ScalarType dtype, int64_t count, uint32_t* order);
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

@@ -1,24 +1,32 @@
-// Vector instructions beyond the baseline that every x86-64 has: a function marked so is compiled for
-// AVX-512, for AVX2 and for the baseline, and the loader picks what the processor has. Whatever it inlines is
-// compiled with it. Other architectures (aarch64 has its vectors in the baseline) and compilers without this
-// get the one version.
+// Vector instructions beyond the x86-64 baseline. A function with PANFPN_VECTOR_CLONES is compiled for
+// AVX-512, for AVX2 and for the baseline, together with everything that it inlines; the loader chooses the
+// version for the processor. Other architectures and compilers without this attribute get one version (on
+// aarch64, the baseline includes vector instructions).
 //
-// No version fuses multiplications and additions (-ffp-contract=off), so all of them give the same bits.
+// In sources without fused multiply-adds (-ffp-contract=off, the default), all versions give the same bits.
+// In the sources that CMakeLists.txt lists in PANFPN_FUSED_SOURCES, the AVX-512 version, and from GCC 12 on
+// the AVX2 version, fuse multiplications and additions. The baseline cannot, so that its results differ in
+// the last bits.
 #pragma once
 
-// The clones are named by instruction sets. By name of a processor ("arch=haswell") the loader would pick
-// them on that one model only, and the baseline on all later ones. GCC 12 is the first to know the levels of
-// x86-64.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#include "arithmetic.h"
+
+// The clones are named by instruction set. For the name of a processor ("arch=haswell"), the loader would
+// choose the clone on that model only, and the baseline on all later ones. GCC supports the
+// x86-64 levels from version 12 on.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define PANFPN_HAS_VECTOR_CLONES
+#if __GNUC__ >= 12
 #define PANFPN_VECTOR_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#else
 #define PANFPN_VECTOR_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
 #else
 #define PANFPN_VECTOR_CLONES
 #endif
 
-// For what such a function calls: without it the compiler may leave the call, and the callee as it is for
-// every x86-64.
+// For functions that a cloned function calls. Without always_inline the compiler may keep the call, and the
+// callee is compiled for the baseline only.
 #if defined(__GNUC__)
 #define PANFPN_ALWAYS_INLINE inline __attribute__((always_inline))
 #else

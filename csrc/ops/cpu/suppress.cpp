@@ -1,12 +1,13 @@
-// Boxes are visited by descending score, each is compared with the kept ones so far, and joins them unless
-// one of them strikes it out. So the work follows the kept boxes, and ends with the last one that is asked
-// for.
+// Boxes are visited by descending score. Each is compared with the boxes kept so far, and is kept unless one
+// of them suppresses it. So the work is proportional to the number of kept boxes, and ends when enough boxes
+// are kept.
 //
-// Kept boxes lie in buckets, one for each group and octave of area: IoU above t needs areas within a factor
-// of t, so a few buckets have to be looked through. Their coordinates lie in separate arrays, and the
-// comparison with a run of them vectorises. It asks first, without a division, which boxes could be above the
-// threshold; the IoU itself, in the peer's order of operations, decides where some could.
-#include "ops/cpu/suppress.h"
+// Kept boxes are stored in buckets, one for each group and each octave of area: an IoU above t needs areas
+// within a factor of t, so only a few buckets need to be searched. The coordinates are in separate arrays, so
+// that the comparison with a run of boxes vectorises. A first comparison, without a division, finds whether
+// any box of the run could be above the threshold; if so, the IoU itself decides, in the peer's order of
+// operations.
+#include "ops/suppress.h"
 
 #include <algorithm>
 #include <bit>
@@ -19,34 +20,44 @@
 #include "ops/cpu/score_order.h"
 #include "ops/cpu/simd.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 namespace {
 
-// Buckets are filled up to multiples of this: the floats of an AVX-512 register.
+// Buckets are padded to multiples of this: the floats of an AVX-512 register.
 constexpr int64_t kLanes = 16;
-// Kept boxes compared before looking whether one struck.
+// Kept boxes that are compared before testing whether any of them suppresses the candidate.
 constexpr int64_t kRun = 8 * kLanes;
-// Boxes in a group below which splitting it by area costs more than it saves.
+// In groups with fewer boxes, a division by area costs more than it saves.
 constexpr int64_t kSplitByArea = 256;
 constexpr int64_t kMostOctaves = 16;
-// Comparisons that are worth waking other threads for, a millisecond or two: on a busy machine a thread that
-// has to be waited for costs a time slice. One thread does ten thousand boxes in some milliseconds.
+// The number of comparisons, one or two milliseconds, that justify waking other threads: on a busy machine,
+// waiting for a thread costs a time slice. One thread processes ten thousand boxes in a few milliseconds.
 constexpr int64_t kParallelWork = int64_t{1} << 22;
-// The estimate before the division stays on the safe side by more than its roundings: 2^-18 against some
-// 2^-24.
+// The safety margin of the first comparison, 2^-18, is larger than its rounding errors of about 2^-24.
 constexpr double kMargin = 1.0 - 1.0 / (1 << 18);
+
+// The boxes of one image, checked and contiguous.
+struct Candidates {
+  const void* boxes;  // [count, 4], float32 or float64
+  ScalarType box_dtype;
+  const void* scores;  // [count], float32 or float64
+  ScalarType score_dtype;
+  const int64_t* idxs;  // [count]; null if all boxes are in one group
+  int64_t count;
+};
 
 // A threshold, prepared for boxes of type T.
 template <typename T>
 struct Threshold {
-  T value;      // the comparison itself
-  double part;  // of both areas together, that an intersection above the threshold exceeds
-  T ratio;      // of the smaller to the larger area, likewise
-  bool prunes;  // else every box may strike every other: disjoint ones have an IoU of 0
+  T value;      // the IoU that the comparison itself uses
+  double part;  // an intersection above the threshold exceeds this part of the sum of both areas
+  T ratio;      // the smaller area must exceed this part of the larger
+  bool prunes;  // if false, every box may suppress every other: disjoint boxes have an IoU of 0
 };
 
-// The comparison `float32 IoU > double threshold` of the peer's CPU op, as a comparison in T: the threshold
-// rounded down, since a T above the largest T not over the threshold is above the threshold itself.
+// The peer's CPU op compares a float32 IoU with a double threshold. The same comparison in T needs the
+// threshold rounded down: any T above the largest T that does not exceed the threshold exceeds the threshold
+// itself.
 template <typename T>
 T round_down(double threshold) {
   const T rounded = static_cast<T>(threshold);
@@ -62,18 +73,18 @@ Threshold<T> prepare(double iou_threshold) {
   return {value, kMargin / (1.0 + 1.0 / exact), static_cast<T>(exact * kMargin), exact >= 0.0};
 }
 
-// What a box needs before an intersection with it can be above the threshold: inter / (a + b - inter) > t
-// makes inter > t / (1 + t) * (a + b), and both boxes bring their part of the sum. Too small to be exact is
-// nothing.
+// A box's share of the least intersection above the threshold: inter / (a + b - inter) > t implies inter > t
+// / (1 + t) * (a + b), and each box contributes its area's part of that sum. A share too small to be exact is
+// set to 0.
 template <typename T>
 T share_of(T area, const Threshold<T>& threshold) {
   const T share = static_cast<T>(threshold.part * area);
   return share >= T(1e-30) ? share : T(0);
 }
 
-// Whether the box can strike at all. Where disjoint boxes do not strike, one without a positive finite area
-// never does and is never struck: its intersections are empty, or its IoU is 0 or NaN. NaN coordinates make a
-// NaN area.
+// Returns whether the box can suppress others at all. If disjoint boxes do not suppress each other, a box
+// without a positive finite area neither suppresses nor is suppressed: its intersections are empty, or its
+// IoU is 0 or NaN. NaN coordinates give a NaN area.
 template <typename T>
 bool is_active(const Box<T>& box, T area, const Threshold<T>& threshold) {
   return !threshold.prunes ||
@@ -90,7 +101,7 @@ int64_t octave(T area) {
   }
 }
 
-// Boxes in separate arrays.
+// Boxes as separate arrays.
 template <typename T>
 struct Columns {
   T *x1, *y1, *x2, *y2, *area, *share;
@@ -102,8 +113,8 @@ struct Candidate {
   T area, share;
 };
 
-// Whether one of kept boxes [begin, end) might be above the threshold; `end - begin` is a multiple of kLanes.
-// Empty intersections come out at or below zero, and the candidate's share is above.
+// Returns whether any of the kept boxes [begin, end) might be above the threshold; `end - begin` is a
+// multiple of kLanes. Empty intersections are at or below zero here, and the candidate's share is above zero.
 template <typename T>
 PANFPN_VECTOR_CLONES bool some_near(const Columns<T>& kept, int64_t begin, int64_t end,
                                     const Candidate<T>& c) {
@@ -123,7 +134,7 @@ PANFPN_VECTOR_CLONES bool some_near(const Columns<T>& kept, int64_t begin, int64
   return near != 0;
 }
 
-// Whether one of kept boxes [begin, end) is above the threshold.
+// Returns whether any of the kept boxes [begin, end) is above the threshold.
 template <typename T>
 PANFPN_VECTOR_CLONES bool some_above(const Columns<T>& kept, int64_t begin, int64_t end,
                                      const Candidate<T>& c, T threshold) {
@@ -143,11 +154,11 @@ int64_t round_up(int64_t value) {
   return (value + kLanes - 1) / kLanes * kLanes;
 }
 
-// Numbers the groups from 0; returns how many there are.
+// Numbers the groups from 0 and returns how many there are.
 int64_t number_groups(const int64_t* idxs, int64_t count, uint32_t* group) {
   const auto [low, high] = std::minmax_element(idxs, idxs + count);
   const uint64_t range = static_cast<uint64_t>(*high) - static_cast<uint64_t>(*low);
-  if (range < static_cast<uint64_t>(count) + kSplitByArea) {  // few enough values to have a bucket each
+  if (range < static_cast<uint64_t>(count) + kSplitByArea) {  // few enough values for one bucket each
     for (int64_t i = 0; i < count; ++i) group[i] = static_cast<uint32_t>(idxs[i] - *low);
     return static_cast<int64_t>(range) + 1;
   }
@@ -162,8 +173,8 @@ int64_t number_groups(const int64_t* idxs, int64_t count, uint32_t* group) {
 }
 
 struct Bucket {
-  int64_t begin = 0, end = 0;  // of the kept boxes so far
-  int64_t before = 0;          // where `end` was when the block of candidates `block` began
+  int64_t begin = 0, end = 0;  // the kept boxes so far
+  int64_t before = 0;          // `end` before the candidates of `block` were visited
   int64_t block = -1;
 };
 
@@ -184,21 +195,22 @@ class Suppression {
 
   int64_t run(int64_t max_output, int64_t* keep) {
     const int64_t block_size = std::clamp<int64_t>(count_ / 16, 64, 1024);
-    std::vector<uint8_t> struck(block_size);
+    std::vector<uint8_t> suppressed(block_size);
     int64_t kept = 0;
     for (int64_t first = 0, block = 0; first < count_ && kept < max_output; first += block_size, ++block) {
       const int64_t last = std::min(first + block_size, count_);
-      // Against what was kept before, a block's candidates are independent of each other.
+      // Against the boxes kept before the block, its candidates can be compared independently of each other.
       const int64_t buckets = static_cast<int64_t>(buckets_.size());
       const bool in_parallel = (last - first) * (kept / std::max<int64_t>(buckets / 3, 1)) > kParallelWork;
       if (in_parallel) {
         torch::stable::parallel_for(first, last, block_size / 16, [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) struck[i - first] = is_struck(order_[i], -1);
+          for (int64_t i = begin; i < end; ++i) suppressed[i - first] = is_suppressed(order_[i], -1);
         });
       }
       for (int64_t i = first; i < last && kept < max_output; ++i) {
         const int64_t index = order_[i];
-        if (in_parallel ? struck[i - first] || is_struck(index, block) : is_struck(index, -1)) continue;
+        if (in_parallel ? suppressed[i - first] || is_suppressed(index, block) : is_suppressed(index, -1))
+          continue;
         add(index, block);
         keep[kept++] = index;
       }
@@ -244,12 +256,13 @@ class Suppression {
     return group_[index] * octaves_ + (octaves_ > 1 && area > T(0) ? octave_within(area) : 0);
   }
 
-  // Among all kept boxes, or among those of the current `block` of candidates where that is given.
-  bool is_struck(int64_t index, int64_t block) const {
+  // Compares with all kept boxes, or, if `block` is not negative, with those of the current block of
+  // candidates.
+  bool is_suppressed(int64_t index, int64_t block) const {
     const Box<T> box = boxes_[index];
     const T area = box_area(box);
     if (!is_active(box, area, threshold_)) return false;
-    // A share above zero also where the area's is too small to count, see some_near.
+    // The share must be above zero, see some_near, even if the area's share was too small to count.
     const T share = std::max(share_of(area, threshold_), std::numeric_limits<T>::denorm_min());
     const Candidate<T> candidate{box, area, share};
     int64_t low = group_[index] * octaves_, high = low;
@@ -283,7 +296,8 @@ class Suppression {
       bucket.before = bucket.end;
     }
     const int64_t at = bucket.end++;
-    if ((at - bucket.begin) % kLanes == 0) {  // what is compared with but not filled yet must not strike
+    if ((at - bucket.begin) % kLanes ==
+        0) {  // entries that are compared but not yet filled must not suppress
       for (T* column : {kept_.x1, kept_.y1, kept_.x2, kept_.y2}) std::fill_n(column + at, kLanes, T(0));
       std::fill_n(kept_.area + at, kLanes, std::numeric_limits<T>::quiet_NaN());
       std::fill_n(kept_.share + at, kLanes, std::numeric_limits<T>::infinity());
@@ -308,11 +322,12 @@ class Suppression {
   Columns<T> kept_{};
 };
 
-}  // namespace
-
-int64_t suppress(const Candidates& candidates, double iou_threshold, int64_t max_output, int64_t* keep) {
+// Writes the indices of the kept boxes by descending score, at most `max_output`; returns how many.
+int64_t suppress_image(const Candidates& candidates, double iou_threshold, int64_t max_output,
+                       int64_t* keep) {
   if (candidates.count == 0 || max_output <= 0) return 0;
-  STD_TORCH_CHECK(candidates.count <= std::numeric_limits<uint32_t>::max(), "nms: at most 2^32 - 1 boxes");
+  STD_TORCH_CHECK(candidates.count <= std::numeric_limits<uint32_t>::max(),
+                  "nms: at most 2^32 - 1 boxes are supported, got ", candidates.count);
   int64_t kept = 0;
   dispatch_float_or_double(candidates.box_dtype, "nms", [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -321,19 +336,55 @@ int64_t suppress(const Candidates& candidates, double iou_threshold, int64_t max
   return kept;
 }
 
+}  // namespace
+
+std::pair<Tensor, Tensor> suppress(const Tensor& boxes_in, const Tensor& scores_in, const Tensor* idxs_in,
+                                   double iou_threshold, int64_t max_output) {
+  const Tensor boxes = torch::stable::contiguous(boxes_in), scores = torch::stable::contiguous(scores_in);
+  const Tensor idxs = idxs_in != nullptr ? torch::stable::contiguous(*idxs_in) : scores;
+  const auto [keep, kept_count] = empty_padded(boxes, max_output);
+  int64_t* const kept = keep.mutable_data_ptr<int64_t>();
+  int64_t* const counts = kept_count.mutable_data_ptr<int64_t>();
+  const bool batched = boxes.dim() == 3;
+  const int64_t images = batched ? boxes.size(0) : 1, count = boxes.size(batched ? 1 : 0);
+  const auto* box_bytes = static_cast<const char*>(boxes.const_data_ptr());
+  const auto* score_bytes = static_cast<const char*>(scores.const_data_ptr());
+  const int64_t box_stride = count * 4 * boxes.element_size(), score_stride = count * scores.element_size();
+  const int64_t* const groups = idxs_in != nullptr ? idxs.const_data_ptr<int64_t>() : nullptr;
+  auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Candidates candidates{box_bytes + i * box_stride,
+                                  boxes.scalar_type(),
+                                  score_bytes + i * score_stride,
+                                  scores.scalar_type(),
+                                  groups != nullptr ? groups + i * count : nullptr,
+                                  count};
+      counts[i] = suppress_image(candidates, iou_threshold, max_output, kept + i * max_output);
+      std::fill(kept + i * max_output + counts[i], kept + (i + 1) * max_output, int64_t{-1});
+    }
+  };
+  constexpr int64_t kBoxesWorthAThread = 1024;
+  if (images == 1) {
+    run(0, 1);  // outside of parallel_for, so that suppress_image can use all threads
+  } else {
+    torch::stable::parallel_for(0, images, kBoxesWorthAThread / std::max<int64_t>(count, 1) + 1, run);
+  }
+  return {keep, kept_count};
+}
+
 Tensor suppress_all(const Tensor& boxes_in, const Tensor& scores_in, const Tensor* idxs_in,
                     double iou_threshold) {
   const Tensor boxes = torch::stable::contiguous(boxes_in), scores = torch::stable::contiguous(scores_in);
   const Tensor idxs = idxs_in != nullptr ? torch::stable::contiguous(*idxs_in) : scores;
   const int64_t count = boxes.size(0);
   const auto keep = std::make_unique_for_overwrite<int64_t[]>(count);
-  const int64_t kept =
-      suppress({boxes.const_data_ptr(), boxes.scalar_type(), scores.const_data_ptr(), scores.scalar_type(),
-                idxs_in != nullptr ? idxs.const_data_ptr<int64_t>() : nullptr, count},
-               iou_threshold, count, keep.get());
+  const int64_t kept = suppress_image(
+      {boxes.const_data_ptr(), boxes.scalar_type(), scores.const_data_ptr(), scores.scalar_type(),
+       idxs_in != nullptr ? idxs.const_data_ptr<int64_t>() : nullptr, count},
+      iou_threshold, count, keep.get());
   Tensor out = empty({kept}, ScalarType::Long, boxes);
   std::copy_n(keep.get(), kept, out.mutable_data_ptr<int64_t>());
   return out;
 }
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

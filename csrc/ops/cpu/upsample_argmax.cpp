@@ -1,7 +1,8 @@
-// The output is labelled in tiles, each from a few rows of the input that stay in the cache.
+// The output is labelled in tiles. A tile reads a few rows of the input, which stay in the cache.
 //
-// A pixel is a mean of the inputs that it reads, so where one class leads in all of those it leads in the
-// mean, and nothing is computed: in a segmentation most pixels are such.
+// A pixel is a weighted mean of the inputs that it reads. If one class has the largest logit in all of these,
+// it also has the largest in the mean, and nothing needs to be computed. In a segmentation this holds for
+// most pixels.
 #include "ops/upsample_argmax.h"
 
 #include <vector>
@@ -9,20 +10,21 @@
 #include "ops/cpu/class_lanes.h"
 #include "ops/cpu/parallel.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 namespace {
 
-// In place of a label where several inputs have different ones.
+// Used instead of a label where the inputs have different labels.
 constexpr int16_t kUndecided = -1;
 
-// Adjacent pixels of the output that read the same columns of the input, both counted from the strip's first.
+// Adjacent pixels of the output that read the same columns of the input. Both are counted from the first of
+// the strip.
 struct Run {
   int64_t begin, end;
   int64_t column;
   int taps;
 };
 
-// Columns [begin, end) of the output, and the columns of the input that they read.
+// The columns [begin, end) of the output, and the columns of the input that they read.
 template <typename A>
 struct Strip {
   int64_t begin, end;
@@ -32,13 +34,13 @@ struct Strip {
   std::vector<PixelTap<A>> pixels;
 };
 
-// Cuts the output so that four rows of a strip stay in the cache.
+// Divides the output into strips such that four rows of a strip fit into the cache.
 template <typename A>
 std::vector<Strip<A>> cut_strips(const std::vector<ComposedTap<A>>& taps, int64_t blocks) {
   constexpr int64_t kCacheBytes = 256 << 10, kLeast = 16;
   const int64_t width = static_cast<int64_t>(taps.size());
   const int64_t reach = taps.back().base - taps.front().base + 1;
-  const int64_t most = std::max<int64_t>(kLeast, kCacheBytes / (4 * blocks * sizeof(ClassBlock<A>)));
+  const int64_t most = std::max<int64_t>(kLeast, kCacheBytes / (4 * blocks * sizeof(Block<A>)));
   const int64_t count = std::min((reach + most - 1) / most, width);
   std::vector<Strip<A>> strips(count);
   for (int64_t s = 0; s < count; ++s) {
@@ -62,18 +64,18 @@ std::vector<Strip<A>> cut_strips(const std::vector<ComposedTap<A>>& taps, int64_
   return strips;
 }
 
-// What all tiles share.
+// Shared by all tiles.
 template <typename A, typename Label>
 struct Plan {
   std::vector<ComposedTap<A>> rows;
   std::vector<Strip<A>> strips;
-  int64_t widest = 0;  // strip, in columns of the input
+  int64_t widest = 0;  // number of input columns in the widest strip
   int64_t channels, blocks, height, width;
   Label* labels;
   float* probabilities;  // or null
 };
 
-// Labels tiles one after the other; each thread has its own.
+// Labels tiles one after the other; each thread has its own labeller.
 template <typename T, typename Label>
 class Labeller {
   using A = accumulate_t<T>;
@@ -81,7 +83,7 @@ class Labeller {
  public:
   explicit Labeller(const Plan<A, Label>& plan)
       : plan_(plan),
-        // Rows are loaded in whole registers, and the last columns lack up to two taps.
+        // Rows are loaded in whole vectors, and the last columns are read with up to two extra taps.
         mixed_(((plan.widest + kLanes<A> - 1) / kLanes<A> * kLanes<A> + 2) * plan.blocks),
         agreed_(plan.widest) {
     for (InputRow& row : ring_) {
@@ -90,17 +92,17 @@ class Labeller {
     }
     for (int64_t x = 0; x < plan.widest + kAtOnce; ++x) {
       const int64_t column = std::min(x, plan.widest - 1);
-      itself_.push_back({static_cast<int32_t>(column * plan.blocks), 1, {A(1), A(0), A(0)}});
-      counted_.push_back(static_cast<int32_t>(x));
+      identity_taps_.push_back({static_cast<int32_t>(column * plan.blocks), 1, {A(1), A(0), A(0)}});
+      ascending_.push_back(static_cast<int32_t>(x));
     }
   }
 
-  // Rows [begin, end) of a strip.
+  // Labels the rows [begin, end) of a strip.
   void label_tile(const LogitMap<T>& map, int64_t image, const Strip<A>& strip, int64_t begin, int64_t end) {
     for (InputRow& row : ring_) row.position = -1;
-    // They have no weight, but they must be finite.
-    ClassBlock<A>* rest = mixed_.data() + strip.columns * plan_.blocks;
-    std::fill(rest, rest + 2 * plan_.blocks, ClassBlock<A>{});
+    // The extra columns have no weight, but they must be finite.
+    Block<A>* rest = mixed_.data() + strip.columns * plan_.blocks;
+    std::fill(rest, rest + 2 * plan_.blocks, Block<A>{});
     for (int64_t y = begin; y < end;) {
       const ComposedTap<A>& tap = plan_.rows[y];
       bool finite = true;
@@ -118,12 +120,12 @@ class Labeller {
   }
 
  private:
-  // Of the current strip.
+  // A row of the input, within the current strip.
   struct InputRow {
     int64_t position = -1;
     bool finite = true;
-    std::vector<ClassBlock<A>> numbers;
-    std::vector<int16_t> label;  // where finite, and no probabilities are wanted
+    std::vector<Block<A>> numbers;
+    std::vector<int16_t> label;  // set if the row is finite and no probabilities are needed
   };
 
   bool wants_probabilities() const { return plan_.probabilities != nullptr; }
@@ -134,15 +136,15 @@ class Labeller {
     row.position = position;
     row.finite = load_classes<T, A>(map, position, strip.first_column, strip.columns, row.numbers.data());
     if (!row.finite || wants_probabilities()) return row;
-    const ClassLine<A> line{row.numbers.data(), plan_.blocks, plan_.channels, itself_.data()};
+    const ClassLine<A> line{row.numbers.data(), plan_.blocks, plan_.channels, identity_taps_.data()};
     for (int64_t x = 0; x < strip.columns; x += kBatch) {
-      label_pixels<A, int16_t>(line, 1, counted_.data() + x, std::min<int64_t>(kBatch, strip.columns - x),
+      label_pixels<A, int16_t>(line, 1, ascending_.data() + x, std::min<int64_t>(kBatch, strip.columns - x),
                                row.label.data(), largest_);
     }
     return row;
   }
 
-  // The label of each column in all of the rows that an output row reads.
+  // Finds the label of each column that is the same in all rows that an output row reads.
   void find_agreement(const ComposedTap<A>& tap, int64_t columns) {
     const int16_t* first = ring_[tap.base % 3].label.data();
     std::copy(first, first + columns, agreed_.begin());
@@ -160,20 +162,20 @@ class Labeller {
     return label[0];
   }
 
-  // Rows [begin, end), which read the same rows of the input.
+  // Labels the rows [begin, end), which read the same rows of the input.
   void label_rows(int64_t image, int64_t begin, int64_t end, const Strip<A>& strip, bool finite) {
     const bool may_agree = finite && !wants_probabilities();
     if (may_agree) find_agreement(plan_.rows[begin], strip.columns);
-    const auto place = [&](int64_t y) { return (image * plan_.height + y) * plan_.width + strip.begin; };
+    const auto offset = [&](int64_t y) { return (image * plan_.height + y) * plan_.width + strip.begin; };
     const auto paint = [&](int64_t first, int64_t last, int16_t label) {
       for (int64_t y = begin; y < end; ++y) {
-        Label* row = plan_.labels + place(y);
+        Label* row = plan_.labels + offset(y);
         std::fill(row + first, row + last, static_cast<Label>(label));
       }
     };
     const auto compute = [&] {
       std::fill(pending_ + count_, pending_ + count_ + kAtOnce, pending_[count_ - 1]);
-      for (int64_t y = begin; y < end; ++y) compute_pending(strip, y, place(y), finite);
+      for (int64_t y = begin; y < end; ++y) compute_pending(strip, y, offset(y), finite);
       count_ = 0;
       ranges_.clear();
     };
@@ -211,30 +213,30 @@ class Labeller {
     }
   }
 
-  void compute_pending(const Strip<A>& strip, int64_t y, int64_t place, bool finite) {
+  void compute_pending(const Strip<A>& strip, int64_t y, int64_t offset, bool finite) {
     mix_rows<A>(rows_, plan_.rows[y], ranges_.data(), static_cast<int64_t>(ranges_.size()), plan_.blocks,
                 mixed_.data());
     const ClassLine<A> line{mixed_.data(), plan_.blocks, plan_.channels, strip.pixels.data()};
     if (finite) {
-      label_pixels<A, Label>(line, strip.most_taps, pending_, count_, plan_.labels + place, largest_);
+      label_pixels<A, Label>(line, strip.most_taps, pending_, count_, plan_.labels + offset, largest_);
     } else {
-      label_any_pixels<A, Label>(line, pending_, count_, plan_.labels + place, largest_);
+      label_any_pixels<A, Label>(line, pending_, count_, plan_.labels + offset, largest_);
     }
     if (wants_probabilities()) {
-      top_probabilities<A>(line, pending_, count_, largest_, plan_.probabilities + place);
+      top_probabilities<A>(line, pending_, count_, largest_, plan_.probabilities + offset);
     }
   }
 
   const Plan<A, Label>& plan_;
   InputRow ring_[3];
-  const ClassBlock<A>* rows_[3] = {};
-  std::vector<ClassBlock<A>> mixed_;
+  const Block<A>* rows_[3] = {};
+  std::vector<Block<A>> mixed_;
   std::vector<int16_t> agreed_;
-  std::vector<PixelTap<A>> itself_;    // for the labels of the input's own columns
-  std::vector<int32_t> counted_;       // 0, 1, ..
-  int32_t pending_[kBatch + kAtOnce];  // pixels that must be computed
+  std::vector<PixelTap<A>> identity_taps_;  // taps for labelling the columns of the input themselves
+  std::vector<int32_t> ascending_;          // 0, 1, 2, ...
+  int32_t pending_[kBatch + kAtOnce];       // pixels that must be computed
   int64_t count_ = 0;
-  std::vector<ColumnRange> ranges_;  // that they read
+  std::vector<Range> ranges_;  // columns that these pixels read
   A largest_[kBatch + kAtOnce];
 };
 
@@ -278,8 +280,8 @@ void label_maps(const Tensor& logits, const Plan<accumulate_t<T>, Label>& plan) 
                         channels_last ? 1 : plane,
                         width * pixel_stride,
                         pixel_stride};
-  // A tile reads two rows of the input more than its share, so it should not be low; nor should threads be
-  // left without one.
+  // A tile reads two more rows of the input than its share, so it should not be too low; but every thread
+  // should get tiles.
   constexpr int64_t kInputRows = 16, kLeastInputRows = 4, kTilesPerThread = 4;
   const int64_t reach = plan.rows.back().base - plan.rows.front().base + 1;
   const int64_t strips = static_cast<int64_t>(plan.strips.size());
@@ -322,8 +324,8 @@ std::tuple<Tensor, Tensor> upsample_argmax(const Tensor& logits_in, int64_t scal
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(panfpn_fast, CPU, m) {
+PANFPN_LIBRARY_IMPL(m) {
   m.impl("upsample_argmax", TORCH_BOX(&upsample_argmax));
 }
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

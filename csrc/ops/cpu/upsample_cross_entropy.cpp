@@ -7,27 +7,28 @@
 #include "ops/cpu/parallel.h"
 #include "ops/cpu/vector_exp.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 namespace {
 
-// For P outputs of each of kLanes cells the logarithm of the sum of exp over the classes -> `to` [P, kLanes].
+// The logarithm of the sum of exp over the classes, for P outputs of each of kLanes cells -> `to` [P,
+// kLanes].
 template <typename A, int P>
 PANFPN_ALWAYS_INLINE void log_sum_exp_phases(const A* low, const A* high, A high_weight, const A* weights,
                                              int64_t channels, int64_t stride, A* to) {
   Lanes<A> sum[P] = {};
   const A low_weight = A(1) - high_weight;
   for (int64_t c = 0; c < channels; ++c, low += stride, high += stride) {
-    Lanes<A> low_before, low_behind, high_before, high_behind;
+    Lanes<A> low_before, low_after, high_before, high_after;
     load_lanes(low, low_before);
-    load_lanes(low + 1, low_behind);
+    load_lanes(low + 1, low_after);
     load_lanes(high, high_before);
-    load_lanes(high + 1, high_behind);
+    load_lanes(high + 1, high_after);
     const Lanes<A> before = low_before * low_weight + high_before * high_weight;
-    const Lanes<A> behind = low_behind * low_weight + high_behind * high_weight;
+    const Lanes<A> after = low_after * low_weight + high_after * high_weight;
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
       Lanes<A> exponential;
-      exp_lanes<A, false>(before * (A(1) - weights[p]) + behind * weights[p], exponential);
+      exp_lanes<A, false>(before * (A(1) - weights[p]) + after * weights[p], exponential);
       sum[p] += exponential;
     }
   }
@@ -54,17 +55,17 @@ PANFPN_VECTOR_CLONES void log_sum_exp_row(const A* low, const A* high, A high_we
   if (phase < factor) log_sum_exp_phases<A, 1>(low, high, high_weight, weights, channels, stride, to);
 }
 
-// A class's logits before and behind the outputs of a cell.
+// The logits of a class in the two inputs of a cell, before and after its outputs.
 template <typename A>
 struct Pair {
-  A before, behind;
+  A before, after;
 
-  A mix(A behind_weight) const { return before * (A(1) - behind_weight) + behind * behind_weight; }
+  A mix(A after_weight) const { return before * (A(1) - after_weight) + after * after_weight; }
 };
 
 // A cell in one row of the output.
 template <typename A>
-struct Place {
+struct RowCell {
   const A *low, *high;
   A high_weight;
 
@@ -75,11 +76,11 @@ struct Place {
   }
 };
 
-// The logarithm of a sum of exponentials all of which may be too small to be told from 0: between neighbours
-// with different largest classes, far above the others.
+// The logarithm of a sum of exponentials that may all underflow. This happens between neighbours with
+// different largest classes that are far above the others.
 template <typename A>
-A log_of_small_sum(const Place<A>& cell, A behind_weight, int64_t channels, int64_t stride) {
-  const auto logit = [&](int64_t c) { return cell.mix_rows(c * stride).mix(behind_weight); };
+A log_of_small_sum(const RowCell<A>& cell, A after_weight, int64_t channels, int64_t stride) {
+  const auto logit = [&](int64_t c) { return cell.mix_rows(c * stride).mix(after_weight); };
   A largest = -std::numeric_limits<A>::infinity(), sum = 0;
   for (int64_t c = 0; c < channels; ++c) largest = std::max(largest, logit(c));
   for (int64_t c = 0; c < channels; ++c) sum += std::exp(logit(c) - largest);
@@ -89,14 +90,14 @@ A log_of_small_sum(const Place<A>& cell, A behind_weight, int64_t channels, int6
 template <typename A>
 struct LossMaps {
   A* log_sum_exp;
-  A* losses;  // null where only their sum is wanted
+  A* losses;  // null if only the sum is needed
 };
 
 struct LossSums {
   double loss = 0, weight = 0;
 };
 
-// What one thread needs for rows of cells.
+// The memory that a thread needs for rows of cells.
 template <typename A>
 class LossRow {
  public:
@@ -112,8 +113,8 @@ class LossRow {
         log_sums_(factor),
         classes_(factor * kLanes<A>) {}
 
-  // One row of cells of an image, whose rows of logits are `low` and `high`. Returns whether all targets
-  // exist.
+  // Computes one row of cells of an image from its rows of logits `low` and `high`. Returns whether all
+  // targets exist.
   bool run(int64_t image, int64_t cell_y, const A* low, const A* high, bool high_counts, LossSums& sums) {
     bool all_exist = true;
     const Range rows = cell_phases(cell_y, factor_, height_);
@@ -131,8 +132,8 @@ class LossRow {
           fill(row + begin, row + end);
           continue;
         }
-        const Place<A> place{low + cell, high + cell, high_counts ? weights_[phase] : A(0)};
-        block_row(place, row, begin, end, first, sums);
+        const RowCell<A> first_cell{low + cell, high + cell, high_counts ? weights_[phase] : A(0)};
+        block_row(first_cell, row, begin, end, first, sums);
       }
     }
     return all_exist;
@@ -144,26 +145,27 @@ class LossRow {
     if (maps_.losses != nullptr) std::fill(maps_.losses + begin, maps_.losses + end, A(0));
   }
 
-  void repair_small_sums(const Place<A>& place) {
+  void repair_small_sums(const RowCell<A>& first_cell) {
     constexpr int64_t L = kLanes<A>;
     constexpr A kSmall = sizeof(A) == 4 ? A(-69) : A(-620);
     A* const log_sums = log_sums_[0].lanes;
     for (int64_t i = 0; i < factor_ * L; ++i) {
       if (!(log_sums[i] < kSmall)) continue;
-      const Place<A> cell{place.low + i % L, place.high + i % L, place.high_weight};
+      const RowCell<A> cell{first_cell.low + i % L, first_cell.high + i % L, first_cell.high_weight};
       log_sums[i] = log_of_small_sum(cell, weights_[i / L], shape_.channels, shape_.stride<A>());
     }
   }
 
-  // Pixels [begin, end) of a row of the output; `first` is that of lane 0's cell, `place` that cell.
-  void block_row(const Place<A>& place, int64_t row, int64_t begin, int64_t end, int64_t first,
+  // Computes the pixels [begin, end) of a row of the output. `first_cell` is the cell of lane 0 and `first`
+  // is the first output of that cell.
+  void block_row(const RowCell<A>& first_cell, int64_t row, int64_t begin, int64_t end, int64_t first,
                  LossSums& total) {
     constexpr int L = kLanes<A>;
     const int64_t stride = shape_.stride<A>(), channels = shape_.channels, factor = factor_;
     A* const log_sums = log_sums_[0].lanes;
-    log_sum_exp_row<A>(place.low, place.high, place.high_weight, weights_.data(), factor, channels, stride,
-                       log_sums);
-    repair_small_sums(place);
+    log_sum_exp_row<A>(first_cell.low, first_cell.high, first_cell.high_weight, weights_.data(), factor,
+                       channels, stride, log_sums);
+    repair_small_sums(first_cell);
     const A *weights = weights_.data(), *class_weights = terms_.weight.data(),
             *one_hot = terms_.one_hot.data();
     const int32_t* labels = classes_.data() - begin;
@@ -172,8 +174,8 @@ class LossRow {
     LossSums sums;
     int64_t lane = (begin - first) / factor, phase = (begin - first) % factor;
     for (int64_t x = begin; x < end; ++lane, phase = 0) {
-      const Place<A> cell{place.low + lane, place.high + lane, place.high_weight};
-      int32_t mixed = -1;  // the class that `pair` is of: neighbours are often of one
+      const RowCell<A> cell{first_cell.low + lane, first_cell.high + lane, first_cell.high_weight};
+      int32_t mixed = -1;  // the class of `pair`; neighbours often have the same class
       Pair<A> pair{};
       for (; phase < factor && x < end; ++phase, ++x) {
         const A log_sum = log_sums[phase * L + lane];
@@ -204,7 +206,7 @@ class LossRow {
   Targets targets_;
   LossMaps<A> maps_;
   std::vector<A> weights_;
-  Scratch<A> log_sums_;
+  std::vector<Block<A>> log_sums_;
   std::vector<int32_t> classes_;
 };
 
@@ -278,7 +280,7 @@ std::tuple<Tensor, Tensor, Tensor> upsample_cross_entropy(const Tensor& logits_i
     if (!all_exist) refuse_missing_class(targets, target);
     *total_weight.mutable_data_ptr<A>() = static_cast<A>(total.weight);
     if (reduction == Reduction::sum) *loss_data = static_cast<A>(total.loss);
-    // PyTorch divides the smoothed part by itself, and then has 0 / 0 in the other part.
+    // PyTorch divides the smoothed part separately, and then gets 0 / 0 in the other part.
     if (reduction == Reduction::mean) {
       *loss_data =
           total.weight == 0 ? std::numeric_limits<A>::quiet_NaN() : static_cast<A>(total.loss / total.weight);
@@ -289,8 +291,8 @@ std::tuple<Tensor, Tensor, Tensor> upsample_cross_entropy(const Tensor& logits_i
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(panfpn_fast, CPU, m) {
+PANFPN_LIBRARY_IMPL(m) {
   m.impl("upsample_cross_entropy", TORCH_BOX(&upsample_cross_entropy));
 }
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

@@ -1,24 +1,24 @@
-// Each task owns a band of rows of cells: it computes the softmax of their outputs once more, and adds what
-// they contribute to the four inputs around each cell. Rows of inputs between two bands get a part from
-// either, in scratch memory; those parts are added at last.
+// Each task owns a band of rows of cells. It computes the softmax of their outputs again and adds their
+// contributions to the four inputs around each cell. The input row between two bands gets a part from each of
+// them, in scratch memory; these parts are added at the end.
 #include <algorithm>
 
 #include "ops/cpu/logit_rows.h"
 #include "ops/cpu/parallel.h"
 #include "ops/cpu/vector_exp.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 namespace {
 
-// What the outputs at one place in each of kLanes cells need: the logarithm of the sum of exponentials, and
-// what the softmax's share in the gradients of the inputs before and behind is to be multiplied by.
+// The terms of the outputs at one position in each of kLanes cells: the logarithm of the sum of exponentials,
+// and the factors that multiply the softmax in the gradients of the inputs before and after.
 template <typename A>
 struct PixelTerms {
-  Block<A> log_sum, before, behind;
+  Block<A> log_sum, before, after;
 };
 
-// Adds the gradients that kLanes cells' outputs, `pixels` [rows, factor], have through the sum of
-// exponentials to the gradients of the two rows of inputs, which may be the same.
+// Adds the gradients through the sum of exponentials. `pixels` [rows, factor] are the outputs of kLanes
+// cells; low_grad and high_grad are the gradients of their two rows of inputs, which may be the same row.
 template <typename A>
 PANFPN_VECTOR_CLONES void add_softmax(const A* low, const A* high, const A* high_weights, int64_t rows,
                                       const A* weights, int64_t factor, const PixelTerms<A>* pixels,
@@ -30,41 +30,41 @@ PANFPN_VECTOR_CLONES void add_softmax(const A* low, const A* high, const A* high
     store_lanes(sum, to);
   };
   for (int64_t c = 0; c < channels; ++c) {
-    Lanes<A> low_before, low_behind, high_before, high_behind;
+    Lanes<A> low_before, low_after, high_before, high_after;
     load_lanes(low + c * stride, low_before);
-    load_lanes(low + c * stride + 1, low_behind);
+    load_lanes(low + c * stride + 1, low_after);
     load_lanes(high + c * stride, high_before);
-    load_lanes(high + c * stride + 1, high_behind);
-    Lanes<A> to_low_before{}, to_low_behind{}, to_high_before{}, to_high_behind{};
+    load_lanes(high + c * stride + 1, high_after);
+    Lanes<A> to_low_before{}, to_low_after{}, to_high_before{}, to_high_after{};
     const PixelTerms<A>* pixel = pixels;
     for (int64_t row = 0; row < rows; ++row) {
       const A high_weight = high_weights[row], low_weight = A(1) - high_weight;
       const Lanes<A> before = low_before * low_weight + high_before * high_weight;
-      const Lanes<A> behind = low_behind * low_weight + high_behind * high_weight;
-      Lanes<A> to_before{}, to_behind{};
+      const Lanes<A> after = low_after * low_weight + high_after * high_weight;
+      Lanes<A> to_before{}, to_after{};
       for (int64_t phase = 0; phase < factor; ++phase, ++pixel) {
-        Lanes<A> log_sum, before_factor, behind_factor, softmax;
+        Lanes<A> log_sum, before_factor, after_factor, softmax;
         load_lanes(pixel->log_sum.lanes, log_sum);
         load_lanes(pixel->before.lanes, before_factor);
-        load_lanes(pixel->behind.lanes, behind_factor);
-        exp_lanes<A, false>(before * (A(1) - weights[phase]) + (behind * weights[phase] - log_sum), softmax);
+        load_lanes(pixel->after.lanes, after_factor);
+        exp_lanes<A, false>(before * (A(1) - weights[phase]) + (after * weights[phase] - log_sum), softmax);
         to_before += softmax * before_factor;
-        to_behind += softmax * behind_factor;
+        to_after += softmax * after_factor;
       }
       to_low_before += to_before * low_weight;
-      to_low_behind += to_behind * low_weight;
+      to_low_after += to_after * low_weight;
       to_high_before += to_before * high_weight;
-      to_high_behind += to_behind * high_weight;
+      to_high_after += to_after * high_weight;
     }
     add(low_grad + c * stride, to_low_before);
-    add(low_grad + c * stride + 1, to_low_behind);
+    add(low_grad + c * stride + 1, to_low_after);
     add(high_grad + c * stride, to_high_before);
-    add(high_grad + c * stride + 1, to_high_behind);
+    add(high_grad + c * stride + 1, to_high_after);
   }
 }
 
-// A row of gradients in scratch memory -> one of an image. The border's columns belong to the outermost
-// pixels, and every class has its share, by weight, of what is left of the uniform part.
+// Stores a row of gradients from scratch memory into an image. The columns at the border belong to the
+// outermost pixels. The sum of the uniform part is distributed to all classes by their weight.
 template <typename T, typename A>
 PANFPN_VECTOR_CLONES void store_gradient_row(A* from, const RowShape& shape, const A* class_weights,
                                              bool has_uniform, const ImageLayout<T>& image, int64_t y) {
@@ -114,32 +114,32 @@ PANFPN_VECTOR_CLONES void store_gradient_row(A* from, const RowShape& shape, con
 template <typename A>
 struct SavedMaps {
   const A* log_sum_exp;
-  const A* grad;  // of each pixel's loss; null where all have `scale`
+  const A* grad;  // of each pixel's loss; if null, every pixel has `scale`
   A scale;
 };
 
-// A value's shares in the four inputs around it, summed up.
+// The contributions of values to the four inputs around them, summed up.
 template <typename A>
 struct Corners {
-  A low_before = 0, low_behind = 0, high_before = 0, high_behind = 0;
+  A low_before = 0, low_after = 0, high_before = 0, high_after = 0;
 
-  void add(A value, A high_weight, A behind_weight) {
-    const A behind = value * behind_weight, before = value - behind;
+  void add(A value, A high_weight, A after_weight) {
+    const A after = value * after_weight, before = value - after;
     high_before += before * high_weight;
-    high_behind += behind * high_weight;
+    high_after += after * high_weight;
     low_before += before * (A(1) - high_weight);
-    low_behind += behind * (A(1) - high_weight);
+    low_after += after * (A(1) - high_weight);
   }
 
   void add_to(A* low, A* high) const {
     low[0] += low_before;
-    low[1] += low_behind;
+    low[1] += low_after;
     high[0] += high_before;
-    high[1] += high_behind;
+    high[1] += high_after;
   }
 };
 
-// What one thread needs for rows of cells.
+// The memory that a thread needs for rows of cells.
 template <typename A>
 class GradientRow {
  public:
@@ -155,7 +155,8 @@ class GradientRow {
         pixels_(std::min(most_rows(), factor) * factor),
         classes_(std::ssize(pixels_) * kLanes<A>) {}
 
-  // One row of cells of an image: `low` and `high` are its rows of logits, the others their gradients.
+  // Computes one row of cells of an image. `low` and `high` are its rows of logits, low_grad and high_grad
+  // their gradients.
   void run(int64_t image, int64_t cell_y, const A* low, const A* high, bool high_counts, A* low_grad,
            A* high_grad) {
     const Range phases = cell_phases(cell_y, factor_, height_);
@@ -177,12 +178,13 @@ class GradientRow {
   }
 
  private:
-  // How many rows of the output are done together: all of a cell where they are few.
+  // The number of output rows that are processed together: all rows of a cell if there are few.
   int64_t most_rows() const { return std::max<int64_t>(1, 64 / factor_); }
-  static constexpr int32_t kOutside = -2;  // in place of a class: beyond the border
+  static constexpr int32_t kOutside = -2;  // instead of a class: outside of the map
   int64_t rows() const { return static_cast<int64_t>(high_weights_.size()); }
 
-  // Classes of all outputs of kLanes cells, row by row -> classes_; whether any of them counts.
+  // Reads the classes of all outputs of kLanes cells, row by row, into classes_. Returns whether any of them
+  // counts.
   bool read_classes(int64_t first_row, int64_t cell) {
     const int64_t width = shape_.width * factor_, count = factor_ * kLanes<A>;
     const int64_t first = cell_output(cell, 0, factor_);
@@ -204,14 +206,15 @@ class GradientRow {
       const int64_t first = cell_output(first_cell + lane, 0, factor);
       const int32_t* classes = classes_.data() + lane * factor;
       PixelTerms<A>* pixel = pixels_.data();
-      int32_t run = -1;  // neighbours are often of one class, and then are added together
+      int32_t run =
+          -1;  // the current class; neighbours often have the same class, and are then added together
       Corners<A> run_sum, uniform_grad;
       for (int64_t row = 0; row < rows(); ++row, classes += factor * kLanes<A>) {
         const int64_t start = (first_row + row) * width + first;
         const A high_weight = high_weights_[row];
         for (int64_t phase = 0; phase < factor; ++phase, ++pixel) {
           const int32_t label = classes[phase];
-          // Not 0 for ignored pixels: where it is NaN so are their gradients.
+          // Ignored pixels do not use 0: if the logarithm is NaN, so are their gradients.
           const A log_sum = label == kOutside ? A(0) : maps_.log_sum_exp[start + phase];
           A factor_of_softmax = 0;
           if (label >= 0) {
@@ -225,10 +228,10 @@ class GradientRow {
             run_sum.add(-scale * one_hot[label], high_weight, weights[phase]);
             if (uniform != 0) uniform_grad.add(scale * uniform, high_weight, weights[phase]);
           }
-          const A behind = factor_of_softmax * weights[phase];
+          const A after = factor_of_softmax * weights[phase];
           pixel->log_sum.lanes[lane] = log_sum;
-          pixel->behind.lanes[lane] = behind;
-          pixel->before.lanes[lane] = factor_of_softmax - behind;
+          pixel->after.lanes[lane] = after;
+          pixel->before.lanes[lane] = factor_of_softmax - after;
         }
       }
       if (run >= 0) run_sum.add_to(low_grad + run * stride, high_grad + run * stride);
@@ -249,7 +252,7 @@ class GradientRow {
   std::vector<int32_t> classes_;
 };
 
-// Rows of gradients in scratch memory, [classes + 1, stride] each: the last plane has the uniform part.
+// Rows of gradients in scratch memory, [classes + 1, stride] each; the last plane is the uniform part.
 template <typename A>
 class GradientRows {
  public:
@@ -265,7 +268,7 @@ class GradientRows {
 
  private:
   int64_t blocks_;
-  Scratch<A> rows_;
+  std::vector<Block<A>> rows_;
 };
 
 template <typename T>
@@ -276,8 +279,8 @@ void add_gradients(const Tensor& logits, Tensor& logits_grad, int64_t factor,
   const int64_t images = logits.size(0), height = logits.size(2);
   const RowShape shape{logits.size(1), logits.size(3)};
   const Bands bands(height);
-  const int64_t borders = bands.count() - 1;  // of each image
-  // The parts that the bands above and below a border have in the row of inputs there.
+  const int64_t borders = bands.count() - 1;  // in each image
+  // Contributions of the bands above and below a border to the input row there.
   GradientRows<A> above(shape, images * borders), below(shape, images * borders);
   const T* data = logits.const_data_ptr<T>();
   T* const grad_data = logits_grad.mutable_data_ptr<T>();
@@ -291,7 +294,7 @@ void add_gradients(const Tensor& logits, Tensor& logits_grad, int64_t factor,
       const int64_t image = task / bands.count(), band = task % bands.count();
       const Range cells = bands.cells(band);
       rows.open(image_layout<const T>(data, logits, image), terms);
-      // Input y lies between the cells y and y + 1.
+      // Input y is between the cells y and y + 1.
       const auto is_own = [&](int64_t y) { return y >= cells.begin && y + 1 < cells.end; };
       const auto gradient = [&](int64_t y) {
         if (is_own(y)) return own.get(y % 2);
@@ -354,8 +357,8 @@ Tensor upsample_cross_entropy_backward(const Tensor& grad_in, const Tensor& logi
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(panfpn_fast, CPU, m) {
+PANFPN_LIBRARY_IMPL(m) {
   m.impl("upsample_cross_entropy_backward", TORCH_BOX(&upsample_cross_entropy_backward));
 }
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

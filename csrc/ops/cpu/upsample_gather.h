@@ -1,16 +1,20 @@
-// The adjoint of bilinear upsampling by an integer factor, low row by low row: each low pixel gathers what
-// the outputs around it give back, always in the same order.
+// The adjoint of bilinear upsampling by an integer factor, one low-resolution row at a time: each
+// low-resolution pixel gathers its share of the gradients of the outputs around it, always in the same order.
 #pragma once
 
-#include "ops/cpu/upsample_cells.h"
+#include <vector>
 
-namespace panfpn {
+#include "ops/cpu/lanes.h"
+#include "ops/cpu/map_size.h"
+#include "ops/upsample.h"
 
-// The output rows that read a low row, and with what weight. A thread has one and moves it on.
+namespace panfpn::inline PANFPN_ARITHMETIC {
+
+// The output rows that read a low-resolution row, and their weights. Each thread reuses one object.
 template <typename T, typename A>
 class RowTaps {
  public:
-  // To low row `y` of `height`; `map` has rows of `row_stride` values.
+  // Moves to row `y` of `height` low-resolution rows. The rows of `map` are `row_stride` values apart.
   void move_to(const T* map, int64_t row_stride, int64_t y, int64_t height, int64_t factor,
                const CellWeights<A>& weights) {
     rows_.clear();
@@ -24,8 +28,8 @@ class RowTaps {
 
  private:
   void add(const T* map, int64_t row_stride, const Cell& cell, const A* weights) {
-    for (int64_t row = cell.begin; row < cell.end; ++row) {
-      const A weight = weights[row - cell.begin];
+    for (int64_t row = cell.outputs.begin; row < cell.outputs.end; ++row) {
+      const A weight = weights[row - cell.outputs.begin];
       if (weight == A(0)) continue;
       rows_.push_back(map + row * row_stride);
       weights_.push_back(weight);
@@ -36,7 +40,7 @@ class RowTaps {
   std::vector<A> weights_;
 };
 
-// The same where there are four, as a factor of 2 has them but for the border: few enough for registers.
+// The same for exactly four rows, which a factor of 2 has except at the border: few enough for registers.
 template <typename T, typename A>
 class FourRowTaps {
  public:
@@ -55,7 +59,7 @@ class FourRowTaps {
   A weights_[4];
 };
 
-// Sum over the rows at one place, for V registers; if there is only one, then its first `rest` lanes.
+// Sums the rows at one offset, for V vectors; a single vector may have only `rest` lanes.
 template <typename T, typename A, int V, typename Taps>
 PANFPN_ALWAYS_INLINE void sum_rows(const Taps& taps, int64_t offset, int64_t rest, Lanes<A> (&sum)[V]) {
 #pragma GCC unroll 4
@@ -74,7 +78,7 @@ PANFPN_ALWAYS_INLINE void sum_rows(const Taps& taps, int64_t offset, int64_t res
   }
 }
 
-// One column of outputs, which its neighbours to the left and to the right have read.
+// Adds one column of outputs to the inputs on its left and on its right.
 template <typename T, typename A, int V, typename Taps>
 PANFPN_ALWAYS_INLINE void gather_column(const Taps& taps, int64_t offset, int64_t rest, A left_weight,
                                         A right_weight, Lanes<A> (&left)[V], Lanes<A> (&right)[V]) {
@@ -87,13 +91,13 @@ PANFPN_ALWAYS_INLINE void gather_column(const Taps& taps, int64_t offset, int64_
   }
 }
 
-// A low row of a channels-last map, for the V registers of channels from `first` on: sink.put(x, lanes) is
-// called for each pixel.
+// Gathers a low-resolution row of a channels-last map for V vectors of channels from `first` on. Calls
+// sink.put(x, lanes) for each pixel.
 template <typename T, typename A, int V, typename Taps, typename Sink>
 PANFPN_ALWAYS_INLINE void gather_channels(const Taps& taps, const CellWeights<A>& weights, int64_t width,
                                           int64_t factor, int64_t channels, int64_t first, Sink& sink) {
   const int64_t rest = channels - first;
-  Lanes<A> carried[V]{}, left[V], right[V];  // carried: what the cell before has for its right neighbour
+  Lanes<A> carried[V]{}, left[V], right[V];  // carried: the share of the previous cell in its right input
   if (factor == 1) {
     for (int64_t x = 0; x < width; ++x) {
       sum_rows<T, A, V>(taps, x * channels + first, rest, left);
@@ -106,14 +110,14 @@ PANFPN_ALWAYS_INLINE void gather_channels(const Taps& taps, const CellWeights<A>
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) left[v] = right[v] = Lanes<A>{};
     if (factor == 2 && 0 < j && j < width) {
-      const int64_t offset = cell.begin * channels + first;
+      const int64_t offset = cell.outputs.begin * channels + first;
       gather_column<T, A, V>(taps, offset, rest, A(0.75), A(0.25), left, right);
       gather_column<T, A, V>(taps, offset + channels, rest, A(0.25), A(0.75), left, right);
     } else {
       const A *low = weights.low(j, width), *high = weights.high(j, width);
-      for (int64_t o = cell.begin; o < cell.end; ++o) {
-        gather_column<T, A, V>(taps, o * channels + first, rest, low[o - cell.begin], high[o - cell.begin],
-                               left, right);
+      for (int64_t k = 0; k < cell.outputs.size(); ++k) {
+        const int64_t offset = (cell.outputs.begin + k) * channels + first;
+        gather_column<T, A, V>(taps, offset, rest, low[k], high[k], left, right);
       }
     }
     if (j > 0) {
@@ -126,7 +130,7 @@ PANFPN_ALWAYS_INLINE void gather_channels(const Taps& taps, const CellWeights<A>
   }
 }
 
-// All channels of the row; sinks.at<V>(first channel) makes the sink for V registers of them.
+// Gathers all channels of the row; sinks.at<V>(first channel) returns the sink for V vectors of channels.
 template <typename T, typename A, typename Sinks>
 PANFPN_ALWAYS_INLINE void gather_pixels(const RowTaps<T, A>& taps, const CellWeights<A>& weights,
                                         int64_t width, int64_t factor, int64_t channels, const Sinks& sinks) {
@@ -148,7 +152,7 @@ PANFPN_ALWAYS_INLINE void gather_pixels(const RowTaps<T, A>& taps, const CellWei
   }
 }
 
-// A register of each half of a run: values in order -> those at even and at odd places.
+// Splits consecutive values, the first and the second half of a run, into those with even and odd index.
 PANFPN_ALWAYS_INLINE void deinterleave(const Lanes<float>& first, const Lanes<float>& second,
                                        Lanes<float>& even, Lanes<float>& odd) {
   using Index = int32_t __attribute__((vector_size(64)));
@@ -162,26 +166,26 @@ PANFPN_ALWAYS_INLINE void deinterleave(const Lanes<double>& first, const Lanes<d
   odd = __builtin_shuffle(first, second, Index{1, 3, 5, 7, 9, 11, 13, 15});
 }
 
-// Values that `line` and `to` of gather_plane_row have room for.
+// The size of `line` and of `to` in gather_plane_row.
 template <typename A>
 constexpr int64_t gather_scratch(int64_t width) {
   return width + 4 * kLanes<A>;
 }
 
-// A low row of a plane, [width]. `line` is scratch for one of its outputs' rows.
+// Gathers a low-resolution row of a plane, [width]. `line` is scratch for one row of outputs.
 template <typename T, typename A>
 PANFPN_VECTOR_CLONES void gather_plane_row(const RowTaps<T, A>& taps, const CellWeights<A>& weights,
                                            int64_t width, int64_t factor, A* line, A* to) {
   constexpr int L = kLanes<A>;
   const int64_t large = width * factor;
-  line += 1;  // for the repeated first value
+  line += 1;  // room for the repeated first value
   for (int64_t i = 0; i < large; i += L) {
     Lanes<A> sum[1];
     sum_rows<T, A, 1>(taps, i, large - i, sum);
     store_lanes(sum[0], line + i);
   }
   if (factor == 2) {
-    // At the border both weights of the one input that is read add up to 1.
+    // At the border only one input exists, and its two weights add up to 1.
     line[-1] = line[0];
     line[large] = line[large - 1];
     for (int64_t x = 0; x < width; x += L) {
@@ -205,11 +209,11 @@ PANFPN_VECTOR_CLONES void gather_plane_row(const RowTaps<T, A>& taps, const Cell
   for (int64_t j = 0; j <= width; ++j) {
     const Cell cell = cell_at(j, width, factor);
     const A *low = weights.low(j, width), *high = weights.high(j, width);
-    for (int64_t o = cell.begin; o < cell.end; ++o) {
-      to[cell.low] += line[o] * low[o - cell.begin];
-      to[cell.high] += line[o] * high[o - cell.begin];
+    for (int64_t k = 0; k < cell.outputs.size(); ++k) {
+      to[cell.low] += line[cell.outputs.begin + k] * low[k];
+      to[cell.high] += line[cell.outputs.begin + k] * high[k];
     }
   }
 }
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

@@ -1,9 +1,9 @@
-// exp and log of a register's worth of numbers.
+// exp and log of a vector.
 #pragma once
 
 #include "ops/cpu/lanes.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 
 template <typename A>
 struct LaneBitsOf;
@@ -18,9 +18,9 @@ struct LaneBitsOf<double> {
 template <typename A>
 using LaneBits = typename LaneBitsOf<A>::type;
 
-// e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln 2 / 2; ln 2 comes in two parts, of which `ln2_high`
-// has so few bits that its products with n are exact. `polynomial` holds 2 e^r, the highest power first, with
-// the least greatest relative error that leaves the first two terms exact: 3e-9 (4e-18 in double).
+// e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln 2 / 2. ln 2 is split in two; kLn2High has so few bits
+// that its products with n are exact. kPolynomial holds 2 e^r, the highest power first, with the smallest
+// maximum relative error among polynomials whose first two terms are exact: 3e-9 (4e-18 in double).
 template <typename A>
 struct ExpConstants;
 template <>
@@ -53,16 +53,17 @@ struct ExpConstants<double> {
                                                  2.0};
 };
 
-// e^x within 1.2 units in the last place; what would be below twice the smallest normal number is 0. NaN
-// stays NaN, and what is too large becomes infinity; without kMayBePositive x must be at most 80.
+// e^x within 1.2 units in the last place. Results below twice the smallest normal number are 0, results that
+// are too large are infinity, and NaN stays NaN. Without kMayBePositive, x must be at most 80.
 template <typename A, bool kMayBePositive = true>
 PANFPN_ALWAYS_INLINE void exp_lanes(const Lanes<A>& exponent, Lanes<A>& result) {
   using K = ExpConstants<A>;
   const Lanes<A> zero{}, lowest = zero + K::kLowest, highest = zero + K::kHighest;
   Lanes<A> x = exponent < lowest ? lowest : exponent;
   if constexpr (kMayBePositive) x = x > highest ? highest : x;
-  // Adding so large a number rounds to an integer; its last bits are then those of 2^(n - 1), or of 0 for the
-  // lowest n. Half of the power, and twice the polynomial, so that the highest is not infinite.
+  // Adding this large number rounds to an integer. The last bits of the sum are then the bits of 2^(n - 1),
+  // or of 0 for the lowest n. Half of the power is multiplied by twice the polynomial, so that the largest
+  // power is not infinite.
   const Lanes<A> rounded = x * K::kLog2E + K::kRound;
   const Lanes<A> n = rounded - K::kRound;
   const Lanes<A> r = x - n * K::kLn2High - n * K::kLn2Low;
@@ -76,14 +77,14 @@ PANFPN_ALWAYS_INLINE void exp_lanes(const Lanes<A>& exponent, Lanes<A>& result) 
   result = sum * power;
 }
 
-// log x = n ln 2 + log m with m from sqrt(1/2) to sqrt(2), and log m = 2 atanh s with s = (m - 1) / (m + 1):
-// that many terms of its series.
+// log x = n ln 2 + log m with m from sqrt(1/2) to sqrt(2), and log m = 2 atanh s with s = (m - 1) / (m + 1).
+// This is the number of terms of the series of atanh.
 template <typename A>
 inline constexpr int kLogTerms = 5;
 template <>
 inline constexpr int kLogTerms<double> = 11;
 
-// log x within 3 units in the last place, for positive normal numbers; NaN stays NaN.
+// log x within 3 units in the last place, for positive normal numbers. NaN stays NaN.
 template <typename A>
 PANFPN_ALWAYS_INLINE void log_lanes(const Lanes<A>& x, Lanes<A>& result) {
   using K = ExpConstants<A>;
@@ -102,4 +103,4 @@ PANFPN_ALWAYS_INLINE void log_lanes(const Lanes<A>& x, Lanes<A>& result) {
   result = n * K::kLn2High + (n * K::kLn2Low + series * s) + x * A(0);
 }
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

@@ -1,12 +1,12 @@
-// One instance's mask as it falls on the image: a thread has a few columns of the box and walks down its
-// rows. What depends on the column stays in registers, and the cells around its pixels as long as the row
-// lies between the same two rows of cells.
+// The mask of one instance on the image. A thread processes a few columns of the box and walks down its rows.
+// It keeps the terms of its columns in registers, and also the cells around its pixels, as long as the image
+// row is between the same two rows of cells.
 #pragma once
 
 #include "ops/cuda/launch.cuh"
 #include "ops/paste_masks.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 
 struct MaskSampler {
   const float* mask;
@@ -20,7 +20,7 @@ struct MaskSampler {
 
   __device__ bool degenerate() const { return y.degenerate() || x.degenerate(); }
 
-  // Zero where there is none.
+  // Zero outside of the mask.
   __device__ float cell(int row, int column) const {
     const int height = static_cast<int>(y.mask_size), width = static_cast<int>(x.mask_size);
     const bool inside = row >= 0 && row < height && column >= 0 && column < width;
@@ -28,7 +28,7 @@ struct MaskSampler {
   }
 };
 
-// `kCount` columns of a thread, `kStep` apart: neighbouring threads then have neighbouring pixels.
+// `kCount` columns of a thread, `kStep` apart, so that neighbouring threads process neighbouring pixels.
 template <int kCount, int kStep>
 class ColumnStrip {
  public:
@@ -40,7 +40,7 @@ class ColumnStrip {
     }
   }
 
-  // Values at the strip's columns of the image row whose taps these are; zero where the mask is not.
+  // The values at the strip's columns in the image row with the given taps; zero outside of the mask.
   __device__ void values_at(const PasteTaps<float>& row, float (&values)[kCount]) {
     if (row.low != cell_row_) {
       cell_row_ = row.low;
@@ -62,7 +62,7 @@ class ColumnStrip {
   const MaskSampler& sampler_;
   PasteTaps<float> columns_[kCount];
   float cells_[kCount][4] = {};
-  int cell_row_ = kOutside;  // whose cells are all zero
+  int cell_row_ = kOutside;  // all cells of this row are zero
 };
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

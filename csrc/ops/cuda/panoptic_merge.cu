@@ -1,27 +1,26 @@
-// One cooperative launch. Every pixel belongs to one thread from beginning to end (a piece of a row to a
-// warp, every 32nd column of it to a lane), so that claims need no fence: who reads a pixel is who wrote it.
-// Instances come in score order; only their area and the part that others hold are summed over the grid,
-// which costs a grid barrier. Neighbours in the order whose boxes do not meet cannot take pixels from each
-// other, so they share one. Every thread draws the same conclusions from the sums, so that nothing is
-// broadcast. Stuff follows the same way: count labels, agree on ids, write them.
-#include <tuple>
-
+// One cooperative launch. Each pixel belongs to one thread throughout (a piece of a row to a warp, every 32nd
+// column of it to a lane). So claims need no fence: the thread that reads a pixel is the one that wrote it.
+// Instances are processed in score order. Only their area and their overlap with earlier instances are summed
+// over the grid, which needs a grid barrier. Consecutive instances with disjoint boxes cannot take pixels
+// from each other, so they share a barrier. All threads draw the same conclusions from the sums, so nothing
+// is broadcast. Stuff is processed in the same way: count the labels, assign ids, write them.
 #include "ops/cuda/cooperative.cuh"
 #include "ops/cuda/mask_sample.cuh"
 #include "ops/panoptic_merge.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kColumns = 4;  // of a thread, in one piece of a row
+constexpr int kColumns = 4;  // columns of a thread in one piece of a row
 constexpr int kPiece = kWarp * kColumns;
-constexpr int kWave = 8;  // instances between two grid barriers, at most
+constexpr int kWave = 8;  // maximum number of instances between two grid barriers
 constexpr int kLabelsPerThread = kMaxLabels / kThreads;
 
-// A label map of any of the integer dtypes; a template would multiply the kernel for the sake of one load.
+// A label map of any integer dtype. A template would compile the whole kernel once for each dtype, for a
+// single load.
 struct Labels {
   const void* data;
   ScalarType dtype;
@@ -47,19 +46,20 @@ struct MergeArguments {
   Labels semantic;
   int64_t count, mask_height, mask_width, height, width;
   MergeParams params;
-  int32_t* panoptic;                // [height, width], zeros
-  unsigned long long* sums;         // [count, 2], zeros: area of each instance, and what of it is claimed
+  int32_t* panoptic;  // [height, width], zeros
+  unsigned long long*
+      sums;  // [count, 2], zeros: the area of each instance, and its overlap with earlier ones
   unsigned long long* label_areas;  // [kMaxLabels], zeros
   int64_t *table, *segments;        // [max_segments, kSegmentColumns] and []
   int64_t max_segments;
-  bool pad;  // fill the rest of the table
+  bool pad;  // whether to fill the rest of the table
 };
 
-// Calls f(y, x) for each piece of a row that this warp owns and that lies within the ranges in part; x is the
-// lane's first column.
+// Calls f(y, x) for each piece of a row that this warp owns and that overlaps the ranges; x is the first
+// column of the lane.
 template <typename F>
-__device__ void for_own_pieces(const MergeArguments& args, PixelRange rows, PixelRange columns, F&& f) {
-  const int64_t pieces = (args.width + kPiece - 1) / kPiece;  // of a row
+__device__ void for_own_pieces(const MergeArguments& args, Range rows, Range columns, F&& f) {
+  const int64_t pieces = (args.width + kPiece - 1) / kPiece;  // pieces in a row
   if (pieces == 0) return;
   const int64_t warps = int64_t{gridDim.x} * kWarps;
   const int64_t warp = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;
@@ -82,12 +82,12 @@ __device__ void write_row(const MergeArguments& args, int64_t index, bool isthin
   row[0] = index + 1, row[1] = isthing, row[2] = label, row[3] = area, row[4] = instance;
 }
 
-// An instance, and where on the image its pixels are.
+// An instance and its pixels on the image.
 struct Candidate {
   int64_t n, rank;
-  PixelRange rows, columns;
+  Range rows, columns;
 
-  __device__ bool meets(const Candidate& other) const {
+  __device__ bool overlaps(const Candidate& other) const {
     return rows.begin < other.rows.end && other.rows.begin < rows.end && columns.begin < other.columns.end &&
            other.columns.begin < columns.end;
   }
@@ -97,17 +97,17 @@ __device__ MaskSampler sampler_of(const MergeArguments& args, int64_t n) {
   return {args.masks, args.boxes, n, args.mask_height, args.mask_width};
 }
 
-// The box, or the whole image where the threshold is such that zero reaches it.
+// The window of the box, or the whole image if the value zero reaches the threshold.
 __device__ Candidate candidate_at(const MergeArguments& args, int64_t rank) {
   const int64_t n = args.order[rank];
-  const PixelRange all_rows{0, args.height}, all_columns{0, args.width}, none{0, 0};
+  const Range all_rows{0, args.height}, all_columns{0, args.width}, none{0, 0};
   if (static_cast<float>(args.params.mask_threshold) <= 0.0f) return {n, rank, all_rows, all_columns};
   const MaskSampler sampler = sampler_of(args, n);
   if (sampler.degenerate()) return {n, rank, none, none};
   return {n, rank, sampler.y.window(args.height), sampler.x.window(args.width)};
 }
 
-// Takes instances from `rank` on as long as their boxes do not meet; returns how many there are in `wave`.
+// Takes instances from `rank` on as long as their boxes are disjoint; returns their number in `wave`.
 __device__ int next_wave(const MergeArguments& args, int64_t& rank, Candidate (&wave)[kWave]) {
   int size = 0;
   for (; rank < args.count && size < kWave; ++rank) {
@@ -119,15 +119,14 @@ __device__ int next_wave(const MergeArguments& args, int64_t& rank, Candidate (&
     if (turn == Placement::skip) continue;
     const Candidate candidate = candidate_at(args, rank);
     for (int i = 0; i < size; ++i) {
-      if (wave[i].meets(candidate)) return size;
+      if (wave[i].overlaps(candidate)) return size;
     }
     wave[size++] = candidate;
   }
   return size;
 }
 
-// Calls f(pixel, on) for each pixel around the candidate's box that this thread owns; f is called by whole
-// warps.
+// Calls f(pixel, on) for each pixel around the candidate's box that this thread owns. Whole warps call f.
 template <typename F>
 __device__ void for_own_pixels(const MergeArguments& args, const Candidate& candidate, F&& f) {
   const MaskSampler sampler = sampler_of(args, candidate.n);
@@ -144,9 +143,11 @@ __device__ void for_own_pixels(const MergeArguments& args, const Candidate& cand
   });
 }
 
-// Places the instances and returns how many segments they became.
+// Places the instances and returns the number of their segments.
 __device__ int64_t place_things(const MergeArguments& args) {
-  PANFPN_SHARED(unsigned long long, block_sums, 2 * kWave);
+  // 32 bits suffice for an image's pixels (launch_merge checks this), and 64-bit sums in shared memory would
+  // be loops of compare and swap.
+  PANFPN_SHARED(unsigned int, block_sums, 2 * kWave);
   const int thread = static_cast<int>(threadIdx.x);
   int64_t segments = 0, rank = 0;
   Candidate wave[kWave];
@@ -154,19 +155,20 @@ __device__ int64_t place_things(const MergeArguments& args) {
     if (thread < 2 * kWave) block_sums[thread] = 0;
     __syncthreads();
     for (int i = 0; i < size; ++i) {
-      int64_t own_area = 0, own_claimed = 0;
+      unsigned int own_area = 0, own_claimed = 0;
       for_own_pixels(args, wave[i], [&](int64_t pixel, bool on) {
         own_area += __popc(__ballot_sync(0xffffffff, on));
         own_claimed += __popc(__ballot_sync(0xffffffff, on && args.panoptic[pixel] != 0));
       });
       if (threadIdx.x % kWarp == 0 && own_area > 0) {
-        atomicAdd(&block_sums[2 * i], static_cast<unsigned long long>(own_area));
-        atomicAdd(&block_sums[2 * i + 1], static_cast<unsigned long long>(own_claimed));
+        atomicAdd(&block_sums[2 * i], own_area);
+        atomicAdd(&block_sums[2 * i + 1], own_claimed);
       }
     }
     __syncthreads();
     if (thread < 2 * size && block_sums[thread] > 0) {
-      atomicAdd(args.sums + 2 * wave[thread / 2].rank + thread % 2, block_sums[thread]);
+      atomicAdd(args.sums + 2 * wave[thread / 2].rank + thread % 2,
+                static_cast<unsigned long long>(block_sums[thread]));
     }
     grid_sync();
     for (int i = 0; i < size; ++i) {
@@ -186,7 +188,7 @@ __device__ int64_t place_things(const MergeArguments& args) {
   return segments;
 }
 
-// Calls f(pixel, label) for each free pixel of stuff that this thread owns.
+// Calls f(pixel, label) for each free stuff pixel that this thread owns.
 template <typename F>
 __device__ void for_own_stuff(const MergeArguments& args, F&& f) {
   for_own_pieces(args, {0, args.height}, {0, args.width}, [&](int64_t y, int64_t first) {
@@ -199,7 +201,7 @@ __device__ void for_own_stuff(const MergeArguments& args, F&& f) {
 
 __global__ void __launch_bounds__(kThreads) merge(MergeArguments args) {
   PANFPN_SHARED(int32_t, labels,
-                kMaxLabels);  // pixels of each label in this block's rows, then the label's id
+                kMaxLabels);  // pixels of each label in this block, then the id of each label
   PANFPN_SHARED(int32_t, found_before, kThreads);
   const int64_t things = place_things(args);
 
@@ -213,8 +215,8 @@ __global__ void __launch_bounds__(kThreads) merge(MergeArguments args) {
   }
   grid_sync();
 
-  // Each thread looks at a run of labels; a scan over threads gives the labels that were found before its
-  // run.
+  // Each thread processes consecutive labels. A scan over the threads gives the number of labels that were
+  // found before those.
   const int thread = static_cast<int>(threadIdx.x), first = thread * kLabelsPerThread;
   int32_t found = 0;
   for (int label = first; label < first + kLabelsPerThread; ++label) {
@@ -250,6 +252,9 @@ __global__ void __launch_bounds__(kThreads) merge(MergeArguments args) {
 }
 
 void launch_merge(const MergeArguments& args, const Tensor& like) {
+  constexpr int64_t kMostPixels = int64_t{1} << 31;  // also the largest counts of labels in a block
+  STD_TORCH_CHECK(args.height * args.width < kMostPixels, "panoptic_merge: at most ", kMostPixels - 1,
+                  " pixels are supported on a GPU, got ", args.height, " x ", args.width);
   const int64_t resident = cooperative_blocks(merge, kThreads, 0);
   const int64_t pieces = args.height * ((args.width + kPiece - 1) / kPiece);
   const int64_t wanted = (pieces + kWarps - 1) / kWarps;
@@ -264,24 +269,23 @@ Tensor zeros(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tenso
   return out;
 }
 
-struct Merged {
-  Tensor panoptic, table, count;
-};
+}  // namespace
 
-Merged merge_into_table(const Tensor& masks_in, const Tensor& boxes_in, const Tensor& scores_in,
-                        const Tensor& classes_in, const Tensor& semantic_in, const MergeParams& params,
-                        int64_t max_segments, bool pad, const char* op) {
-  check_panoptic_merge_inputs(masks_in, boxes_in, scores_in, classes_in, semantic_in, op);
-  STD_TORCH_CHECK(masks_in.scalar_type() == ScalarType::Float, op, ": takes float32 only on a GPU");
-  const DeviceGuard guard(masks_in.get_device_index());
-  const Tensor masks = torch::stable::contiguous(masks_in), boxes = torch::stable::contiguous(boxes_in),
-               scores = torch::stable::contiguous(scores_in), classes = torch::stable::contiguous(classes_in),
-               semantic = torch::stable::contiguous(semantic_in);
-  const Tensor order = argsort(negate(scores), /*descending=*/false);  // NaN last, as detectron2
+Merged merge_segments(const MergeInputs& inputs, const MergeParams& params,
+                      std::optional<int64_t> max_segments, const char* op) {
+  STD_TORCH_CHECK(inputs.masks.scalar_type() == ScalarType::Float, op,
+                  ": masks and boxes must be float32 on a GPU");
+  const DeviceGuard guard(inputs.masks.get_device_index());
+  const Tensor masks = torch::stable::contiguous(inputs.masks),
+               boxes = torch::stable::contiguous(inputs.boxes),
+               scores = torch::stable::contiguous(inputs.scores),
+               classes = torch::stable::contiguous(inputs.classes),
+               semantic = torch::stable::contiguous(inputs.semantic);
+  const Tensor order = argsort(negate(scores), /*descending=*/false);  // NaN last, as in detectron2
   const int64_t count = masks.size(0), height = semantic.size(0), width = semantic.size(1);
-  const Merged merged{zeros({height, width}, ScalarType::Int, masks),
-                      empty({max_segments, kSegmentColumns}, ScalarType::Long, masks),
-                      empty({}, ScalarType::Long, masks)};
+  const int64_t rows = max_segments.value_or(count + kMaxLabels);
+  Merged merged{zeros({height, width}, ScalarType::Int, masks),
+                empty({rows, kSegmentColumns}, ScalarType::Long, masks), empty({}, ScalarType::Long, masks)};
   const Tensor sums = zeros({count * 2 + kMaxLabels}, ScalarType::Long, masks);
   auto* counters = static_cast<unsigned long long*>(sums.mutable_data_ptr());
   launch_merge(
@@ -290,45 +294,13 @@ Merged merge_into_table(const Tensor& masks_in, const Tensor& boxes_in, const Te
                      order.const_data_ptr<int64_t>(),
                      Labels{semantic.const_data_ptr(), semantic.scalar_type()}, count, masks.size(1),
                      masks.size(2), height, width, params, merged.panoptic.mutable_data_ptr<int32_t>(),
-                     counters, counters + count * 2, merged.table.mutable_data_ptr<int64_t>(),
-                     merged.count.mutable_data_ptr<int64_t>(), max_segments, pad},
+                     counters, counters + count * 2, merged.segments.mutable_data_ptr<int64_t>(),
+                     merged.count.mutable_data_ptr<int64_t>(), rows, /*pad=*/max_segments.has_value()},
       masks);
+  if (!max_segments.has_value()) {
+    merged.segments = torch::stable::narrow(merged.segments, 0, 0, item_int64(merged.count));
+  }
   return merged;
 }
 
-std::tuple<Tensor, Tensor> panoptic_merge(const Tensor& masks, const Tensor& boxes, const Tensor& scores,
-                                          const Tensor& classes, const Tensor& semantic,
-                                          double score_threshold, double overlap_threshold,
-                                          int64_t stuff_area_threshold, double mask_threshold,
-                                          const std::string& rule) {
-  const char* op = "panoptic_merge";
-  const MergeParams params{score_threshold, overlap_threshold, stuff_area_threshold, mask_threshold,
-                           merge_rule(rule, op)};
-  Merged merged = merge_into_table(masks, boxes, scores, classes, semantic, params,
-                                   masks.size(0) + kMaxLabels, /*pad=*/false, op);
-  return {merged.panoptic, torch::stable::narrow(merged.table, 0, 0, item_int64(merged.count))};
-}
-
-std::tuple<Tensor, Tensor, Tensor> panoptic_merge_padded(const Tensor& masks, const Tensor& boxes,
-                                                         const Tensor& scores, const Tensor& classes,
-                                                         const Tensor& semantic, double score_threshold,
-                                                         double overlap_threshold,
-                                                         int64_t stuff_area_threshold, double mask_threshold,
-                                                         const std::string& rule, int64_t max_segments) {
-  const char* op = "panoptic_merge_padded";
-  STD_TORCH_CHECK(max_segments >= 0, op, ": max_segments must not be negative");
-  const MergeParams params{score_threshold, overlap_threshold, stuff_area_threshold, mask_threshold,
-                           merge_rule(rule, op)};
-  const Merged merged =
-      merge_into_table(masks, boxes, scores, classes, semantic, params, max_segments, /*pad=*/true, op);
-  return {merged.panoptic, merged.table, merged.count};
-}
-
-}  // namespace
-
-PANFPN_LIBRARY_IMPL_CUDA(m) {
-  m.impl("panoptic_merge", TORCH_BOX(&panoptic_merge));
-  m.impl("panoptic_merge_padded", TORCH_BOX(&panoptic_merge_padded));
-}
-
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

@@ -1,17 +1,17 @@
-// The output is far larger than what is read, and most of it lies outside of every box, so this is about
-// stores. A block has a tile of an image: neighbouring bytes, whichever rows they belong to, from a multiple
-// of 16 on. Where the box meets the tile, warps paint it in shared memory, one pixel beside the other; in any
-// case the tile leaves in stores of 16 bytes, and each byte of the output is written once.
+// The output is much larger than the input, and most of it is outside of every box, so the stores decide the
+// speed. A block writes a tile of an image: consecutive bytes, across rows, from a multiple of 16 on. If the
+// box overlaps the tile, warps paint it in shared memory, one pixel per lane. Either way the tile is written
+// with stores of 16 bytes, and each byte of the output is written once.
 #include "ops/cuda/mask_sample.cuh"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 namespace {
 
 constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 constexpr int kWarp = 32;
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarp * kWarps;
-constexpr int kColumns = 2;  // of a thread
+constexpr int kColumns = 2;  // columns of a thread
 constexpr int kStripColumns = kWarp * kColumns;
 constexpr int kChunkBytes = sizeof(uint4);
 constexpr int kTileChunks = 2048;
@@ -25,11 +25,11 @@ struct PasteArguments {
   uint8_t* out;
 };
 
-// Bytes of the output.
+// A range of bytes of the output.
 struct Tile {
   int64_t image;   // first byte of the image
-  int64_t origin;  // of the tile
-  int begin, end;  // those of the tile that belong to the image, counted from the origin
+  int64_t origin;  // first byte of the tile
+  int begin, end;  // bytes of the tile that belong to the image, counted from the origin
 
   __device__ Tile(int64_t n, int64_t image_bytes) : image(n * image_bytes) {
     origin = image / kChunkBytes * kChunkBytes + int64_t{blockIdx.x} * kTileBytes;
@@ -38,19 +38,19 @@ struct Tile {
     end = image_end < kTileBytes ? static_cast<int>(image_end) : kTileBytes;
   }
 
-  // Whether some of the image's rows lie in it.
-  __device__ bool meets(PixelRange rows, int64_t width) const {
+  // Returns whether some of the image's rows overlap the tile.
+  __device__ bool overlaps(Range rows, int64_t width) const {
     return begin < end && image + rows.begin * width < origin + end &&
            image + rows.end * width > origin + begin;
   }
 };
 
-// Paints what of the box lies in the tile. A warp takes 32 rows of a strip of columns at a time, and each of
-// its lanes finds the taps of one of these rows for all.
-__device__ void paint(const PasteArguments& args, const Tile& tile, const MaskSampler& sampler,
-                      PixelRange rows, PixelRange columns, uint8_t* bytes) {
+// Paints the part of the box that is in the tile. A warp takes 32 rows of a strip of columns at a time; each
+// lane computes the taps of one of these rows for the whole warp.
+__device__ void paint(const PasteArguments& args, const Tile& tile, const MaskSampler& sampler, Range rows,
+                      Range columns, uint8_t* bytes) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int64_t inset = tile.origin - tile.image;  // of the tile in the image
+  const int64_t inset = tile.origin - tile.image;  // offset of the tile in the image
   const int width = static_cast<int>(args.width), right = static_cast<int>(columns.end);
   const int first = static_cast<int>((inset + tile.begin) / width);
   const int last = static_cast<int>((inset + tile.end - 1) / width);
@@ -91,10 +91,10 @@ __global__ void __launch_bounds__(kThreads) paste_tiles(PasteArguments args) {
   for (int64_t n = blockIdx.y; n < args.count; n += gridDim.y) {
     const Tile tile(n, args.height * args.width);
     const MaskSampler sampler(args.masks, args.boxes, n, args.mask_height, args.mask_width);
-    const PixelRange rows = sampler.y.window(args.height);
+    const Range rows = sampler.y.window(args.height);
     bool painted = false;
-    if (tile.meets(rows, args.width)) {
-      const PixelRange columns = sampler.x.window(args.width);
+    if (tile.overlaps(rows, args.width)) {
+      const Range columns = sampler.x.window(args.width);
       painted = rows.begin < rows.end && columns.begin < columns.end;
       if (painted) {
         PANFPN_UNROLL
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kThreads) paste_tiles(PasteArguments args) {
       }
     };
     painted ? store([&](int i) { return chunks[i]; }) : store([&](int) { return outside_chunk; });
-    // The chunks at the ends of an image belong to its neighbours too.
+    // The first and the last chunk of an image also contain bytes of its neighbours.
     const int head = min(first * kChunkBytes, tile.end), tail = max(last * kChunkBytes, head);
     const int byte = thread < kChunkBytes ? tile.begin + thread : tail + thread - kChunkBytes;
     if (byte < (thread < kChunkBytes ? head : tile.end)) out[byte] = painted ? bytes[byte] : outside;
@@ -125,11 +125,12 @@ __global__ void __launch_bounds__(kThreads) paste_tiles(PasteArguments args) {
 Tensor paste_masks(const Tensor& masks_in, const Tensor& boxes_in, int64_t height, int64_t width,
                    double threshold) {
   check_paste_masks_inputs(masks_in, boxes_in, height, width);
-  STD_TORCH_CHECK(masks_in.scalar_type() == ScalarType::Float, "paste_masks: takes float32 only on a GPU");
+  STD_TORCH_CHECK(masks_in.scalar_type() == ScalarType::Float,
+                  "paste_masks: masks and boxes must be float32 on a GPU");
   const DeviceGuard guard(masks_in.get_device_index());
   const Tensor masks = torch::stable::contiguous(masks_in), boxes = torch::stable::contiguous(boxes_in);
   const int64_t count = masks.size(0), image_bytes = height * width;
-  // Fresh memory begins at a multiple of 16.
+  // Fresh memory starts at a multiple of 16.
   Tensor out = empty({count, height, width}, threshold < 0 ? ScalarType::Byte : ScalarType::Bool, masks);
   const PasteArguments args{masks.const_data_ptr<float>(),
                             boxes.const_data_ptr<float>(),
@@ -140,7 +141,7 @@ Tensor paste_masks(const Tensor& masks_in, const Tensor& boxes_in, int64_t heigh
                             width,
                             static_cast<float>(threshold),
                             static_cast<uint8_t*>(out.mutable_data_ptr())};
-  // With the bytes of its first chunk that belong to the image before.
+  // The largest span of an image: its first chunk may also contain bytes of the previous image.
   const int64_t longest = image_bytes + kChunkBytes - 1;
   const int64_t tiles = image_bytes == 0 ? 0 : (longest + kTileBytes - 1) / kTileBytes;
   const dim3 grid(static_cast<unsigned>(tiles),
@@ -151,8 +152,8 @@ Tensor paste_masks(const Tensor& masks_in, const Tensor& boxes_in, int64_t heigh
 
 }  // namespace
 
-PANFPN_LIBRARY_IMPL_CUDA(m) {
+PANFPN_LIBRARY_IMPL(m) {
   m.impl("paste_masks", TORCH_BOX(&paste_masks));
 }
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

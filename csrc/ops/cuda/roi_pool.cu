@@ -1,36 +1,36 @@
-// One kernel for one level and for many. Channels-last: a warp computes the weights of a cell's pixels once
-// and its lanes split the channels, 16 bytes each. NCHW: a block computes the weights of a box's rows and
-// columns once for some of the channels, and lanes read neighbouring columns.
-#include "ops/cuda/roi_pool.h"
+// The same kernels serve one level and several. Channels-last: a warp computes the weights of a bin's pixels
+// once, and its lanes share the channels, 16 bytes each. NCHW: a block computes the weights of a box's rows
+// and columns once for some of the channels, and its lanes read neighbouring columns.
+#include "ops/roi_pool.h"
 
 #include "ops/cuda/launch.cuh"
-#include "ops/cuda/roi_cell.cuh"
+#include "ops/cuda/roi_bin.cuh"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 namespace {
 
 constexpr int kPoolThreads = 256;
 constexpr int kWarps = kPoolThreads / 32;
 
-// NCHW.
-constexpr int kPlanes = 4;  // channels of a warp at a time, so that weights are loaded for all of them
+// Constants of the NCHW kernel.
+constexpr int kPlanes =
+    4;  // channels that a warp processes together, to load the weights once for all of them
 constexpr int kBlockChannels = 64;
-constexpr int kAxisTaps = 768;  // enough for 48 samples in each of 7 cells, along either axis
+constexpr int kAxisTaps = 768;  // enough for 48 samples in each of 7 bins, along either axis
 constexpr int kPlaneSums = 256;
 
-// Mean of the cell's samples in the channel plane at `plane`.
+// The mean of the bin's samples in the channel plane at `plane`.
 template <typename T>
-__device__ T pool_cell(const Cell<accumulate_t<T>>& cell, const T* plane, int64_t ph, int64_t pw) {
+__device__ T pool_bin(const Bin<accumulate_t<T>>& bin, const T* plane, int64_t ph, int64_t pw) {
   using A = accumulate_t<T>;
-  const SampleRange rows = samples_on_map(cell.y, ph, cell.height),
-                    columns = samples_on_map(cell.x, pw, cell.width);
+  const Range rows = samples_on_map(bin.y, ph, bin.height), columns = samples_on_map(bin.x, pw, bin.width);
   A sum = 0;
   for (int64_t iy = rows.begin; iy < rows.end; ++iy) {
-    const Taps<A> y = bilinear_taps(cell.y.sample(ph, iy), cell.height);
+    const Taps<A> y = bilinear_taps(bin.y.sample(ph, iy), bin.height);
     if (!y.valid) continue;
-    const T *low = plane + y.low * cell.width, *high = plane + y.high * cell.width;
+    const T *low = plane + y.low * bin.width, *high = plane + y.high * bin.width;
     for (int64_t ix = columns.begin; ix < columns.end; ++ix) {
-      const Taps<A> x = bilinear_taps(cell.x.sample(pw, ix), cell.width);
+      const Taps<A> x = bilinear_taps(bin.x.sample(pw, ix), bin.width);
       if (!x.valid) continue;
       sum += y.low_weight * x.low_weight * static_cast<A>(low[x.low]) +
              y.low_weight * x.high_weight * static_cast<A>(low[x.high]) +
@@ -38,32 +38,32 @@ __device__ T pool_cell(const Cell<accumulate_t<T>>& cell, const T* plane, int64_
              y.high_weight * x.high_weight * static_cast<A>(high[x.high]);
     }
   }
-  return static_cast<T>(sum * cell.scale);
+  return static_cast<T>(sum / bin.samples);
 }
 
-// A warp takes a cell; each lane takes V channels of it at a time, V being 16 bytes' worth where it can.
+// A warp processes a bin; each lane processes V channels at a time, 16 bytes if possible.
 template <typename T, int V>
 __global__ void __launch_bounds__(kPoolThreads)
-    pool_channels_last(Pyramid<const T> pyramid, const accumulate_t<T>* boxes, int64_t cells,
+    pool_channels_last(Pyramid<const T> pyramid, const accumulate_t<T>* boxes, int64_t bins,
                        RoiAlignParams params, T* out) {
   using A = accumulate_t<T>;
   const int64_t channels = pyramid.channels, lane = threadIdx.x % 32;
-  for (int64_t index = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32; index < cells;
+  for (int64_t index = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32; index < bins;
        index += int64_t{gridDim.x} * kWarps) {
     const int64_t pw = index % params.pooled_width, ph = index / params.pooled_width % params.pooled_height;
     const int64_t k = index / params.pooled_width / params.pooled_height;
-    const Cell<A> cell = find_cell(pyramid, boxes + k * 5, params);
+    const Bin<A> bin = find_bin(pyramid, boxes + k * 5, params);
     const T* map =
-        cell.usable ? pyramid.data[cell.level] + cell.image * channels * cell.height * cell.width : nullptr;
+        bin.usable ? pyramid.data[bin.level] + bin.image * channels * bin.height * bin.width : nullptr;
     for (int64_t first = 0; first < channels; first += 32 * V) {
       const int64_t c = first + lane * V;
       const bool active = c < channels;
       A sum[V] = {};
-      if (cell.usable) {
-        visit_pixels(cell, ph, pw, [&](int64_t row, int64_t column, A weight) {
+      if (bin.usable) {
+        visit_pixels(bin, ph, pw, [&](int64_t row, int64_t column, A weight) {
           if (!active) return;
           const auto pack =
-              *reinterpret_cast<const Pack<T, V>*>(map + (row * cell.width + column) * channels + c);
+              *reinterpret_cast<const Pack<T, V>*>(map + (row * bin.width + column) * channels + c);
           PANFPN_UNROLL
           for (int v = 0; v < V; ++v) sum[v] += weight * static_cast<A>(pack.values[v]);
         });
@@ -71,29 +71,29 @@ __global__ void __launch_bounds__(kPoolThreads)
       if (!active) continue;
       Pack<T, V> pack;
       PANFPN_UNROLL
-      for (int v = 0; v < V; ++v) pack.values[v] = static_cast<T>(sum[v]);
+      for (int v = 0; v < V; ++v) pack.values[v] = static_cast<T>(sum[v] / bin.samples);
       *reinterpret_cast<Pack<T, V>*>(out + index * channels + c) = pack;
     }
   }
 }
 
-// A row or column and the weight with which the samples of a cell touch it.
+// A row or column, and the summed weight of the samples of a bin that touch it.
 template <typename A>
 struct alignas(2 * sizeof(A)) Tap {
   int pixel;
   A weight;
 };
 
-// Room for the taps of a cell: two for each sample.
+// The maximum number of taps of a bin: two for each sample.
 template <typename A>
 __device__ int64_t tap_slots(const RoiAxis<A>& axis) {
   return 2 * axis.grid;
 }
 
-// Finds the taps of one cell and returns how many there are; the other slots become zero. Neighbouring
-// samples share pixels, and shared ones are merged.
+// Finds the taps of one bin and returns their number; the remaining slots become zero. Neighbouring samples
+// share pixels, and their taps are merged.
 template <typename A>
-__device__ int find_taps(const RoiAxis<A>& axis, int cell_index, int64_t size, Tap<A>* taps) {
+__device__ int find_taps(const RoiAxis<A>& axis, int bin_index, int64_t size, Tap<A>* taps) {
   int count = 0;
   const auto add = [&](int64_t pixel, A weight) {
     if (weight == A(0)) return;
@@ -105,7 +105,7 @@ __device__ int find_taps(const RoiAxis<A>& axis, int cell_index, int64_t size, T
     taps[count++] = {static_cast<int>(pixel), weight};
   };
   for (int64_t i = 0; i < axis.grid; ++i) {
-    const Taps<A> sample = bilinear_taps(axis.sample(cell_index, i), size);
+    const Taps<A> sample = bilinear_taps(axis.sample(bin_index, i), size);
     if (!sample.valid) continue;
     add(sample.low, sample.low_weight);
     add(sample.high, sample.high_weight);
@@ -114,36 +114,36 @@ __device__ int find_taps(const RoiAxis<A>& axis, int cell_index, int64_t size, T
   return count;
 }
 
-// Whether the taps of all cells have room in shared memory, and pixels of a map numbers of 32 bits.
+// Returns whether the taps of all bins fit in shared memory and pixel indices fit in 32 bits.
 template <typename A>
-__device__ bool taps_fit(const Cell<A>& cell, const RoiAlignParams& params) {
-  return tap_slots(cell.y) <= kAxisTaps / params.pooled_height &&
-         tap_slots(cell.x) <= kAxisTaps / params.pooled_width && tap_slots(cell.x) < kPlaneSums &&
-         cell.height * cell.width < int64_t{1} << 31;
+__device__ bool taps_fit(const Bin<A>& bin, const RoiAlignParams& params) {
+  return tap_slots(bin.y) <= kAxisTaps / params.pooled_height &&
+         tap_slots(bin.x) <= kAxisTaps / params.pooled_width && tap_slots(bin.x) < kPlaneSums &&
+         bin.height * bin.width < int64_t{1} << 31;
 }
 
-// What a block knows of a box.
+// A box, as a block computes it.
 template <typename A>
 struct BoxTaps {
-  const Tap<A>*rows, *columns;  // slots of each cell in turn
-  const int* row_counts;        // of each cell
+  const Tap<A>*rows, *columns;  // the slots of all bins, bin by bin
+  const int* row_counts;        // taps of each bin
   int row_slots, column_slots;
-  int cells, pooled_width;
+  int bins, pooled_width;
   int map_width;
-  A scale;
+  A samples;
 };
 
-// The cells of a box in kPlanes channels, by one warp: first a lane has one tap of the columns of a cell, and
-// sums over the rows; then it has a cell, and sums over the columns.
+// One warp pools the bins of a box in kPlanes channels. First each lane takes one column tap of a bin and
+// sums over the rows; then each lane takes a bin and sums over its columns.
 template <typename T>
 __device__ void pool_planes(const BoxTaps<accumulate_t<T>>& box, const T* plane, int64_t plane_size, int used,
                             accumulate_t<T>* sums, T* out) {
   using A = accumulate_t<T>;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int pitch = box.column_slots + 1;  // odd, so that cells begin in different banks
-  const int cells_at_once = kPlaneSums / pitch;
-  for (int begin = 0; begin < box.cells; begin += cells_at_once) {
-    const int count = min(cells_at_once, box.cells - begin);
+  const int pitch = box.column_slots + 1;  // odd, so that bins start in different banks
+  const int bins_at_once = kPlaneSums / pitch;
+  for (int begin = 0; begin < box.bins; begin += bins_at_once) {
+    const int count = min(bins_at_once, box.bins - begin);
     for (unsigned item = lane; item < static_cast<unsigned>(count * box.column_slots); item += 32) {
       const unsigned i = item / static_cast<unsigned>(box.column_slots), slot = item - i * box.column_slots;
       const unsigned ph = (begin + i) / static_cast<unsigned>(box.pooled_width);
@@ -174,14 +174,14 @@ __device__ void pool_planes(const BoxTaps<accumulate_t<T>>& box, const T* plane,
       }
       PANFPN_UNROLL
       for (int p = 0; p < kPlanes; ++p) {
-        if (p < used) out[int64_t{p} * box.cells + begin + i] = static_cast<T>(sum[p] * box.scale);
+        if (p < used) out[int64_t{p} * box.bins + begin + i] = static_cast<T>(sum[p] / box.samples);
       }
     }
     __syncwarp();
   }
 }
 
-// A block takes a box and kBlockChannels of its channels. Three blocks share a multiprocessor.
+// A block processes a box and kBlockChannels of its channels. Three blocks fit on a multiprocessor.
 template <typename T>
 __global__ void __launch_bounds__(kPoolThreads, 3)
     pool_nchw(Pyramid<const T> pyramid, const accumulate_t<T>* boxes, int64_t count, RoiAlignParams params,
@@ -193,18 +193,18 @@ __global__ void __launch_bounds__(kPoolThreads, 3)
   PANFPN_SHARED(A, sums, kWarps * kPlanes * kPlaneSums);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
   const int64_t channels = pyramid.channels, shares = (channels + kBlockChannels - 1) / kBlockChannels;
-  const int64_t cells = params.pooled_height * params.pooled_width;
+  const int64_t bins = params.pooled_height * params.pooled_width;
   for (int64_t index = blockIdx.x; index < count * shares; index += gridDim.x) {
     const int64_t k = index / shares, first = index % shares * kBlockChannels;
     const int64_t last = min(first + kBlockChannels, channels);
-    const Cell<A> cell = find_cell(pyramid, boxes + k * 5, params);
-    const int64_t plane_size = cell.height * cell.width;
-    const T* map = pyramid.data[cell.level] + cell.image * channels * plane_size;
-    T* box_out = out + k * channels * cells;
-    if (!cell.usable || !taps_fit(cell, params)) {
-      for (int64_t i = first * cells + thread; i < last * cells; i += kPoolThreads) {
-        const int64_t c = i / cells, ph = i % cells / params.pooled_width, pw = i % params.pooled_width;
-        box_out[i] = cell.usable ? pool_cell(cell, map + c * plane_size, ph, pw) : static_cast<T>(0);
+    const Bin<A> bin = find_bin(pyramid, boxes + k * 5, params);
+    const int64_t plane_size = bin.height * bin.width;
+    const T* map = pyramid.data[bin.level] + bin.image * channels * plane_size;
+    T* box_out = out + k * channels * bins;
+    if (!bin.usable || !taps_fit(bin, params)) {
+      for (int64_t i = first * bins + thread; i < last * bins; i += kPoolThreads) {
+        const int64_t c = i / bins, ph = i % bins / params.pooled_width, pw = i % params.pooled_width;
+        box_out[i] = bin.usable ? pool_bin(bin, map + c * plane_size, ph, pw) : static_cast<T>(0);
       }
       continue;
     }
@@ -212,28 +212,28 @@ __global__ void __launch_bounds__(kPoolThreads, 3)
     const BoxTaps<A> box{rows,
                          columns,
                          row_counts,
-                         static_cast<int>(tap_slots(cell.y)),
-                         static_cast<int>(tap_slots(cell.x)),
-                         static_cast<int>(cells),
+                         static_cast<int>(tap_slots(bin.y)),
+                         static_cast<int>(tap_slots(bin.x)),
+                         static_cast<int>(bins),
                          static_cast<int>(params.pooled_width),
-                         static_cast<int>(cell.width),
-                         cell.scale};
+                         static_cast<int>(bin.width),
+                         bin.samples};
     for (int i = thread; i < pooled_height + box.pooled_width; i += kPoolThreads) {
       const bool is_row = i < pooled_height;
       const int pw = i - pooled_height;
       Tap<A>* taps = is_row ? rows + i * box.row_slots : columns + pw * box.column_slots;
-      const RoiAxis<A> axis{is_row ? cell.y.start : cell.x.start, is_row ? cell.y.cell : cell.x.cell,
-                            is_row ? cell.y.grid : cell.x.grid};
-      const int found = find_taps(axis, is_row ? i : pw, is_row ? cell.height : cell.width, taps);
+      const RoiAxis<A> axis{is_row ? bin.y.start : bin.x.start, is_row ? bin.y.bin : bin.x.bin,
+                            is_row ? bin.y.grid : bin.x.grid};
+      const int found = find_taps(axis, is_row ? i : pw, is_row ? bin.height : bin.width, taps);
       if (is_row) row_counts[i] = found;
     }
     __syncthreads();
     for (int64_t c = first + warp * kPlanes; c < last; c += kWarps * kPlanes) {
       const int used = static_cast<int>(min(last - c, int64_t{kPlanes}));
       pool_planes(box, map + c * plane_size, plane_size, used, sums + warp * kPlanes * kPlaneSums,
-                  box_out + c * cells);
+                  box_out + c * bins);
     }
-    __syncthreads();  // before the taps of the next box
+    __syncthreads();  // before the taps of the next box are written
   }
 }
 
@@ -245,7 +245,7 @@ Tensor pool_features(const std::vector<Tensor>& features, const std::vector<doub
   const DenseFeatures dense = dense_features(features);
   const Tensor boxes = torch::stable::contiguous(boxes_in);
   const int64_t channels = features[0].size(1),
-                cells = boxes.size(0) * params.pooled_height * params.pooled_width;
+                bins = boxes.size(0) * params.pooled_height * params.pooled_width;
   Tensor out = empty_nchw({boxes.size(0), channels, params.pooled_height, params.pooled_width}, features[0],
                           dense.channels_last);
   const auto stream = current_stream(out);
@@ -261,8 +261,8 @@ Tensor pool_features(const std::vector<Tensor>& features, const std::vector<doub
         packs &= takes_packs<T, V>(channels, {pyramid.data[level]});
       }
       const auto launch = [&](auto* kernel) {
-        PANFPN_LAUNCH(kernel, dim3(blocks_for(cells, kWarps)), dim3(kPoolThreads), 0, stream, pyramid,
-                      boxes_data, cells, params, out_data);
+        PANFPN_LAUNCH(kernel, dim3(blocks_for(bins, kWarps)), dim3(kPoolThreads), 0, stream, pyramid,
+                      boxes_data, bins, params, out_data);
       };
       packs ? launch(pool_channels_last<T, V>) : launch(pool_channels_last<T, 1>);
     } else {
@@ -274,4 +274,4 @@ Tensor pool_features(const std::vector<Tensor>& features, const std::vector<doub
   return out;
 }
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

@@ -1,13 +1,14 @@
-// Two ways to the same sums, both with `grad` channels-last.
+// Two algorithms for the same sums. Both take `grad` in channels-last layout.
 //
-// Fast: a warp takes a cell, as in forward, and adds its pixels with vector atomics to float32 maps.
-// Deterministic: a block takes a tile of pixels and some channels, walks through the boxes that meet the tile
-// in their order and keeps the sums in registers. It needs no memory of its own but six integers per box.
+// Fast: a warp processes a bin, as in forward, and adds its pixels to float32 maps with vector atomics.
+// Deterministic: a block processes a tile of pixels and some channels. It visits the boxes that overlap the
+// tile, in their order, and keeps the sums in registers. It needs no extra memory except six integers per
+// box.
 #include "ops/cuda/launch.cuh"
-#include "ops/cuda/roi_cell.cuh"
-#include "ops/cuda/roi_pool.h"
+#include "ops/cuda/roi_bin.cuh"
+#include "ops/roi_pool.h"
 
-namespace panfpn {
+namespace panfpn::inline PANFPN_ARITHMETIC {
 namespace {
 
 constexpr int kThreads = 256;
@@ -28,32 +29,35 @@ __device__ void add_pack(float* to, const Pack<float, 4>& pack) {
 // Adds grad [K, pooled_height, pooled_width, C] to the float32 maps `sums` [N, H, W, C].
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads)
-    add_cells(const T* grad, Pyramid<float> sums, const float* boxes, int64_t cells, RoiAlignParams params) {
+    add_bins(const T* grad, Pyramid<float> sums, const float* boxes, int64_t bins, RoiAlignParams params) {
   const int64_t channels = sums.channels, lane = threadIdx.x % 32;
-  for (int64_t index = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32; index < cells;
+  for (int64_t index = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32; index < bins;
        index += int64_t{gridDim.x} * kWarps) {
     const int64_t pw = index % params.pooled_width, ph = index / params.pooled_width % params.pooled_height;
     const int64_t k = index / params.pooled_width / params.pooled_height;
-    const Cell<float> cell = find_cell(sums, boxes + k * 5, params);
-    if (!cell.usable) continue;
-    float* map = sums.data[cell.level] + cell.image * channels * cell.height * cell.width;
+    const Bin<float> bin = find_bin(sums, boxes + k * 5, params);
+    if (!bin.usable) continue;
+    float* map = sums.data[bin.level] + bin.image * channels * bin.height * bin.width;
     for (int64_t first = 0; first < channels; first += 32 * V) {
       const int64_t c = first + lane * V;
       const bool active = c < channels;
       Pack<T, V> values{};
       if (active) values = *reinterpret_cast<const Pack<T, V>*>(grad + index * channels + c);
-      visit_pixels(cell, ph, pw, [&](int64_t row, int64_t column, float weight) {
+      float shares[V];
+      PANFPN_UNROLL
+      for (int v = 0; v < V; ++v) shares[v] = static_cast<float>(values.values[v]) / bin.samples;
+      visit_pixels(bin, ph, pw, [&](int64_t row, int64_t column, float weight) {
         if (!active || weight == 0.0f) return;
         Pack<float, V> pack;
         PANFPN_UNROLL
-        for (int v = 0; v < V; ++v) pack.values[v] = weight * static_cast<float>(values.values[v]);
-        add_pack(map + (row * cell.width + column) * channels + c, pack);
+        for (int v = 0; v < V; ++v) pack.values[v] = weight * shares[v];
+        add_pack(map + (row * bin.width + column) * channels + c, pack);
       });
     }
   }
 }
 
-// sums [pixels, C] -> out: the same in another dtype.
+// sums [pixels, C] -> out in another dtype.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) convert(const float* sums, int64_t count, T* out) {
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < count;
@@ -62,8 +66,8 @@ __global__ void __launch_bounds__(kThreads) convert(const float* sums, int64_t c
   }
 }
 
-// sums [N, pixels, C] -> out [N, C, pixels], through tiles of 32 x 32 so that both sides are read and written
-// in rows.
+// sums [N, pixels, C] -> out [N, C, pixels], through tiles of 32 x 32, so that both sides are accessed in
+// rows.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     convert_to_nchw(const float* sums, int64_t batch, int64_t pixels, int64_t channels, T* out) {
@@ -90,15 +94,15 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Half-open range of the pixels that a box can touch, on its map; level is -1 where it touches none.
+// The half-open range of pixels that a box can touch on its map; level is -1 if it touches none.
 struct BoxRange {
   int level, top, bottom, left, right;
   int64_t image;
 };
 
-// A superset of the pixels that samples along the axis touch: a few more where coordinates are coarse.
-__device__ void touched_range(const RoiAxis<float>& axis, int64_t cells, int64_t size, int* begin, int* end) {
-  const double start = axis.start, stop = start + static_cast<double>(axis.cell) * static_cast<double>(cells);
+// A superset of the pixels that the samples along the axis touch, with a few more if coordinates are coarse.
+__device__ void touched_range(const RoiAxis<float>& axis, int64_t bins, int64_t size, int* begin, int* end) {
+  const double start = axis.start, stop = start + static_cast<double>(axis.bin) * static_cast<double>(bins);
   const double low = start < stop ? start : stop, high = start < stop ? stop : start;
   const double margin = 1.0 + 1e-6 * (fabs(low) + fabs(high)), last = static_cast<double>(size - 1);
   double first_pixel = floor(low - margin), last_pixel = floor(high + margin) + 1.0;
@@ -116,31 +120,31 @@ __global__ void __launch_bounds__(kThreads) find_ranges(PyramidShape shape, cons
                                                         RoiAlignParams params, BoxRange* ranges) {
   for (int64_t k = int64_t{blockIdx.x} * kThreads + threadIdx.x; k < count;
        k += int64_t{gridDim.x} * kThreads) {
-    const Cell<float> cell = find_cell(shape, boxes + k * 5, params);
+    const Bin<float> bin = find_bin(shape, boxes + k * 5, params);
     BoxRange range{-1, 0, 0, 0, 0, 0};
-    if (cell.usable) {
-      range.level = cell.level;
-      range.image = cell.image;
-      touched_range(cell.y, params.pooled_height, cell.height, &range.top, &range.bottom);
-      touched_range(cell.x, params.pooled_width, cell.width, &range.left, &range.right);
+    if (bin.usable) {
+      range.level = bin.level;
+      range.image = bin.image;
+      touched_range(bin.y, params.pooled_height, bin.height, &range.top, &range.bottom);
+      touched_range(bin.x, params.pooled_width, bin.width, &range.left, &range.right);
     }
     ranges[k] = range;
   }
 }
 
-constexpr int kTile = 8;    // pixels along each side; a warp takes a row
-constexpr int kStaged = 4;  // boxes whose weights are computed at once
-constexpr int kCells = 32;  // cells along each axis whose weights are held at once
+constexpr int kTile = 8;    // pixels along each side; a warp processes a row
+constexpr int kStaged = 4;  // boxes whose weights are computed together
+constexpr int kBins = 32;   // bins along each axis whose weights are kept at once
 
-// How much a cell's samples weigh on one pixel.
-__device__ float weight_on_pixel(const RoiAxis<float>& axis, int64_t cell, int64_t pixel, int64_t size) {
+// The summed weight of a bin's samples on one pixel.
+__device__ float weight_on_pixel(const RoiAxis<float>& axis, int64_t bin, int64_t pixel, int64_t size) {
   const double low = pixel == 0 ? -1.0 : static_cast<double>(pixel - 1),
                high = static_cast<double>(pixel == size - 1 ? size : pixel + 1);
-  SampleRange range{0, axis.grid};
-  if (axis.grid > 4) range = samples_between(axis, cell, low, high);
+  Range range{0, axis.grid};
+  if (axis.grid > 4) range = samples_between(axis, bin, low, high);
   float weight = 0.0f;
   for (int64_t i = range.begin; i < range.end; ++i) {
-    const Taps<float> taps = bilinear_taps(axis.sample(cell, i), size);
+    const Taps<float> taps = bilinear_taps(axis.sample(bin, i), size);
     if (!taps.valid) continue;
     if (taps.low == pixel) weight += taps.low_weight;
     if (taps.high == pixel) weight += taps.high_weight;
@@ -149,24 +153,24 @@ __device__ float weight_on_pixel(const RoiAxis<float>& axis, int64_t cell, int64
 }
 
 struct TileGrid {
-  int64_t first[kMaxLevels + 1];  // number of the first tile of each level, and of all of them
+  int64_t first[kMaxLevels + 1];  // index of the first tile of each level, then the number of all tiles
 };
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads)
     gather_tiles(const T* grad, Pyramid<T> out, bool channels_last, const float* boxes,
                  const BoxRange* ranges, int64_t count, TileGrid tiles, RoiAlignParams params) {
-  using Weights = float[2][kTile][kCells];
+  using Weights = float[2][kTile][kBins];
   using Masks = unsigned[2][kTile];
   PANFPN_SHARED(int64_t, hits, kThreads);
   PANFPN_SHARED(int, hits_of_warp, kWarps);
-  PANFPN_SHARED(Weights, weights, kStaged);  // of each axis, 0 being y, on each pixel of the tile
-  PANFPN_SHARED(Masks, touching, kStaged);   // cells whose weight is not zero
+  PANFPN_SHARED(Weights, weights, kStaged);  // for each axis (0 is y), on each pixel of the tile
+  PANFPN_SHARED(Masks, touching, kStaged);   // bins whose weight is not zero
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   const int64_t channels = out.channels, chunks = (channels + 32 * V - 1) / (32 * V);
-  const int64_t most_cells =
+  const int64_t most_bins =
       params.pooled_height > params.pooled_width ? params.pooled_height : params.pooled_width;
-  const int segment = most_cells <= 8 ? 8 : (most_cells <= 16 ? 16 : 32);  // lanes for the cells of a pixel
+  const int segment = most_bins <= 8 ? 8 : (most_bins <= 16 ? 16 : 32);  // lanes for the bins of one pixel
   const int pixels_at_once = 32 / segment, groups = kTile / pixels_at_once;
 
   for (int64_t index = blockIdx.x; index < tiles.first[out.levels] * chunks; index += gridDim.x) {
@@ -176,8 +180,8 @@ __global__ void __launch_bounds__(kThreads)
     while (tile >= tiles.first[level + 1]) ++level;
     const int64_t height = out.height[level], width = out.width[level];
     const int64_t across = (width + kTile - 1) / kTile, down = (height + kTile - 1) / kTile;
-    const int64_t place = tile - tiles.first[level], image = place / across / down;
-    const int64_t left = place % across * kTile, top = place / across % down * kTile;
+    const int64_t in_level = tile - tiles.first[level], image = in_level / across / down;
+    const int64_t left = in_level % across * kTile, top = in_level / across % down * kTile;
     float sum[kTile][V] = {};
 
     for (int64_t base = 0; base < count; base += kThreads) {
@@ -201,22 +205,22 @@ __global__ void __launch_bounds__(kThreads)
 
       for (int first = 0; first < total; first += kStaged) {
         const int staged = total - first < kStaged ? total - first : kStaged;
-        for (int64_t ph0 = 0; ph0 < params.pooled_height; ph0 += kCells) {
-          for (int64_t pw0 = 0; pw0 < params.pooled_width; pw0 += kCells) {
+        for (int64_t ph0 = 0; ph0 < params.pooled_height; ph0 += kBins) {
+          for (int64_t pw0 = 0; pw0 < params.pooled_width; pw0 += kBins) {
             for (int item = warp; item < staged * 2 * groups; item += kWarps) {
               const int b = item / groups / 2, axis = item / groups % 2;
-              const int pixel = item % groups * pixels_at_once + lane / segment, cell_lane = lane % segment;
-              const Cell<float> cell = find_cell(out, boxes + hits[first + b] * 5, params);
+              const int pixel = item % groups * pixels_at_once + lane / segment, bin_lane = lane % segment;
+              const Bin<float> bin = find_bin(out, boxes + hits[first + b] * 5, params);
               const int64_t at = (axis == 0 ? top : left) + pixel, size = axis == 0 ? height : width;
-              const int64_t index_of_cell = (axis == 0 ? ph0 : pw0) + cell_lane;
+              const int64_t index_of_bin = (axis == 0 ? ph0 : pw0) + bin_lane;
               float weight = 0.0f;
-              if (at < size && index_of_cell < (axis == 0 ? params.pooled_height : params.pooled_width)) {
-                weight = weight_on_pixel(axis == 0 ? cell.y : cell.x, index_of_cell, at, size);
-                if (axis == 0) weight *= cell.scale;
+              if (at < size && index_of_bin < (axis == 0 ? params.pooled_height : params.pooled_width)) {
+                weight = weight_on_pixel(axis == 0 ? bin.y : bin.x, index_of_bin, at, size);
+                if (axis == 0) weight /= bin.samples;
               }
-              weights[b][axis][pixel][cell_lane] = weight;
+              weights[b][axis][pixel][bin_lane] = weight;
               const unsigned nonzero = __ballot_sync(kFullWarp, weight != 0.0f) >> (lane / segment * segment);
-              if (cell_lane == 0) {
+              if (bin_lane == 0) {
                 touching[b][axis][pixel] = segment == 32 ? nonzero : nonzero & ((1u << segment) - 1u);
               }
             }
@@ -229,9 +233,9 @@ __global__ void __launch_bounds__(kThreads)
                 const float row_weight = weights[b][0][warp][i];
                 for (unsigned rest = columns; rest != 0; rest &= rest - 1) {
                   const int j = __ffs(static_cast<int>(rest)) - 1;
-                  const int64_t cell =
+                  const int64_t bin =
                       (hits[first + b] * params.pooled_height + ph0 + i) * params.pooled_width + pw0 + j;
-                  const auto pack = *reinterpret_cast<const Pack<T, V>*>(grad + cell * channels + c);
+                  const auto pack = *reinterpret_cast<const Pack<T, V>*>(grad + bin * channels + c);
                   PANFPN_UNROLL
                   for (int x = 0; x < kTile; ++x) {
                     const float weight = row_weight * weights[b][1][x][j];
@@ -285,16 +289,16 @@ void backward_fast(const Tensor& grad, const std::vector<Tensor>& grads, const s
   }
   const Pyramid<float> pyramid = make_grad_pyramid<float>(sums, scales);
   const T* grad_data = grad.const_data_ptr<T>();
-  const int64_t cells = grad.size(0) * grad.size(2) * grad.size(3);
+  const int64_t bins = grad.size(0) * grad.size(2) * grad.size(3);
   bool packs = takes_packs<T, 4>(pyramid.channels, {grad_data});
   for (int level = 0; level < pyramid.levels; ++level) {
     packs &= takes_packs<float, 4>(pyramid.channels, {pyramid.data[level]});
   }
   const auto launch = [&](auto* kernel) {
-    PANFPN_LAUNCH(kernel, dim3(blocks_for(cells, kWarps)), dim3(kThreads), 0, stream, grad_data, pyramid,
-                  boxes.const_data_ptr<float>(), cells, params);
+    PANFPN_LAUNCH(kernel, dim3(blocks_for(bins, kWarps)), dim3(kThreads), 0, stream, grad_data, pyramid,
+                  boxes.const_data_ptr<float>(), bins, params);
   };
-  packs ? launch(add_cells<T, 4>) : launch(add_cells<T, 1>);
+  packs ? launch(add_bins<T, 4>) : launch(add_bins<T, 1>);
   for (int level = 0; level < pyramid.levels && !in_place; ++level) {
     T* out = grads[level].mutable_data_ptr<T>();
     const int64_t pixels = pyramid.height[level] * pyramid.width[level];
@@ -365,4 +369,4 @@ std::vector<Tensor> pool_features_backward(const Tensor& grad_in, const std::vec
   return grads;
 }
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

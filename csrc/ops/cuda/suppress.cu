@@ -1,21 +1,24 @@
-// Suppression wholly on the device, in three launches that read nothing back: the order of the scores, a bit
-// mask of who strikes whom in the upper triangle of 64 x 64 tiles, and one block for each image that walks it
-// in score order. blockIdx.y, and blockIdx.x of the last kernel, count the images.
-#include "ops/cuda/suppress.h"
+// Suppression entirely on the device, in three launches without a read-back: the order of the scores; a bit
+// mask that says which box suppresses which, in the upper triangle of 64 x 64 tiles; and one block per image
+// that walks through the mask in score order. blockIdx.y is the image, in the last kernel blockIdx.x.
+#include "ops/suppress.h"
 
-namespace panfpn {
+#include "ops/cuda/launch.cuh"
+#include "ops/cuda/warp_reduce.cuh"
+
+namespace panfpn::inline PANFPN_ARITHMETIC {
 namespace {
 
-constexpr int kTile = 64;  // boxes in a tile: the bits of one mask word
+constexpr int kTile = 64;  // boxes in a tile: the bits of one word of the mask
 constexpr int kWarp = 32;
 constexpr unsigned int kAllLanes = 0xFFFFFFFFu;
 
-// Up to this many boxes an order is found by counting, for each score, those before it: quadratic, but on all
-// multiprocessors at once, in one launch and without scratch memory. Sorting launches several kernels one
-// after the other, and small inputs are made of launches.
+// Up to this number of boxes, the order is found by counting the scores that precede each score. This is
+// quadratic, but it runs on all multiprocessors at once, in one launch and without scratch memory. Sorting
+// launches several kernels one after the other, and for small inputs the launches dominate.
 constexpr int64_t kMostByCounting = 8192;
 constexpr int kRankThreads = 256;
-constexpr int kRanksPerWarp = 4;  // scores that share one reading of all the others
+constexpr int kRanksPerWarp = 4;  // scores that share one pass over all the others
 constexpr int kRanksPerBlock = kRankThreads / kWarp * kRanksPerWarp;
 
 // order[rank] = index. Equal keys rank by index, so all ranks differ.
@@ -44,23 +47,38 @@ __global__ void __launch_bounds__(kRankThreads)
   }
   PANFPN_UNROLL
   for (int k = 0; k < kRanksPerWarp; ++k) {
-    const unsigned int rank = __reduce_add_sync(kAllLanes, before[k]);
+    const unsigned int rank = warp_sum(before[k]);
     if (lane == k && first + k < boxes) all_order[blockIdx.y * count + rank] = first + k;
   }
 }
 
-constexpr int kLanesPerRow = 4;  // neighbours that share one row of a tile
+constexpr int kKeyThreads = 256;
+
+template <typename T>
+using signed_key_t = std::make_signed_t<sort_key_t<T>>;
+
+// keys[i]: sorts as descending_key does, but is signed, as torch's integers are.
+template <typename T>
+__global__ void __launch_bounds__(kKeyThreads)
+    find_keys(const T* scores, int64_t count, signed_key_t<T>* keys) {
+  const int64_t i = int64_t{blockIdx.x} * kKeyThreads + threadIdx.x;
+  if (i >= count) return;
+  constexpr sort_key_t<T> kSign = sort_key_t<T>{1} << (8 * sizeof(T) - 1);
+  keys[i] = static_cast<signed_key_t<T>>(descending_key(scores[i]) ^ kSign);
+}
+
+constexpr int kLanesPerRow = 4;  // neighbouring lanes that share one row of a tile
 constexpr int kMaskThreads = kTile * kLanesPerRow;
 
-// mask[image, row, word]: which boxes of tile `word` strikes the box of that place in the order. Words left
-// of the diagonal are never read, and not written. `all_groups` may be null.
+// mask[image, row, word]: the boxes of tile `word` that the box at position `row` in the order suppresses.
+// Words to the left of the diagonal are neither written nor read. `all_groups` may be null.
 template <typename T>
 __global__ void __launch_bounds__(kMaskThreads)
     suppression_mask(const Box<T>* all_boxes, const int64_t* all_groups, const int64_t* all_order,
                      int64_t count, T threshold, uint64_t* all_mask) {
   const int64_t words = (count + kTile - 1) / kTile;
   const int64_t triangle = blockIdx.x;
-  // Column c of the triangle begins at c * (c + 1) / 2; the square root may be off by one.
+  // Column c of the triangle starts at c * (c + 1) / 2; the square root may be off by one.
   int64_t column_tile = static_cast<int64_t>(sqrtf(2.0f * static_cast<float>(triangle) + 0.25f) - 0.5f);
   while (column_tile * (column_tile + 1) / 2 > triangle) --column_tile;
   while ((column_tile + 1) * (column_tile + 2) / 2 <= triangle) ++column_tile;
@@ -93,7 +111,7 @@ __global__ void __launch_bounds__(kMaskThreads)
     const int64_t group = groups != nullptr ? groups[index] : 0;
     const int64_t left = count - column_tile * kTile;
     const int columns = left < kTile ? static_cast<int>(left) : kTile;
-    const int after = column_tile == row_tile ? in_tile : -1;  // a box strikes those behind it only
+    const int after = column_tile == row_tile ? in_tile : -1;  // a box suppresses only boxes behind it
     for (int i = part; i < columns; i += kLanesPerRow) {
       if (i > after && tile_groups[i] == group && iou_above(box, area, tile[i], tile_areas[i], threshold)) {
         bits |= uint64_t{1} << i;
@@ -108,15 +126,16 @@ __global__ void __launch_bounds__(kMaskThreads)
 }
 
 constexpr int kMostResolveThreads = 1024;
-constexpr int64_t kFewWords = 64;  // up to these, half the threads do
+constexpr int64_t kFewWords = 64;  // up to this number of words, half the threads suffice
 
-__device__ __forceinline__ int place_of(uint64_t bits, int bit) {
+__device__ __forceinline__ int rank_of(uint64_t bits, int bit) {
   return __popcll(bits & ((uint64_t{1} << bit) - 1));
 }
 
-// One block for each image; tile by tile in score order. The first warp settles the boxes of a tile among
-// themselves while the other warps strike out what the tile before it reaches in later tiles: what that one
-// strikes in this very tile, the first warp has fetched ahead. `keep` receives original indices.
+// One block per image walks through the tiles in score order. The first warp decides the boxes of a tile
+// among themselves. Meanwhile the other warps mark the boxes of later tiles that the previous tile
+// suppresses. The first warp has already fetched the words with which the previous tile suppresses boxes of
+// the current one. `keep` receives original indices.
 __global__ void __launch_bounds__(kMostResolveThreads)
     resolve_suppression(const uint64_t* all_mask, const int64_t* all_order, int64_t count, int64_t max_output,
                         int64_t* all_keep, int64_t* all_kept_counts) {
@@ -125,31 +144,32 @@ __global__ void __launch_bounds__(kMostResolveThreads)
   const uint64_t* mask = all_mask + image * count * words;
   const int64_t* order = all_order + image * count;
   int64_t* keep = all_keep + image * max_output;
-  PANFPN_DYNAMIC_SHARED(unsigned int, removed);  // two halves for each word
-  PANFPN_SHARED(uint64_t, alive_in, 2);          // of this tile and of the one before, by turns
+  PANFPN_DYNAMIC_SHARED(unsigned int, removed);  // two halves of each word
+  PANFPN_SHARED(uint64_t, alive_in, 2);          // of this tile and of the previous one, alternating
   PANFPN_SHARED(int64_t, kept_until, 2);
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int lane = thread % kWarp, warp = thread / kWarp, pushers = threads / kWarp - 1;
   for (int64_t i = thread; i < 2 * words; i += threads) removed[i] = 0;
   __syncthreads();
 
-  // Word `word` of this lane's two rows of a tile.
+  // The word `word` of this lane's two rows of a tile.
   auto fetch = [&](int64_t tile, int half, int64_t word) {
     const int64_t row = tile * kTile + half * kWarp + lane;
     return row < count && word < words ? mask[row * words + word] : uint64_t{0};
   };
-  // Of the first warp: both rows' words on the diagonal, and the previous tile's words above it.
+  // Used by the first warp: the words on the diagonal of both rows, and the words above it from the previous
+  // tile.
   uint64_t diagonal[2] = {0, 0}, above[2] = {0, 0};
   uint64_t alive_before = 0;
   if (warp == 0) {
     diagonal[0] = fetch(0, 0, 0);
     diagonal[1] = fetch(0, 1, 0);
   }
-  auto struck_by = [&](uint64_t alive, const uint64_t (&rows)[2]) {
+  auto suppressed_by = [&](uint64_t alive, const uint64_t (&rows)[2]) {
     const uint64_t mine =
         ((alive >> lane & 1) != 0 ? rows[0] : 0) | ((alive >> (lane + kWarp) & 1) != 0 ? rows[1] : 0);
-    const unsigned int low = __reduce_or_sync(kAllLanes, static_cast<unsigned int>(mine));
-    const unsigned int high = __reduce_or_sync(kAllLanes, static_cast<unsigned int>(mine >> 32));
+    const unsigned int low = warp_or(static_cast<unsigned int>(mine));
+    const unsigned int high = warp_or(static_cast<unsigned int>(mine >> 32));
     return static_cast<uint64_t>(high) << 32 | low;
   };
 
@@ -162,19 +182,19 @@ __global__ void __launch_bounds__(kMostResolveThreads)
       const int64_t left = count - tile * kTile;
       const uint64_t all = left < kTile ? (uint64_t{1} << left) - 1 : ~uint64_t{0};
       const uint64_t gone = static_cast<uint64_t>(removed[2 * tile + 1]) << 32 | removed[2 * tile];
-      const uint64_t open = all & ~gone & ~struck_by(alive_before, above);
-      // Rows strike later bits only, so each round settles at least one more bit for good, mostly all of a
-      // chain's link at once; what no round changes is the only solution.
+      const uint64_t open = all & ~gone & ~suppressed_by(alive_before, above);
+      // Rows suppress later bits only, so each round fixes at least one more bit, and usually one link of all
+      // chains at once. The state that no round changes is the only solution.
       uint64_t alive = open, previous;
       do {
         previous = alive;
-        alive = open & ~struck_by(previous, diagonal);
+        alive = open & ~suppressed_by(previous, diagonal);
       } while (alive != previous);
       PANFPN_UNROLL
       for (int half = 0; half < 2; ++half) {
         const int bit = half * kWarp + lane;
-        const int64_t place = total + place_of(alive, bit);
-        if ((alive >> bit & 1) != 0 && place < max_output) keep[place] = order[tile * kTile + bit];
+        const int64_t position = total + rank_of(alive, bit);
+        if ((alive >> bit & 1) != 0 && position < max_output) keep[position] = order[tile * kTile + bit];
       }
       if (lane == 0) {
         alive_in[turn] = alive;
@@ -191,8 +211,8 @@ __global__ void __launch_bounds__(kMostResolveThreads)
             reinterpret_cast<const unsigned int*>(mask + ((tile - 1) * kTile + bit) * words);
         PANFPN_UNROLL_BY(4)
         for (int64_t i = 2 * (tile + 1) + lane; i < 2 * words; i += kWarp) {
-          const unsigned int struck = row[i];
-          if (struck != 0) atomicOr(&removed[i], struck);
+          const unsigned int suppressed = row[i];
+          if (suppressed != 0) atomicOr(&removed[i], suppressed);
         }
       }
     }
@@ -204,16 +224,33 @@ __global__ void __launch_bounds__(kMostResolveThreads)
   if (thread == 0) all_kept_counts[image] = kept;
 }
 
-// Words of `removed` that fit in the shared memory of sm_80 and newer: a million boxes, whose mask takes 128
-// GiB.
-constexpr int64_t kMostTiles = 16384;
+// The number of tiles for which resolve_suppression's shared memory fits in a block: on GPUs with the least
+// shared memory (sm_75), half a million boxes, whose mask takes 32 GiB.
+int64_t most_tiles() {
+  constexpr size_t kStatic = 2 * sizeof(uint64_t) + 2 * sizeof(int64_t);  // alive_in and kept_until
+  return static_cast<int64_t>((most_shared_bytes() - kStatic) / sizeof(uint64_t));
+}
+
+constexpr int64_t kAlwaysTiles = 4096;  // these fit on every GPU
 constexpr int64_t kMostImages = 65535;  // the largest grid dimension along y
+
+// Sorts keys instead of scores, so that both ways give the same order of NaN: the sort of a GPU may place a
+// NaN by its sign.
+Tensor order_by_sorting(const Tensor& scores, int64_t count) {
+  Tensor keys = torch::stable::new_empty(
+      scores, scores.sizes(), scores.scalar_type() == ScalarType::Float ? ScalarType::Int : ScalarType::Long);
+  dispatch_float_or_double(scores.scalar_type(), "nms", [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const auto blocks = static_cast<unsigned>((count + kKeyThreads - 1) / kKeyThreads);
+    PANFPN_LAUNCH(find_keys<T>, dim3(blocks), dim3(kKeyThreads), 0, current_stream(scores),
+                  scores.const_data_ptr<T>(), count, static_cast<signed_key_t<T>*>(keys.mutable_data_ptr()));
+  });
+  return torch::stable::contiguous(argsort(keys, /*descending=*/false, keys.dim() - 1));
+}
 
 Tensor order_of(const Tensor& scores_in, int64_t images, int64_t count) {
   const Tensor scores = torch::stable::contiguous(scores_in);
-  if (count > kMostByCounting) {
-    return torch::stable::contiguous(argsort(scores, /*descending=*/true, scores.dim() - 1));
-  }
+  if (count > kMostByCounting) return order_by_sorting(scores, count * images);
   const Tensor order = empty({images, count}, ScalarType::Long, scores);
   const dim3 grid(static_cast<unsigned>((count + kRanksPerBlock - 1) / kRanksPerBlock),
                   static_cast<unsigned>(images));
@@ -232,10 +269,13 @@ std::pair<Tensor, Tensor> suppress(const Tensor& boxes_in, const Tensor& scores,
   const bool batched = boxes_in.dim() == 3;
   const int64_t images = batched ? boxes_in.size(0) : 1, count = boxes_in.size(batched ? 1 : 0);
   const int64_t words = (count + kTile - 1) / kTile;
-  STD_TORCH_CHECK(words <= kMostTiles, "nms: at most ", kMostTiles * kTile, " boxes fit on a GPU, got ",
-                  count);
-  STD_TORCH_CHECK(images <= kMostImages, "nms: at most ", kMostImages, " images at once, got ", images);
+  STD_TORCH_CHECK(images <= kMostImages, "nms: at most ", kMostImages,
+                  " images are supported in a batch, got ", images);
   const DeviceGuard guard(boxes_in.get_device_index());
+  if (words > kAlwaysTiles) {
+    const int64_t most = most_tiles() * kTile;
+    STD_TORCH_CHECK(count <= most, "nms: at most ", most, " boxes are supported on this GPU, got ", count);
+  }
   const Tensor boxes = torch::stable::contiguous(boxes_in);
   const Tensor groups = idxs != nullptr ? torch::stable::contiguous(*idxs) : boxes;
   const Tensor order = order_of(scores, images, count);
@@ -263,4 +303,4 @@ Tensor suppress_all(const Tensor& boxes, const Tensor& scores, const Tensor* idx
   return torch::stable::narrow(keep, 0, 0, item_int64(kept_count));
 }
 
-}  // namespace panfpn
+}  // namespace panfpn::inline PANFPN_ARITHMETIC

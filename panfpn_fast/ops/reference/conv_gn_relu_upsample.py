@@ -1,4 +1,4 @@
-"""A stage of the semantic head (Kirillov et al., CVPR 2019, section 3)."""
+"""One stage of the semantic head (Kirillov et al., CVPR 2019, section 3)."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ def conv_gn_relu_upsample(
     num_groups: int,
     eps: float = 1e-5,
     scale_factor: int = 2,
+    prepared: Tensor | None = None,
 ) -> Tensor:
-    """Convolves 3x3, normalises groups of channels, applies ReLU and upsamples bilinearly.
+    """Applies a 3x3 convolution, GroupNorm and ReLU, then upsamples bilinearly.
 
-    Differentiable in `x` and the three parameters.
+    Differentiable in `x` and the three parameter tensors.
 
     Args:
         x: Feature map [N, C_in, H, W].
-        conv_weight: [C_out, C_in, 3, 3]; padding 1, stride 1, no bias.
-        gn_weight: [C_out], multiplies the normalised channels.
-        gn_bias: [C_out], is added to them.
-        num_groups: Divides C_out.
-        eps: Added to the variance.
-        scale_factor: Output pixels per input pixel along either axis.
+        conv_weight: Weight of the 3x3 convolution (padding 1, stride 1, no bias), [C_out, C_in, 3, 3].
+        gn_weight: Scale of the normalised channels, [C_out].
+        gn_bias: Offset of the normalised channels, [C_out].
+        num_groups: Number of channel groups; divides C_out.
+        eps: Added to the variance in GroupNorm.
+        scale_factor: Output pixels per input pixel along each axis.
+        prepared: Ignored.
 
     Returns:
         [N, C_out, scale_factor * H, scale_factor * W] in the dtype of the convolution's result.

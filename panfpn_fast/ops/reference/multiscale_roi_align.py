@@ -1,4 +1,4 @@
-"""ROIAlign over a feature pyramid: each box is pooled from the level of its size (Lin et al., FPN, eq. 1)."""
+"""ROIAlign over a feature pyramid: the size of a box chooses its level (Lin et al., FPN, eq. 1)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from panfpn_fast.ops.reference.roi_align import boxes_to_rois, is_channels_last_only, roi_align
+from panfpn_fast._layout import channels_last_only
+from panfpn_fast.ops.reference.roi_align import boxes_to_rois, roi_align
 
 
 def assign_levels(
@@ -18,17 +19,17 @@ def assign_levels(
     canonical_level: int = 4,
     level_epsilon: float = 1e-8,
 ) -> Tensor:
-    """Chooses the position in `spatial_scales` for each box, as detectron2's poolers.py does.
+    """Returns the pyramid level of each box by the rule of detectron2's poolers.py.
 
     Args:
         rois: [K, 5] rows of (image, x1, y1, x2, y2).
-        spatial_scales: Descending, one for each level.
+        spatial_scales: Feature-map pixels per unit of box coordinates for each level, descending.
         canonical_box_size: Side of the box that belongs to `canonical_level`.
         canonical_level: Level k has the scale 2**-k.
         level_epsilon: Added inside the logarithm.
 
     Returns:
-        int64 [K]. Boxes whose area is NaN or negative belong to the first level.
+        Indices into `spatial_scales`, int64 [K]. Boxes whose area is NaN or negative belong to the first level.
     """
     lowest = round(-math.log2(spatial_scales[0]))
     highest = round(-math.log2(spatial_scales[-1]))
@@ -50,17 +51,17 @@ def multiscale_roi_align(
     canonical_level: int = 4,
     level_epsilon: float = 1e-8,
 ) -> Tensor:
-    """Pools each box from its level of the pyramid, with `roi_align`.
+    """Pools each box from its pyramid level with `roi_align`.
 
     Differentiable in `features`.
 
     Args:
-        features: Feature maps [N, C, H_l, W_l], finest first.
-        boxes: [K, 5] rows of (image, x1, y1, x2, y2), or one [L, 4] tensor for each image.
-        output_size: Bins (height, width), or one number for both.
-        spatial_scales: Feature-map pixels per unit of box coordinates, for each level: consecutive
-            powers of two.
-        sampling_ratio: Samples along each side of a bin; not positive means ceil(box size / bins).
+        features: Feature maps [N, C, H_l, W_l], from fine to coarse.
+        boxes: [K, 5] rows of (image, x1, y1, x2, y2), or one [L, 4] tensor per image.
+        output_size: Number of bins (height, width), or one number for both.
+        spatial_scales: Feature-map pixels per unit of box coordinates for each level. They are consecutive powers of
+            two.
+        sampling_ratio: Samples per bin along each axis; 0 or less means ceil(box size / number of bins).
         aligned: Shifts the box by half a pixel, so that pixel i is the interval [i, i + 1).
         canonical_box_size: Side of the box that belongs to `canonical_level`.
         canonical_level: Level k has the scale 2**-k.
@@ -78,5 +79,5 @@ def multiscale_roi_align(
         pooled.append(roi_align(level_features, rois[members], output_size, scale, sampling_ratio, aligned))
         rows.append(members)
     output = torch.cat(pooled)[torch.argsort(torch.cat(rows))]
-    channels_last = all(is_channels_last_only(level_features) for level_features in features)
+    channels_last = all(channels_last_only(level_features) for level_features in features)
     return output.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)

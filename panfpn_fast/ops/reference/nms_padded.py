@@ -1,4 +1,4 @@
-"""Non-maximum suppression in static shapes."""
+"""Non-maximum suppression with outputs of static shape."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from panfpn_fast.ops.reference.nms import suppress
 def nms_padded(
     boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: float, max_output: int
 ) -> tuple[Tensor, Tensor]:
-    """Keeps the first boxes that `batched_nms` (`nms`, where there are no groups) keeps, and pads them with -1.
+    """Returns the first indices that `batched_nms` keeps (`nms` if there are no groups), padded with -1.
 
     Args:
         boxes: [N, 4] or [B, N, 4] rows of (x1, y1, x2, y2).
         scores: [N] or [B, N].
-        idxs: Integer group of each box [N] or [B, N], or None: one group.
-        iou_threshold: A box is dropped when its IoU with a kept box of its group is above this.
-        max_output: How many indices there is room for.
+        idxs: Integer group of each box, [N] or [B, N]; None puts all boxes into one group.
+        iou_threshold: A box is dropped if its IoU with a kept box of its group is above this.
+        max_output: Number of indices to return.
 
     Returns:
-        A tuple of int64 keep, [max_output] or [B, max_output], filled up with -1, and int64 count, [] or [B].
+        A tuple `(keep, count)`: the indices, int64 [max_output] or [B, max_output], padded with -1, and their number,
+        int64 [] or [B].
     """
     if boxes.dim() == 2:
         kept = suppress(boxes, scores, idxs, iou_threshold)[:max_output]

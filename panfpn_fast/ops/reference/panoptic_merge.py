@@ -1,48 +1,29 @@
-"""Merging of instances and stuff into one panoptic map, with the rules of three peers.
+"""Merges instances and stuff into one panoptic map by the rules of three peers.
 
-detectron2 (panoptic_fpn.py), mmdetection (heuristic_fusion_head.py) and panopticapi
+The peers are detectron2 (panoptic_fpn.py), mmdetection (heuristic_fusion_head.py) and panopticapi
 (combine_semantic_and_instance_predictions.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from panfpn_fast.ops._segments import PanopticSegments
 from panfpn_fast.ops.reference.paste_masks import paste_values
 
 # Stuff labels are below this.
 _LABELS = 4096
 
 
-class PanopticSegments(NamedTuple):
-    """Segments of a panoptic map, things first; S rows.
-
-    Attributes:
-        id: int32 [S], the value of the segment in the map, 1..S.
-        isthing: bool [S].
-        label: int64 [S], from `classes` for things and from `semantic` for stuff.
-        score: float32 [S], zero for stuff.
-        area: int64 [S], pixels of the segment in the map.
-        instance: int64 [S], the row in `masks`; -1 for stuff.
-    """
-
-    id: Tensor
-    isthing: Tensor
-    label: Tensor
-    score: Tensor
-    area: Tensor
-    instance: Tensor
-
-
 def _overlaps_too_much(claimed: int, area: int, overlap_threshold: float, rule: str) -> bool:
-    """Compares the share of an instance that others hold, in the peer's arithmetic."""
+    """Whether the share of an instance that is already taken exceeds the threshold, in the peer's arithmetic."""
     if rule == "mmdetection":
-        # int64 + float and int64 / float32 are float32 in torch, and a Python float is compared as float32.
-        share = torch.tensor(claimed) / (torch.tensor(area) + 1e-5)
+        # In PyTorch, int64 + float and int64 / float32 give float32, and a Python float is compared as float32.
+        taken, size = torch.tensor([claimed, area], dtype=torch.float32, device="cpu")
+        share = taken / (size + 1e-5)
         return bool(share > overlap_threshold)
     return claimed / area > overlap_threshold
 
@@ -61,33 +42,34 @@ def panoptic_merge(
     mask_threshold: float = 0.5,
     rule: str = "detectron2",
 ) -> tuple[Tensor, PanopticSegments]:
-    """Gives every pixel to one instance or one kind of stuff.
+    """Assigns every pixel to one instance, to one stuff class or to void.
 
     Args:
         masks: Instance masks [N, M_h, M_w] or [N, 1, M_h, M_w], values in [0, 1].
         boxes: [N, 4] rows of (x1, y1, x2, y2) in pixels of the image.
         scores: [N].
-        classes: Integer thing class of each instance [N].
-        semantic: Integer label map [height, width]; 1..4095 are stuff, the rest void.
+        classes: Integer thing class of each instance, [N].
+        semantic: Integer label map [height, width]; values 1..4095 are stuff, all others void.
         image_size: (height, width).
-        score_threshold: Instances below this are dropped; with "detectron2" and "mmdetection" the first of them ends
-            the instances, so that NaN, which comes last, is dropped with it.
-        overlap_threshold: An instance is dropped when more than this share of its mask is taken.
-        stuff_area_threshold: Stuff with fewer pixels left is dropped.
-        mask_threshold: A pixel belongs to an instance where the pasted mask is at least this.
+        score_threshold: Instances below this are dropped. With "detectron2" and "mmdetection" the first such instance
+            also drops all later ones, among them those with a score of NaN, which come last.
+        overlap_threshold: An instance is dropped if more than this share of its mask is already taken.
+        stuff_area_threshold: A stuff class with fewer free pixels is dropped.
+        mask_threshold: A pixel belongs to an instance if its value in the pasted mask is at least this.
         rule: "detectron2", "mmdetection" or "panopticapi".
 
     Returns:
-        The panoptic map, int32 [height, width] with 0 = void, and its segments, none of them without pixels.
+        A tuple of the panoptic map, int32 [height, width] with 0 for void, and its segments, each with at least one
+        pixel.
     """
     dtype = torch.float64 if masks.dtype == torch.float64 else torch.float32
     masks = masks.reshape(masks.shape[0], *masks.shape[-2:]).to(dtype)
     boxes, scores = boxes.to(dtype), scores.float()
     panoptic = torch.zeros(*image_size, dtype=torch.int32, device=semantic.device)
-    # Of each segment: isthing, label, score, area, instance.
+    # For each segment: isthing, label, score, area, instance.
     found: list[tuple[bool, int, float, int, int]] = []
 
-    # Ascending order of the negated scores puts NaN last.
+    # Sorting the negated scores in ascending order puts NaN last.
     for instance in torch.sort(-scores, stable=True).indices.tolist():
         score = float(scores[instance])
         if score < score_threshold:

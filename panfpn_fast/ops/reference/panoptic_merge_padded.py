@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from panfpn_fast.ops.reference.panoptic_merge import PanopticSegments, panoptic_merge
+from panfpn_fast.ops._segments import PanopticSegments
+from panfpn_fast.ops.reference.panoptic_merge import panoptic_merge
 
 
 def panoptic_merge_padded(
@@ -25,10 +26,10 @@ def panoptic_merge_padded(
     mask_threshold: float = 0.5,
     rule: str = "detectron2",
 ) -> tuple[Tensor, PanopticSegments, Tensor]:
-    """Merges as `panoptic_merge` does and pads, or cuts, the segments to `max_segments` rows.
+    """Runs `panoptic_merge` and pads or truncates the segments to `max_segments` rows.
 
     Returns:
-        The map, the segments and how many there are, int64 [].
+        A tuple of the map, the segments and the number of segments before truncation, int64 [].
     """
     panoptic, segments = panoptic_merge(
         masks,

@@ -1,4 +1,4 @@
-"""Pasting of small masks into the image, with detectron2's arithmetic (mask_ops.py, all pixels)."""
+"""Pastes small masks into the image with the arithmetic of detectron2 (mask_ops.py, all pixels)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class _Axis(NamedTuple):
-    """Where the pixels of one image axis fall on one mask axis that has a border of one zero on each side."""
+    """Positions of the P pixels of one image axis on a mask axis that is padded with one zero on each side."""
 
     low: Tensor  # int64 [P]
     high: Tensor  # int64 [P]
@@ -39,15 +39,15 @@ def _locate(start: Tensor, end: Tensor, pixels: int, size: int) -> _Axis:
 
 
 def paste_values(mask: Tensor, box: Tensor, image_size: Sequence[int]) -> Tensor:
-    """Samples one mask at every pixel of the image.
+    """Samples one mask bilinearly at every pixel of the image.
 
     Args:
-        mask: Mask [M_h, M_w] in float32 or float64.
-        box: (x1, y1, x2, y2) of the mask in the image, [4], same dtype.
+        mask: Mask [M_h, M_w], float32 or float64.
+        box: Box (x1, y1, x2, y2) of the mask in the image, [4], in the dtype of `mask`.
         image_size: (height, width).
 
     Returns:
-        Values [height, width], zero outside the box and everywhere if the box is empty or not finite.
+        Values [height, width]. They are zero outside the box, and everywhere if the box is empty or not finite.
     """
     height, width = image_size
     extent = box[2:] - box[:2]
@@ -70,10 +70,10 @@ def paste_masks(masks: Tensor, boxes: Tensor, image_size: Sequence[int], thresho
         masks: [N, M_h, M_w] or [N, 1, M_h, M_w], values in [0, 1].
         boxes: [N, 4] rows of (x1, y1, x2, y2) in pixels of the image; pixel i is the interval [i, i + 1).
         image_size: (height, width).
-        threshold: A pixel is set where the value is at least this; negative asks for the values.
+        threshold: A pixel is set if its value is at least this. A negative threshold returns the values.
 
     Returns:
-        bool [N, height, width], or for a negative threshold uint8 with values 0..255, truncated.
+        bool [N, height, width]; for a negative threshold uint8, the values scaled to 0..255 and truncated.
     """
     dtype = torch.float64 if masks.dtype == torch.float64 else torch.float32
     masks = masks.reshape(masks.shape[0], *masks.shape[-2:]).to(dtype)

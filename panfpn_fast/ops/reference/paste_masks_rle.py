@@ -1,4 +1,4 @@
-"""COCO run lengths of pasted masks, in the format that pycocotools (maskApi) reads."""
+"""Run-length encoding of pasted masks in the COCO format that pycocotools (maskApi) reads."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from panfpn_fast.ops.reference.paste_masks import paste_masks
 
 
 def compress(lengths: Sequence[int]) -> bytes:
-    """Writes run lengths as COCO's compressed string.
+    """Encodes run lengths as COCO's compressed string.
 
     Args:
-        lengths: Of alternating runs, the first of which is off.
+        lengths: Lengths of alternating runs of unset and set pixels, starting with unset ones.
 
     Returns:
-        For each length, from the fourth on less the one two before it, groups of five bits in two's complement,
-        lowest first; 32 is added where more follow and 48 to every group.
+        The encoded lengths. From the fourth on, a length is replaced by its difference to the length two places
+        before. Each number is written in two's complement as groups of five bits, lowest group first. A group gets
+        32 added if more groups of the number follow, and 48 in any case.
     """
     text = bytearray()
     for i, length in enumerate(lengths):
@@ -36,21 +37,21 @@ def compress(lengths: Sequence[int]) -> bytes:
 def paste_masks_rle(
     masks: Tensor, boxes: Tensor, image_size: Sequence[int], threshold: float = 0.5
 ) -> list[dict[str, Any]]:
-    """Pastes each mask and encodes it.
+    """Pastes each mask into its image and encodes the result.
 
     Args:
         masks: [N, M_h, M_w] or [N, 1, M_h, M_w], values in [0, 1].
         boxes: [N, 4] rows of (x1, y1, x2, y2) in pixels of the image.
         image_size: (height, width).
-        threshold: A pixel is set where the value is at least this; not negative.
+        threshold: A pixel is set if its value is at least this; not negative.
 
     Returns:
-        {"size": [height, width], "counts": bytes} for each mask.
+        A dictionary {"size": [height, width], "counts": bytes} for each mask.
     """
     encoded = []
     for pasted in paste_masks(masks, boxes, image_size, threshold):
-        bits = torch.cat([torch.zeros(1, dtype=torch.bool), pasted.cpu().T.flatten()])
-        # A run ends where a pixel differs from the one before it; the first is off, of no length if need be.
+        bits = torch.cat([torch.zeros(1, dtype=torch.bool, device="cpu"), pasted.cpu().T.flatten()])
+        # A run ends where the value changes. The first run is of unset pixels and may have length 0.
         ends = [*torch.nonzero(bits[1:] != bits[:-1])[:, 0].tolist(), len(bits) - 1]
         lengths = [end - begin for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
         encoded.append({"size": list(pasted.shape), "counts": compress(lengths)})

@@ -1,4 +1,4 @@
-"""Upsampling, crop, second resampling, arg max: with the logits of every pixel of the output."""
+"""Upsamples, crops and resamples logits, then takes the arg max; the logits of all output pixels are in memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 def resampled_logits(
     logits: Tensor, scale_factor: int, crop: Sequence[int] | None, size: Sequence[int] | None
 ) -> Tensor:
-    """The logits that the arg max chooses from, [N, C, height, width], in float32 (float64 for float64)."""
+    """Returns the logits whose arg max is taken, [N, C, height, width], in float32 (float64 for float64)."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     if wide.numel() == 0:
         height, width = size or crop or (side * scale_factor for side in logits.shape[2:])
@@ -28,7 +28,7 @@ def resampled_logits(
         return values
 
     resampled = resample(torch.where(wide.isfinite(), wide, 0.0))
-    # F.interpolate would make NaN of infinities that it reads with a weight of zero.
+    # F.interpolate would turn infinities that have a weight of zero into NaN.
     for value, where in (
         (math.inf, wide == math.inf),
         (-math.inf, wide == -math.inf),
@@ -46,21 +46,22 @@ def upsample_argmax(
     size: Sequence[int] | None = None,
     return_prob: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Chooses the class of the largest logit after one or two bilinear resamplings.
+    """Returns the class of the largest logit after one or two bilinear resamplings.
 
     Args:
         logits: [N, C, H, W].
-        scale_factor: Of the first resampling.
-        crop: (height, width) of the part that is kept of its result.
-        size: (height, width) of the result of the second resampling; None for none.
-        return_prob: Also return the softmax probability of the class.
+        scale_factor: Scale factor of the first resampling.
+        crop: (height, width) to which the result of the first resampling is cropped; None keeps all of it.
+        size: (height, width) of the output of the second resampling; None skips the second resampling.
+        return_prob: Whether to also return the softmax probability of the class.
 
     Returns:
-        Labels [N, height, width], uint8, or int16 above 256 classes; with `return_prob` also float32 probabilities
-        of the same shape.
+        Labels [N, height, width], uint8, or int16 for more than 256 classes. With `return_prob`, a tuple of the labels
+        and their probabilities, float32 of the same shape.
 
     Note:
-        torch.argmax's rules: the first of equal classes, NaN before any number. Half precision is upcast first.
+        Ties follow torch.argmax: the first of equal classes wins, and NaN wins over any number. Half precision is
+        converted to float32 first.
     """
     resampled = resampled_logits(logits.detach(), scale_factor, crop, size)
     label = resampled.argmax(1)

@@ -1,4 +1,4 @@
-"""Cross-entropy of bilinearly upsampled logits, which are made in full."""
+"""Cross-entropy of bilinearly upsampled logits; all upsampled logits are in memory."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ def upsample_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """Interpolates, then takes F.cross_entropy, in float32 or float64.
+    """Upsamples the logits and applies F.cross_entropy, in float32 or float64.
 
     Differentiable in `logits`.
 
     Args:
         logits: [N, C, H, W].
-        target: [N, H * scale_factor, W * scale_factor] classes of any integer dtype.
-        scale_factor: Of the bilinear upsampling with align_corners=False.
-        ignore_index: Value in `target` of pixels that do not count.
-        weight: Of each class, [C].
-        label_smoothing: Share of the uniform distribution in that of the targets.
+        target: Class of each pixel, [N, H * scale_factor, W * scale_factor], any integer dtype.
+        scale_factor: Scale factor of the bilinear upsampling (align_corners=False).
+        ignore_index: Pixels with this value in `target` do not count.
+        weight: Weight of each class, [C], or None.
+        label_smoothing: Weight of the uniform distribution in the target distribution, from 0 to 1.
         reduction: "mean", "sum" or "none".
 
     Returns:
-        The loss, a scalar or [N, H * scale_factor, W * scale_factor]; float32, or float64 for float64 logits.
+        The loss: a scalar, or [N, H * scale_factor, W * scale_factor] for "none"; float32, or float64 for float64
+        logits.
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     size = (logits.shape[2] * scale_factor, logits.shape[3] * scale_factor)
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.to(dtype)
-        if logits.numel() == 0:  # which F.interpolate refuses
+        if logits.numel() == 0:  # F.interpolate rejects empty input
             upsampled = logits.new_zeros(*logits.shape[:2], *size) + logits.sum()
         else:
             upsampled = F.interpolate(logits, scale_factor=scale_factor, mode="bilinear", align_corners=False)

@@ -1,7 +1,7 @@
-// Atomics, exits before a barrier, votes of a whole block, spinning, and grids that meet.
+// Atomics, exits before a barrier, spinning, cooperative grids and indices.
 #include "fixture.h"
 
-// Counts per bin: in shared memory first, then added to the grid's.
+// Counts the values per bin, first in shared memory; each block then adds its counts to the global ones.
 __global__ void histogram(const int* __restrict__ values, unsigned int* __restrict__ bins, int n,
                           int num_bins) {
   PANFPN_DYNAMIC_SHARED(unsigned int, local);
@@ -19,58 +19,34 @@ __global__ void histogram(const int* __restrict__ values, unsigned int* __restri
 FIXTURE histogram_int(const int* values, unsigned int* bins, int n, int num_bins) {
   return message_of([&] {
     const size_t bytes = static_cast<size_t>(num_bins) * sizeof(unsigned int);
-    cudaMemsetAsync(bins, 0, bytes, nullptr);
     PANFPN_LAUNCH(histogram, 3, 96, bytes, nullptr, values, bins, n, num_bins);
   });
 }
 
-// Threads beyond n exit; the rest still meet at barriers. out[0] = how many are left, out[1] = any value
-// negative, out[2] = all values above -100, out[3] = the sum.
+// Threads from n on exit before the first barrier. out[0] is the sum of the values.
 __global__ void early_exit(const int* __restrict__ values, int* __restrict__ out, int n) {
   PANFPN_SHARED(int, sum, 1);
   const int i = static_cast<int>(threadIdx.x);
   if (i >= n) return;
   if (i == 0) sum[0] = 0;
-  const int left = __syncthreads_count(1);
+  __syncthreads();
   atomicAdd(&sum[0], values[i]);
-  const int any = __syncthreads_or(values[i] < 0);
-  const int all = __syncthreads_and(values[i] > -100);
-  if (i == 0) {
-    out[0] = left;
-    out[1] = any;
-    out[2] = all;
-    out[3] = sum[0];
-  }
+  __syncthreads();
+  if (i == 0) out[0] = sum[0];
 }
 
 FIXTURE early_exit_int(const int* values, int* out, int n) {
   return message_of([&] { PANFPN_LAUNCH(early_exit, 1, 200, 0, nullptr, values, out, n); });
 }
 
-// A lock by compare-and-swap: threads spin until they own it. `counter` is not changed atomically.
-__global__ void locked_count(int* lock, int* counter) {
-  bool done = false;
-  while (!done) {
-    if (atomicCAS(lock, 0, 1) == 0) {
-      *counter += 1;
-      __threadfence();
-      atomicExch(lock, 0);
-      done = true;
-    }
-  }
-}
-
-FIXTURE locked_count_int(int* lock, int* counter) {
-  return message_of([&] { PANFPN_LAUNCH(locked_count, 2, 64, 0, nullptr, lock, counter); });
-}
-
-// Thread 0 waits for what the last thread of its block writes.
-__global__ void wait_for_flag(volatile int* flag, int* seen) {
+// Thread 0 spins until the last thread of its block has set the flag.
+__global__ void wait_for_flag(int* flag, int* seen) {
   if (threadIdx.x == 0) {
-    while (*flag == 0) __threadfence();
-    *seen = *flag;
+    while (atomicAdd(flag, 0) == 0) {
+    }
+    *seen = atomicAdd(flag, 0);
   } else if (threadIdx.x == blockDim.x - 1) {
-    *flag = 7;
+    atomicAdd(flag, 7);
   }
 }
 
@@ -78,28 +54,24 @@ FIXTURE wait_for_flag_int(int* flag, int* seen) {
   return message_of([&] { PANFPN_LAUNCH(wait_for_flag, 1, 64, 0, nullptr, flag, seen); });
 }
 
-// results: add, sub, max, min, and, or, xor, exch, cas of one slot each, by all threads of two blocks.
-__global__ void all_atomics(int* slots, float* real, unsigned long long* wide) {
+// All threads of two blocks run each atomic, each on its own address.
+__global__ void all_atomics(int* sum, unsigned int* words, unsigned long long* wide, float* real,
+                            float4* pack) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
-  atomicAdd(&slots[0], i);
-  atomicSub(&slots[1], i);
-  atomicMax(&slots[2], i);
-  atomicMin(&slots[3], -i);
-  atomicAnd(&slots[4], ~(1 << (i % 31)));
-  atomicOr(&slots[5], 1 << (i % 31));
-  atomicXor(&slots[6], 1 << (i % 31));
-  atomicExch(&slots[7], 42);
-  atomicCAS(&slots[8], 0, i + 1);
+  atomicAdd(sum, -i);
+  atomicAdd(&words[0], 1u << 30);
+  atomicOr(&words[1], 1u << (i % 31));
+  atomicAdd(wide, 1ull << 32);
   atomicAdd(real, 0.5f);
-  atomicMax(wide, 1ull << (i % 64));
-  atomicAdd(wide + 1, 1ull << 32);
+  atomicAdd(pack, make_float4(1.0f, 0.0f, -1.0f, 0.25f));
 }
 
-FIXTURE all_atomics_int(int* slots, float* real, unsigned long long* wide) {
-  return message_of([&] { PANFPN_LAUNCH(all_atomics, 2, 62, 0, nullptr, slots, real, wide); });
+FIXTURE all_atomics_of_kernels(int* sum, unsigned int* words, unsigned long long* wide, float* real,
+                               float4* pack) {
+  return message_of([&] { PANFPN_LAUNCH(all_atomics, 2, 62, 0, nullptr, sum, words, wide, real, pack); });
 }
 
-// Every block adds its share, all meet, every block reads the total.
+// Each block adds its part of the total, waits for all other blocks and then reads the total.
 __global__ void grid_total(const int* __restrict__ values, int n, int* total, int* seen) {
   for (int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); i < n;
        i += static_cast<int>(gridDim.x * blockDim.x)) {
@@ -117,7 +89,7 @@ FIXTURE grid_total_int(const int* values, int n, int* total, int* seen, int max_
   });
 }
 
-// One thread per index of a grid: which (block, thread) came there.
+// Each thread adds its block and thread number to the element at its own index.
 __global__ void indices(int* out) {
   const unsigned int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
   const unsigned int thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
@@ -130,16 +102,4 @@ FIXTURE all_indices(int* out, int gx, int gy, int gz, int bx, int by, int bz) {
     const auto u = [](int v) { return static_cast<unsigned int>(v); };
     PANFPN_LAUNCH(indices, dim3(u(gx), u(gy), u(gz)), dim3(u(bx), u(by), u(bz)), 0, nullptr, out);
   });
-}
-
-__global__ void convert(const float* __restrict__ x, int* __restrict__ i32, long long* __restrict__ i64,
-                        unsigned int* __restrict__ u32) {
-  const unsigned int i = threadIdx.x;
-  i32[i] = __float2int_rn(x[i]);
-  i64[i] = __float2ll_rd(x[i]);
-  u32[i] = __float2uint_rz(x[i]);
-}
-
-FIXTURE convert_floats(const float* x, int n, int* i32, long long* i64, unsigned int* u32) {
-  return message_of([&] { PANFPN_LAUNCH(convert, 1, n, 0, nullptr, x, i32, i64, u32); });
 }

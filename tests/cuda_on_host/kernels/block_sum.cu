@@ -1,4 +1,5 @@
-// Sum per block through shared memory; a template with two parameters, static and dynamic shared memory.
+// Sum per block through shared memory: a kernel template with two parameters, static and dynamic shared
+// memory.
 #include "fixture.h"
 
 template <typename T, int kThreads>
@@ -25,7 +26,7 @@ FIXTURE block_sum_double(const double* values, double* sums, int n) {
       [&] { PANFPN_LAUNCH((block_sum<double, 64>), (n + 63) / 64, 64, 0, nullptr, values, sums, n); });
 }
 
-// Transposes [rows, columns] by 16 x 16 tiles: two-dimensional blocks, an aliased row type.
+// Transposes [rows, columns] in tiles of 16 x 16, with two-dimensional blocks and an alias for the row type.
 __global__ void transpose(const float* __restrict__ input, float* __restrict__ output, int rows,
                           int columns) {
   using Row = float[17];

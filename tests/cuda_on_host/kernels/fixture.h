@@ -1,4 +1,5 @@
-// What the fixtures share: their functions are called through ctypes and return the error message, or null.
+// Common parts of the fixtures. Tests call their functions through ctypes; each returns the error message or
+// null.
 #pragma once
 
 #include <exception>

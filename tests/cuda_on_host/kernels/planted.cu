@@ -1,9 +1,9 @@
-// Kernels with one mistake each, which the host run has to find. All of them compile with nvcc too.
+// Kernels with one planted fault each, which the host run must detect. All of them also compile with nvcc.
 #include "fixture.h"
 
 constexpr unsigned int kWholeWarp = 0xFFFFFFFFu;
 
-// block_sum without the barrier inside its loop.
+// block_sum without the barrier inside the loop.
 __global__ void sum_without_barrier(const float* values, float* sums) {
   PANFPN_SHARED(float, partial, 64);
   partial[threadIdx.x] = values[blockIdx.x * 64 + threadIdx.x];
@@ -18,7 +18,7 @@ FIXTURE planted_missing_barrier(const float* values, float* sums, int blocks) {
   return message_of([&] { PANFPN_LAUNCH(sum_without_barrier, blocks, 64, 0, nullptr, values, sums); });
 }
 
-// A neighbour's value is read without a barrier after it was written.
+// No barrier between writing a value and reading the value of a neighbour.
 __global__ void shift_without_barrier(const float* values, float* shifted) {
   PANFPN_DYNAMIC_SHARED(float, row);
   row[threadIdx.x] = values[threadIdx.x];
@@ -29,7 +29,7 @@ FIXTURE planted_unordered_read(const float* values, float* shifted) {
       [&] { PANFPN_LAUNCH(shift_without_barrier, 1, 64, 64 * sizeof(float), nullptr, values, shifted); });
 }
 
-// The second round overwrites what slower threads still have to read.
+// No barrier between reading a value and overwriting it in the next round.
 __global__ void overwrite_without_barrier(const float* values, float* sums) {
   PANFPN_SHARED(float, shared, 1);
   float sum = 0.0f;
@@ -44,7 +44,7 @@ FIXTURE planted_overwrite(const float* values, float* sums) {
   return message_of([&] { PANFPN_LAUNCH(overwrite_without_barrier, 1, 64, 0, nullptr, values, sums); });
 }
 
-// Lanes of one warp talk through shared memory without __syncwarp.
+// Lanes of one warp exchange values through shared memory without __syncwarp.
 __global__ void warp_without_sync(const int* values, int* out) {
   PANFPN_SHARED(int, slot, 32);
   slot[threadIdx.x] = values[threadIdx.x];
@@ -54,7 +54,18 @@ FIXTURE planted_missing_syncwarp(const int* values, int* out) {
   return message_of([&] { PANFPN_LAUNCH(warp_without_sync, 1, 32, 0, nullptr, values, out); });
 }
 
-// A block reads what another block of the same grid writes.
+// A shuffle brings the lanes together but does not order what they write to memory.
+__global__ void shuffle_as_barrier(const int* values, int* out) {
+  PANFPN_SHARED(int, slot, 32);
+  slot[threadIdx.x] = values[threadIdx.x];
+  const int other = __shfl_xor_sync(kWholeWarp, static_cast<int>(threadIdx.x), 1);
+  out[threadIdx.x] = slot[other];
+}
+FIXTURE planted_shuffle_as_barrier(const int* values, int* out) {
+  return message_of([&] { PANFPN_LAUNCH(shuffle_as_barrier, 1, 32, 0, nullptr, values, out); });
+}
+
+// A block reads a value that another block of the same grid writes.
 __global__ void reads_other_block(int* values) {
   if (threadIdx.x != 0) return;
   values[blockIdx.x] = blockIdx.x == 0 ? 1 : values[blockIdx.x - 1] + 1;
@@ -85,7 +96,7 @@ FIXTURE planted_dynamic_overrun(float* out) {
   return message_of([&] { PANFPN_LAUNCH(dynamic_too_short, 1, 32, 31 * sizeof(float), nullptr, out); });
 }
 
-// Only read, so no guard zone changes: AddressSanitizer's to find.
+// Only reads, so no guard zone changes: only AddressSanitizer can detect the fault.
 __global__ void reads_beyond_shared(float* out) {
   PANFPN_SHARED(float, row, 32);
   row[threadIdx.x] = 1.0f;
@@ -104,7 +115,7 @@ FIXTURE planted_global_overrun(float* out, int n) {
   return message_of([&] { PANFPN_LAUNCH(off_by_one, n / 32 + 1, 32, 0, nullptr, out, n); });
 }
 
-// 16-byte access to memory that is aligned for floats only.
+// 16-byte access to memory that is aligned to 4 bytes only.
 __global__ void misaligned_vector(const float* values, float4* out) {
   out[threadIdx.x] = *reinterpret_cast<const float4*>(values + 1 + 4 * threadIdx.x);
 }
@@ -132,13 +143,6 @@ __global__ void barriers_at_two_places(int* out) {
 }
 FIXTURE planted_two_barriers(int* out) {
   return message_of([&] { PANFPN_LAUNCH(barriers_at_two_places, 1, 64, 0, nullptr, out); });
-}
-
-__global__ void barriers_of_two_kinds(int* out) {
-  out[threadIdx.x] = threadIdx.x < 16 ? __syncthreads_or(1) : __syncthreads_and(1);
-}
-FIXTURE planted_two_kinds(int* out) {
-  return message_of([&] { PANFPN_LAUNCH(barriers_of_two_kinds, 1, 64, 0, nullptr, out); });
 }
 
 // Warp 0 waits for the whole block, lane 0 of warp 1 for its own warp.
@@ -174,21 +178,13 @@ FIXTURE planted_partial_warp(int* out) {
   return message_of([&] { PANFPN_LAUNCH(partial_warp, 1, 48, 0, nullptr, out); });
 }
 
-// Lane 16 and up are not in the mask, so what is read of them is undefined.
+// Lane 15 reads lane 16, which is not in the mask: the value is undefined.
 __global__ void shuffle_from_outside(int* out) {
-  if (threadIdx.x < 16) out[threadIdx.x] = __shfl_down_sync(0x0000FFFFu, 5, 1);
+  const int next = static_cast<int>(threadIdx.x) + 1;
+  if (threadIdx.x < 16) out[threadIdx.x] = __shfl_sync(0x0000FFFFu, 5, next);
 }
 FIXTURE planted_shuffle_outside(int* out) {
   return message_of([&] { PANFPN_LAUNCH(shuffle_from_outside, 1, 32, 0, nullptr, out); });
-}
-
-// __activemask() promises nothing about the other lanes.
-__global__ void trusts_active_mask(int* out) {
-  const unsigned int active = __activemask();
-  out[threadIdx.x] = __popc(__ballot_sync(active, 1));
-}
-FIXTURE planted_active_mask(int* out) {
-  return message_of([&] { PANFPN_LAUNCH(trusts_active_mask, 1, 32, 0, nullptr, out); });
 }
 
 __global__ void spins_for_ever(int* flag) {
@@ -197,6 +193,31 @@ __global__ void spins_for_ever(int* flag) {
 }
 FIXTURE planted_spin(int* flag) {
   return message_of([&] { PANFPN_LAUNCH(spins_for_ever, 1, 2, 0, nullptr, flag); });
+}
+
+// The barrier of the grid comes after the read of what another block has written.
+__global__ void reads_before_grid_sync(int* values, int* out) {
+  if (threadIdx.x == 0) values[blockIdx.x] = 1;
+  __syncthreads();
+  const int seen = values[(blockIdx.x + 1) % gridDim.x];
+  panfpn::grid_sync();
+  if (threadIdx.x == 0) out[blockIdx.x] = seen;
+}
+FIXTURE planted_missing_grid_sync(int* values, int* out) {
+  return message_of(
+      [&] { PANFPN_LAUNCH_COOPERATIVE(reads_before_grid_sync, 3, 32, 0, nullptr, values, out); });
+}
+
+// One thread writes what others add to.
+__global__ void plain_beside_atomic(int* total) {
+  if (threadIdx.x == 0) {
+    *total = 5;
+  } else {
+    atomicAdd(total, 1);
+  }
+}
+FIXTURE planted_plain_beside_atomic(int* total) {
+  return message_of([&] { PANFPN_LAUNCH(plain_beside_atomic, 1, 32, 0, nullptr, total); });
 }
 
 __global__ void exits_before_grid_sync(int* out) {

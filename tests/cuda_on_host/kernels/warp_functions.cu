@@ -1,5 +1,6 @@
 // Shuffles, votes and reductions within a warp.
 #include "fixture.h"
+#include "ops/cuda/warp_reduce.cuh"
 
 constexpr unsigned int kWholeWarp = 0xFFFFFFFFu;
 
@@ -13,7 +14,7 @@ __device__ __forceinline__ T warp_inclusive_scan(T value) {
   return value;
 }
 
-// Inclusive scan of one block's worth of values: a scan per warp, then one over the warps' totals.
+// Inclusive scan over one block: a scan within each warp, then a scan over the totals of the warps.
 template <typename T>
 __global__ void block_scan(const T* __restrict__ values, T* __restrict__ scanned, int n) {
   PANFPN_SHARED(T, totals, 32);
@@ -34,15 +35,15 @@ __global__ void block_scan(const T* __restrict__ values, T* __restrict__ scanned
 FIXTURE block_scan_int(const int* values, int* scanned, int n) {
   return message_of([&] { PANFPN_LAUNCH(block_scan<int>, 1, 1024, 0, nullptr, values, scanned, n); });
 }
-FIXTURE block_scan_double(const double* values, double* scanned, int n) {
-  return message_of([&] { PANFPN_LAUNCH(block_scan<double>, 1, 1024, 0, nullptr, values, scanned, n); });
+FIXTURE block_scan_float(const float* values, float* scanned, int n) {
+  return message_of([&] { PANFPN_LAUNCH(block_scan<float>, 1, 1024, 0, nullptr, values, scanned, n); });
 }
 FIXTURE block_scan_u64(const unsigned long long* values, unsigned long long* scanned, int n) {
   return message_of(
       [&] { PANFPN_LAUNCH(block_scan<unsigned long long>, 1, 1024, 0, nullptr, values, scanned, n); });
 }
 
-// Per thread of one warp: every function once, in rows of 32 results.
+// Calls every warp function once per lane; each call writes one row of 32 results.
 __global__ void every_function(const int* __restrict__ values, unsigned int* __restrict__ results) {
   const int lane = static_cast<int>(threadIdx.x);
   const int value = values[lane];
@@ -52,18 +53,13 @@ __global__ void every_function(const int* __restrict__ values, unsigned int* __r
     row += 32;
   };
   put(__ballot_sync(kWholeWarp, value > 0));
-  put(__any_sync(kWholeWarp, value > 1000));
-  put(__all_sync(kWholeWarp, value > -1000));
   put(__shfl_sync(kWholeWarp, value, 5));
   put(__shfl_sync(kWholeWarp, value, 3, 8));
   put(__shfl_up_sync(kWholeWarp, value, 2, 16));
-  put(__shfl_down_sync(kWholeWarp, value, 3, 8));
   put(__shfl_xor_sync(kWholeWarp, value, 9));
-  put(__match_any_sync(kWholeWarp, value % 3));
-  put(__reduce_add_sync(kWholeWarp, value));
-  put(__reduce_min_sync(kWholeWarp, value));
-  put(__reduce_max_sync(kWholeWarp, value));
-  // The halves of the warp go different ways and each talks among itself.
+  put(__reduce_add_sync(kWholeWarp, static_cast<unsigned int>(value)));
+  put(__reduce_or_sync(kWholeWarp, static_cast<unsigned int>(value)));
+  // The two halves of the warp take different branches, and each calls a warp function on its own.
   if (lane < 16) {
     put(__ballot_sync(0x0000FFFFu, value > 0));
   } else {
@@ -77,7 +73,7 @@ FIXTURE every_warp_function(const int* values, unsigned int* results) {
   return message_of([&] { PANFPN_LAUNCH(every_function, 1, 32, 0, nullptr, values, results); });
 }
 
-// Keeps the values that are > 0, in order within each warp of 32 values; counts[w] of them.
+// Moves the positive values of each warp to the front in their order; counts[w] is their number in warp w.
 __global__ void compact_warps(const float* __restrict__ values, float* __restrict__ kept,
                               int* __restrict__ counts, int n) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
@@ -93,4 +89,16 @@ __global__ void compact_warps(const float* __restrict__ values, float* __restric
 FIXTURE compact_warps_float(const float* values, float* kept, int* counts, int n) {
   return message_of(
       [&] { PANFPN_LAUNCH(compact_warps, (n + 95) / 96, 96, 0, nullptr, values, kept, counts, n); });
+}
+
+// The sums and unions of the kernels, and the shuffles that replace the instructions below sm_80.
+__global__ void every_reduction(const unsigned int* __restrict__ values, unsigned int* __restrict__ results) {
+  const int lane = static_cast<int>(threadIdx.x);
+  results[lane] = panfpn::warp_sum(values[lane]);
+  results[32 + lane] = panfpn::warp_sum_by_shuffles(values[lane]);
+  results[64 + lane] = panfpn::warp_or(values[lane]);
+  results[96 + lane] = panfpn::warp_or_by_shuffles(values[lane]);
+}
+FIXTURE every_warp_reduction(const unsigned int* values, unsigned int* results) {
+  return message_of([&] { PANFPN_LAUNCH(every_reduction, 1, 32, 0, nullptr, values, results); });
 }

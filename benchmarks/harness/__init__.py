@@ -1,0 +1,1 @@
+"""Shared parts of the benchmarks: declaring, checking, timing and counting; inputs and peers."""

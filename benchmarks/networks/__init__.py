@@ -1,0 +1,1 @@
+"""Benchmarks of backbones, heads and whole networks."""

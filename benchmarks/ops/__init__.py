@@ -1,0 +1,1 @@
+"""Benchmarks of single ops, `test_<op>.py` each."""

@@ -1,0 +1,1 @@
+"""Commands around the benchmarks: `python -m benchmarks.scripts.<name>`."""

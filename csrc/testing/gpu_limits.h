@@ -1,0 +1,19 @@
+// Limits of the GPU that the host run stands for. Tests change them between launches.
+#pragma once
+
+#include <cstddef>
+
+namespace panfpn::cuda_on_host {
+
+// Chooses a GPU by its compute capability (90 for sm_90), which decides how much shared memory a block can
+// have. The default, sm_75, has the least. Returns false for an unknown one.
+bool set_compute_capability(int capability);
+// The most shared memory, in bytes, that a block can opt in to.
+size_t most_shared_bytes();
+
+// Sets how many blocks of a cooperative grid can be resident at once. By default these are as many as
+// cooperative_blocks() promises; fewer stand for a GPU that other work occupies.
+void set_resident_blocks(int blocks);
+int resident_blocks();
+
+}  // namespace panfpn::cuda_on_host

@@ -1,0 +1,1 @@
+"""The command line. It parses arguments and prints; everything else is in the packages below."""

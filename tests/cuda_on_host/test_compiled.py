@@ -1,0 +1,132 @@
+"""Checks of what nvcc and ptxas make of the CUDA kernels, which needs no GPU.
+
+Each bound is the largest value that nvcc of CUDA 13.0 gives for the kernel, over all template arguments and all of
+ARCHITECTURES, without a margin. It may be lowered; a change that exceeds one has made the kernel slower on a GPU, or
+must state why not. Another version of nvcc may need other bounds.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections import Counter
+
+import pytest
+
+from cuda_on_host.build import missing_for_nvcc
+from cuda_on_host.compiled import Compiled, CompiledSource, compile_all, tool, unfused_sources
+
+# The oldest architecture that CUDA 13 compiles for, that of the H100, and that of the RTX 50.
+ARCHITECTURES = (75, 90, 120)
+
+# The most instructions in double precision, which takes 2 (H100) to 64 times as long as single precision. These kernels
+# have float64 boxes, or find the window of a mask or the samples of a distant box in float64.
+FLOAT64 = {
+    "pool_channels_last": 91,
+    "pool_nchw": 91,
+    "add_bins": 91,
+    "gather_tiles": 54,
+    "find_ranges": 85,
+    "merge": 69,
+    "paste_tiles": 57,
+}
+
+# Bytes of local memory: arrays that a kernel indexes at run time. Of these, no more than MOST_SPILLED are spilled.
+STACK = {"merge": 384, "gather_tiles": 176, "pool_channels_last": 16, "pool_nchw": 24, "add_bins": 16}
+MOST_SPILLED = 40  # by gather_tiles on sm_75
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> list[CompiledSource]:
+    reason = missing_for_nvcc()
+    if reason:
+        pytest.skip(reason)
+    if shutil.which("c++filt") is None:
+        pytest.skip("c++filt (binutils) is not installed")
+    return compile_all(ARCHITECTURES, tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture(scope="module")
+def kernels(sources: list[CompiledSource]) -> list[Compiled]:
+    return [kernel for source in sources for kernel in source.kernels]
+
+
+@pytest.fixture(scope="module")
+def disassembled(kernels: list[Compiled]) -> list[Compiled]:
+    if tool("cuobjdump") is None:
+        pytest.skip("cuobjdump is neither on PATH nor in Triton's wheel")
+    assert all(kernel.instructions for kernel in kernels)
+    return kernels
+
+
+def stem(kernel: Compiled) -> str:
+    return kernel.name.partition("<")[0]
+
+
+def test_every_kernel_is_found(kernels: list[Compiled]) -> None:
+    names = {stem(kernel) for kernel in kernels}
+    assert names >= {*FLOAT64, "rank_scores", "suppression_mask", "resolve_suppression", "convert_to_nchw"}
+    for architecture in ARCHITECTURES:
+        of_architecture = [kernel.name for kernel in kernels if kernel.architecture == architecture]
+        assert len(of_architecture) == len(set(of_architecture)) == len(kernels) / len(ARCHITECTURES)
+
+
+def test_registers_allow_the_launches(kernels: list[Compiled]) -> None:
+    """A multiprocessor has 65,536 registers and gives each warp a multiple of 256."""
+    for kernel in kernels:
+        warps = -(-kernel.threads // 32) * kernel.blocks
+        assert -(-kernel.registers * 32 // 256) * 256 * warps <= 65536, kernel
+
+
+def test_static_shared_memory_is_within_the_limit(kernels: list[Compiled]) -> None:
+    for kernel in kernels:
+        reserved = 0 if kernel.architecture < 90 else 1024  # ptxas counts it from sm_90 on
+        assert kernel.shared - reserved <= 48 * 1024, kernel
+
+
+def test_spills_are_few(kernels: list[Compiled]) -> None:
+    found = [(kernel.name, kernel.architecture, kernel.stack, kernel.spills) for kernel in kernels]
+    assert [
+        one for one in found if one[2] > STACK.get(one[0].partition("<")[0], 0) or one[3] > MOST_SPILLED
+    ] == []
+
+
+def test_arithmetic_is_not_fused_where_cpu_and_gpu_must_agree(sources: list[CompiledSource]) -> None:
+    fused = re.compile(r"\bfma\.rn\.f(32|64)")
+    for source in sources:
+        if source.stem in unfused_sources():
+            assert not fused.search(source.ptx), source.stem
+    assert any(fused.search(source.ptx) for source in sources)  # the others fuse, so the pattern is right
+
+
+def test_no_loops_of_compare_and_swap(disassembled: list[Compiled]) -> None:
+    for kernel in disassembled:
+        assert kernel.count(r".*(CAS|SPIN)") == 0, kernel.name
+
+
+def test_double_precision_is_rare(disassembled: list[Compiled]) -> None:
+    most: Counter[str] = Counter()
+    for kernel in disassembled:
+        if "double" not in kernel.name:
+            found = kernel.count(r"D(ADD|MUL|FMA|SETP|MNMX)|MUFU\.\w+64H")
+            assert found <= FLOAT64.get(stem(kernel), 0), (kernel.name, kernel.architecture, found)
+            most[stem(kernel)] = max(most[stem(kernel)], found)
+    # The pattern finds the instructions: every kernel with a bound has some, and fused ones occur.
+    assert {name for name, count in most.items() if count} == set(FLOAT64)
+    assert any(kernel.count("DFMA") for kernel in disassembled)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_wide_accesses(architecture: int, disassembled: list[Compiled]) -> None:
+    found = {kernel.name: kernel for kernel in disassembled if kernel.architecture == architecture}
+    for name in ("<float, 4>", "<Half, 8>", "<BFloat16, 8>"):
+        pool = found[f"pool_channels_last{name}"]
+        assert pool.count(r"LDG\.E\.128") > 0, pool.name
+        assert pool.count(r"STG\.E\.128") > 0, pool.name
+    assert found["paste_tiles"].count(r"STG\.E\.128") > 0
+    for name in ("float", "Half", "BFloat16"):
+        add = found[f"add_bins<{name}, 4>"]
+        if architecture >= 90:  # one atomic for four channels
+            assert add.count(r"REDG?\.E\.ADD\.F32x4") > 0, add.name
+        assert add.count(r"REDG?\.E\.ADD\.F32") > 0, add.name
+        assert add.count(r"ATOMG?\.") == 0, add.name  # would wait for the old value
