@@ -45,16 +45,17 @@ def conv3x3(
     Note:
         Equals F.relu(F.conv2d(x, weight, bias, padding=1) + residual). No host sync.
 
-        float32 on the CPU with at least 16 channels in and out uses Winograd's algorithm. `prepared` decides the size
-        of the tiles. Without it, N * H * W decides: from 1024 pixels on, tiles have 4x4 outputs and take a quarter of
-        the multiplications; from 256 on, they have 2x2 outputs, because the weights are faster to transform; for fewer
-        pixels, torch's convolution is used. The result of Winograd's algorithm has the layout of `x`, and bias,
-        residual and ReLU cost no further pass over memory. docs/numerics.md states the rounding errors. A tile reads
-        one more pixel on each side, and a value that is not finite can make all outputs of each tile that reads it NaN.
-        `winograd(False)` or PANFPN_WINOGRAD=0 selects torch's convolution.
+        On the CPU, float32, float16 and bfloat16 with at least 16 channels in and out use Winograd's algorithm.
+        `prepared` decides the size of the tiles. Without it, N * H * W decides: from 1024 pixels on, tiles have 4x4
+        outputs and take a quarter of the multiplications; from 256 on, they have 2x2 outputs, because the weights are
+        faster to transform; for fewer pixels, torch's convolution is used. The arithmetic is in float32, and each
+        result is rounded once to the dtype. It has the layout of `x`; bias, residual and ReLU cost no further pass over
+        memory. docs/numerics.md states the rounding errors. A tile reads one more pixel on each side, and a value that
+        is not finite can make all outputs of each tile that reads it NaN. `winograd(False)` or PANFPN_WINOGRAD=0
+        selects torch's convolution.
 
-        Other dtypes, CUDA and processors without AVX2 use torch's convolution, then an addition and ReLU. So do calls
-        under forward-mode AD and torch.func.
+        float64, CUDA, processors without AVX2, and 16-bit dtypes on processors with AMX for them use torch's
+        convolution, then an addition and ReLU. So do calls under autocast, forward-mode AD and torch.func.
 
         Differentiable in all tensors but `prepared`. With Winograd's algorithm, the gradient of `x` uses it too; the
         gradient of `weight` is torch's. Deterministic for any number of threads; on CUDA as deterministic as cuDNN.

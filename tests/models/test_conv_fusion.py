@@ -264,7 +264,6 @@ def test_predictor_transforms_weights_once() -> None:
     model = network(**WIDE)
     # ResNet-50 has 16 convolutions, the FPN 4, the RPN one, the mask head 4, the semantic head 7.
     assert convolutions(lambda: Predictor(model, "cpu")) == {"conv3x3_prepare": 16 + 4 + 1 + 4 + 7}
-    assert convolutions(lambda: Predictor(model, "cpu", torch.bfloat16)) == {}
 
 
 @needs_winograd
@@ -307,8 +306,9 @@ def test_prepared_weights_follow_the_weights() -> None:
         assert torch.equal(copied.prepared, layer.prepared)
     small = pickle.dumps(layer)
     assert len(small) < 2 * len(pickle.dumps(conv))
-    layer.to(torch.bfloat16)
+    layer.to(torch.float64)
     assert layer.prepared is None
+    layer.to(torch.bfloat16)
     layer.to(torch.float32)
     rounded = winograd.prepare(conv.weight.detach())
     assert rounded is not None

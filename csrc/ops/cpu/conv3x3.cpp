@@ -9,7 +9,7 @@
 namespace panfpn::inline PANFPN_ARITHMETIC {
 namespace {
 
-Tensor run(const Tensor& input, int64_t outputs, int64_t tile, const float* weights,
+Tensor run(const Tensor& input, int64_t outputs, int64_t tile, const Tensor& weights,
            const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, bool relu) {
   const bool as_pixels = is_channels_last(input);
   const auto dense = [&](const Tensor& t) {
@@ -21,17 +21,26 @@ Tensor run(const Tensor& input, int64_t outputs, int64_t tile, const float* weig
   const std::optional<Tensor> added = residual.has_value() ? std::optional(dense(*residual)) : std::nullopt;
   const std::optional<Tensor> shift =
       bias.has_value() ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
-  convolve(
-      tile, weights,
-      {input.size(0), input.size(1), outputs, input.size(2), input.size(3), as_pixels,
-       from.const_data_ptr<float>(), shift.has_value() ? shift->const_data_ptr<float>() : nullptr,
-       added.has_value() ? added->const_data_ptr<float>() : nullptr, out.mutable_data_ptr<float>(), relu});
+  dispatch_feature_type(input.scalar_type(), "conv3x3", [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const auto data = [](const std::optional<Tensor>& t) {
+      return t.has_value() ? t->const_data_ptr<T>() : nullptr;
+    };
+    convolve<T>(tile, weights.const_data_ptr<float>(),
+                {input.size(0), input.size(1), outputs, input.size(2), input.size(3), as_pixels,
+                 from.const_data_ptr<T>(), data(shift), data(added), out.mutable_data_ptr<T>(), relu});
+  });
   return out;
 }
 
 Tensor transformed(const Tensor& weight, int64_t tile) {
   const WinogradWeights layout{weight.size(0), weight.size(1), (tile + 2) * (tile + 2)};
-  const Tensor dense = torch::stable::contiguous(weight);
+  Tensor dense = torch::stable::contiguous(weight);
+  if (weight.scalar_type() != ScalarType::Float) {
+    const Tensor given = dense;
+    dense = empty({layout.outputs, layout.channels, 3, 3}, ScalarType::Float, weight);
+    torch::stable::copy_(dense, given);
+  }
   Tensor out = empty({layout.taps, layout.channels, layout.padded()}, ScalarType::Float, weight);
   float* const to = out.mutable_data_ptr<float>();
   advise_huge_pages(to, layout.size() * static_cast<int64_t>(sizeof(float)));
@@ -44,12 +53,12 @@ Tensor conv3x3(const Tensor& input, const Tensor& weight, std::optional<Tensor> 
   const char* op = "conv3x3";
   check_conv3x3_weight(weight, op);
   check_conv3x3_inputs(input, weight.size(0), weight.size(1), bias, residual, op);
-  STD_TORCH_CHECK(weight.device() == input.device(), op, ": input and weight must be on one device");
+  STD_TORCH_CHECK(weight.device() == input.device() && weight.scalar_type() == input.scalar_type(), op,
+                  ": input and weight must have one device and one dtype");
   // The transform of the weights for smaller tiles is faster, which decides for small maps.
   constexpr int64_t kLeastPixels = 1024;
   const int64_t tile = input.size(0) * input.size(2) * input.size(3) < kLeastPixels ? 2 : 4;
-  const Tensor weights = transformed(weight, tile);
-  return run(input, weight.size(0), tile, weights.const_data_ptr<float>(), bias, residual, relu);
+  return run(input, weight.size(0), tile, transformed(weight, tile), bias, residual, relu);
 }
 
 Tensor conv3x3_prepare(const Tensor& weight, int64_t tile) {
@@ -70,9 +79,8 @@ Tensor conv3x3_prepared(const Tensor& input, const Tensor& prepared, int64_t out
                   prepared.size(2), " outputs, got ", outputs);
   STD_TORCH_CHECK(prepared.device() == input.device(), op, ": input and prepared must be on one device");
   check_conv3x3_inputs(input, outputs, prepared.size(1), bias, residual, op);
-  const Tensor dense = torch::stable::contiguous(prepared);
-  return run(input, outputs, prepared.size(0) == 16 ? 2 : 4, dense.const_data_ptr<float>(), bias, residual,
-             relu);
+  return run(input, outputs, prepared.size(0) == 16 ? 2 : 4, torch::stable::contiguous(prepared), bias,
+             residual, relu);
 }
 
 }  // namespace

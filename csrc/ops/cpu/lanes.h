@@ -42,75 +42,99 @@ constexpr int64_t padded_channels(int64_t channels) {
   return (channels + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
 }
 
-using HalfBits = uint16_t __attribute__((vector_size(32)));
-using WordBits = uint32_t __attribute__((vector_size(64)));
+// The bits of as many numbers, in two or in four bytes each, as a vector V of float32 has.
+template <size_t kBytes>
+struct BitsOf {
+  typedef uint16_t half __attribute__((vector_size(kBytes / 2)));
+  typedef uint32_t word __attribute__((vector_size(kBytes)));
+};
+template <typename V>
+using HalfBits = typename BitsOf<sizeof(V)>::half;
+template <typename V>
+using WordBits = typename BitsOf<sizeof(V)>::word;
 
-PANFPN_ALWAYS_INLINE void load_lanes(const float* from, Lanes<float>& to) {
+// load_lanes and store_lanes also take vectors of other sizes than Lanes.
+template <typename V>
+PANFPN_ALWAYS_INLINE void load_lanes(const float* from, V& to) {
+  static_assert(sizeof(to[0]) == sizeof(float));
   std::memcpy(&to, from, sizeof(to));
 }
-PANFPN_ALWAYS_INLINE void load_lanes(const double* from, Lanes<double>& to) {
+template <typename V>
+PANFPN_ALWAYS_INLINE void load_lanes(const double* from, V& to) {
+  static_assert(sizeof(to[0]) == sizeof(double));
   std::memcpy(&to, from, sizeof(to));
 }
-PANFPN_ALWAYS_INLINE void load_lanes(const c10::BFloat16* from, Lanes<float>& to) {
-  HalfBits bits;
+template <typename V>
+PANFPN_ALWAYS_INLINE void load_lanes(const c10::BFloat16* from, V& to) {
+  HalfBits<V> bits;
   std::memcpy(&bits, from, sizeof(bits));
-  const WordBits wide = __builtin_convertvector(bits, WordBits) << 16;
+  const WordBits<V> wide = __builtin_convertvector(bits, WordBits<V>) << 16;
   std::memcpy(&to, &wide, sizeof(to));
 }
 // Exponents are rebased from 15 to 127; the exponent of infinities and NaN becomes 255. Subnormals are read
 // with an implicit one at 2^-14, which is then subtracted.
-PANFPN_ALWAYS_INLINE void load_lanes(const c10::Half* from, Lanes<float>& to) {
-  HalfBits bits;
+template <typename V>
+PANFPN_ALWAYS_INLINE void load_lanes(const c10::Half* from, V& to) {
+  using Words = WordBits<V>;
+  HalfBits<V> bits;
   std::memcpy(&bits, from, sizeof(bits));
-  const WordBits wide = __builtin_convertvector(bits, WordBits);
-  const WordBits sign = (wide & 0x8000u) << 16, exponent = wide & 0x7C00u, shifted = (wide & 0x7FFFu) << 13;
-  const WordBits special = static_cast<WordBits>(exponent == 0x7C00u) & 0x38000000u;
-  const WordBits normal = shifted + 0x38000000u + special;
-  const WordBits with_one = shifted + 0x38800000u;
-  Lanes<float> subnormal;
+  const Words wide = __builtin_convertvector(bits, Words);
+  const Words sign = (wide & 0x8000u) << 16, exponent = wide & 0x7C00u, shifted = (wide & 0x7FFFu) << 13;
+  const Words special = static_cast<Words>(exponent == 0x7C00u) & 0x38000000u;
+  const Words normal = shifted + 0x38000000u + special;
+  const Words with_one = shifted + 0x38800000u;
+  V subnormal;
   std::memcpy(&subnormal, &with_one, sizeof(subnormal));
   subnormal -= 0x1p-14f;
-  WordBits subnormal_bits;
+  Words subnormal_bits;
   std::memcpy(&subnormal_bits, &subnormal, sizeof(subnormal_bits));
-  const WordBits is_subnormal = static_cast<WordBits>(exponent == 0u);
-  const WordBits result = sign | (subnormal_bits & is_subnormal) | (normal & ~is_subnormal);
+  const Words is_subnormal = static_cast<Words>(exponent == 0u);
+  const Words result = sign | (subnormal_bits & is_subnormal) | (normal & ~is_subnormal);
   std::memcpy(&to, &result, sizeof(to));
 }
 
-PANFPN_ALWAYS_INLINE void store_lanes(const Lanes<float>& from, float* to) {
+template <typename V>
+PANFPN_ALWAYS_INLINE void store_lanes(const V& from, float* to) {
+  static_assert(sizeof(from[0]) == sizeof(float));
   std::memcpy(to, &from, sizeof(from));
 }
-PANFPN_ALWAYS_INLINE void store_lanes(const Lanes<double>& from, double* to) {
+template <typename V>
+PANFPN_ALWAYS_INLINE void store_lanes(const V& from, double* to) {
+  static_assert(sizeof(from[0]) == sizeof(double));
   std::memcpy(to, &from, sizeof(from));
 }
 // Rounds to nearest, ties to even.
-PANFPN_ALWAYS_INLINE void store_lanes(const Lanes<float>& from, c10::BFloat16* to) {
-  WordBits bits;
+template <typename V>
+PANFPN_ALWAYS_INLINE void store_lanes(const V& from, c10::BFloat16* to) {
+  using Words = WordBits<V>;
+  Words bits;
   std::memcpy(&bits, &from, sizeof(bits));
-  const WordBits rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
-  const WordBits is_nan = static_cast<WordBits>((bits & 0x7FFFFFFFu) > 0x7F800000u);
-  const HalfBits result = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7FC0u), HalfBits);
+  const Words rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
+  const Words is_nan = static_cast<Words>((bits & 0x7FFFFFFFu) > 0x7F800000u);
+  const HalfBits<V> result = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7FC0u), HalfBits<V>);
   std::memcpy(to, &result, sizeof(result));
 }
 // Rounds to nearest, ties to even. The spacing of float16's subnormals, 2^-24, is the spacing of float32 from
 // 0.5 to 1, so adding 0.5 rounds them.
-PANFPN_ALWAYS_INLINE void store_lanes(const Lanes<float>& from, c10::Half* to) {
-  WordBits bits;
+template <typename V>
+PANFPN_ALWAYS_INLINE void store_lanes(const V& from, c10::Half* to) {
+  using Words = WordBits<V>;
+  Words bits;
   std::memcpy(&bits, &from, sizeof(bits));
-  const WordBits sign = bits >> 16 & 0x8000u, size = bits & 0x7FFFFFFFu;
-  const WordBits normal = (size - 0x38000000u + 0xFFFu + (size >> 13 & 1u)) >> 13;
-  Lanes<float> shifted;
+  const Words sign = bits >> 16 & 0x8000u, size = bits & 0x7FFFFFFFu;
+  const Words normal = (size - 0x38000000u + 0xFFFu + (size >> 13 & 1u)) >> 13;
+  V shifted;
   std::memcpy(&shifted, &size, sizeof(shifted));
   shifted += 0.5f;
-  WordBits subnormal;
+  Words subnormal;
   std::memcpy(&subnormal, &shifted, sizeof(subnormal));
   subnormal -= 0x3F000000u;
-  const WordBits is_small = static_cast<WordBits>(size < 0x38800000u);
-  const WordBits is_large = static_cast<WordBits>(size >= 0x47800000u);
-  const WordBits is_nan = static_cast<WordBits>(size > 0x7F800000u);
-  const WordBits finite = (subnormal & is_small) | (normal & ~is_small);
-  const WordBits result = sign | (finite & ~is_large) | (is_large & 0x7C00u) | (is_nan & 0x0200u);
-  const HalfBits narrow = __builtin_convertvector(result, HalfBits);
+  const Words is_small = static_cast<Words>(size < 0x38800000u);
+  const Words is_large = static_cast<Words>(size >= 0x47800000u);
+  const Words is_nan = static_cast<Words>(size > 0x7F800000u);
+  const Words finite = (subnormal & is_small) | (normal & ~is_small);
+  const Words result = sign | (finite & ~is_large) | (is_large & 0x7C00u) | (is_nan & 0x0200u);
+  const HalfBits<V> narrow = __builtin_convertvector(result, HalfBits<V>);
   std::memcpy(to, &narrow, sizeof(narrow));
 }
 

@@ -1,4 +1,5 @@
-// 3x3 convolution with stride 1 and padding 1 by Winograd's algorithm, in float32.
+// 3x3 convolution with stride 1 and padding 1 by Winograd's algorithm. The maps are in float32,
+// bfloat16 or float16, all arithmetic is in float32, and each output is rounded once.
 #pragma once
 
 #include <cstdint>
@@ -9,13 +10,14 @@ namespace panfpn::inline PANFPN_ARITHMETIC {
 
 // The maps of a convolution: input [N, C, H, W], output and residual [N, K, H, W], all channels-last or all
 // NCHW.
+template <typename T>
 struct ConvolutionMaps {
   int64_t batch, channels, outputs, height, width;
   bool channels_last;
-  const float* input;
-  const float* bias;      // [K] or null
-  const float* residual;  // or null
-  float* output;
+  const T* input;
+  const T* bias;      // [K] or null
+  const T* residual;  // or null
+  T* output;
   bool relu;
 };
 
@@ -23,6 +25,7 @@ struct ConvolutionMaps {
 void transform_weights(int64_t tile, const float* weights, const WinogradWeights& layout, float* to);
 
 // Convolves with transformed weights, adds bias and residual and applies ReLU.
-void convolve(int64_t tile, const float* weights, const ConvolutionMaps& maps);
+template <typename T>
+void convolve(int64_t tile, const float* weights, const ConvolutionMaps<T>& maps);
 
 }  // namespace panfpn::inline PANFPN_ARITHMETIC

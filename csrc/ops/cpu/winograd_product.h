@@ -26,15 +26,6 @@ struct NarrowRegister {
 template <typename R>
 inline constexpr int kWidth = sizeof(typename R::type) / sizeof(float);
 
-template <typename V>
-PANFPN_ALWAYS_INLINE void load_register(const float* from, V& to) {
-  std::memcpy(&to, from, sizeof(to));
-}
-template <typename V>
-PANFPN_ALWAYS_INLINE void store_register(const V& from, float* to) {
-  std::memcpy(to, &from, sizeof(from));
-}
-
 // The transformed weights: panels of 32 outputs (16 in the last panel if that is enough), each as [taps,
 // channels, outputs]. The outputs are padded with zeros to a multiple of 16. The order is the same on every
 // processor, since networks with transformed weights are saved and sent.
@@ -84,7 +75,7 @@ PANFPN_VECTOR_CLONES void multiply_tiles(const float* tiles, const float* panel,
       for (int64_t c = 0; c < count; ++c, panel += panel_stride) {
         Vector weight[V];
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) load_register(panel + v * L, weight[v]);
+        for (int v = 0; v < V; ++v) load_lanes(panel + v * L, weight[v]);
 #pragma GCC unroll 12
         for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 4
@@ -99,10 +90,10 @@ PANFPN_VECTOR_CLONES void multiply_tiles(const float* tiles, const float* panel,
         float* const at = to + p * to_stride + v * L;
         if (first > 0) {
           Vector before;
-          load_register(at, before);
+          load_lanes(at, before);
           sum[p][v] += before;
         }
-        store_register(sum[p][v], at);
+        store_lanes(sum[p][v], at);
       }
     }
   }
