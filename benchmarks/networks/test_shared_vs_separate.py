@@ -25,9 +25,9 @@ from ..harness.comparison import OURS, Arguments, Case, Comparison, Cost, Peer, 
 from ..harness.flops import both_ways
 from ..harness.timing import note_flops
 from .stand_in import stand_in
+from .training_inputs import annotation
 
 _SMALL, _USUAL = (480, 640), inputs.IMAGE
-_OBJECTS = 12
 
 Networks = Callable[[str, torch.device], Sequence[PanopticFPN]]
 
@@ -94,19 +94,8 @@ def _images(backbone: str, size: tuple[int, int]) -> Arguments:
     return backbone, inputs.image(size)
 
 
-def _target(size: tuple[int, int]) -> Target:
-    boxes = inputs.boxes(_OBJECTS, size).round()
-    boxes = torch.cat((boxes[:, :2], torch.maximum(boxes[:, 2:], boxes[:, :2] + 8)), dim=1)
-    instances = torch.zeros(size, dtype=torch.int16)
-    for number, (x1, y1, x2, y2) in enumerate(boxes.int().tolist(), 1):
-        instances[y1:y2, x1:x2] = number
-    semantic = inputs.semantic_labels(size).to(torch.int16)
-    semantic[instances > 0] = 0
-    return Target(boxes, inputs.groups(_OBJECTS), instances, semantic)
-
-
 def _training_arguments(backbone: str, size: tuple[int, int]) -> Arguments:
-    return *_images(backbone, size), _target(size)
+    return *_images(backbone, size), annotation(size)
 
 
 def _same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:

@@ -15,20 +15,31 @@ from ..harness import peers
 from ..harness.accuracy import forward_and_gradient, random_normal
 from ..harness.comparison import Arguments, Case, Comparison, Cost, Peer, Row, nbytes
 from ..harness.gradients import forward_backward
+from ..harness.measuring import bfloat16_problem
 from .test_conv_gn_relu_upsample import close
 from .test_group_norm_relu_upsample import NCHW, NHWC
 
 
-def _arguments(channels: int, height: int, width: int, batch: int, layout: torch.memory_format) -> Arguments:
+def _arguments(
+    channels: int,
+    height: int,
+    width: int,
+    batch: int,
+    layout: torch.memory_format,
+    dtype: torch.dtype = torch.float32,
+) -> Arguments:
     random = torch.Generator().manual_seed(0)
     x = torch.randn(batch, channels, height, width, generator=random).relu_()
     weight = torch.randn(channels, channels, 3, 3, generator=random) / (9 * channels) ** 0.5
     bias = torch.randn(channels, generator=random)
-    return x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout), bias
+    maps = (tensor.to(dtype).contiguous(memory_format=layout) for tensor in (x, weight))
+    return *maps, bias.to(dtype)
 
 
-def _prepared_arguments(channels: int, height: int, width: int, batch: int) -> Arguments:
-    x, weight, bias = _arguments(channels, height, width, batch, NHWC)
+def _prepared_arguments(
+    channels: int, height: int, width: int, batch: int, dtype: torch.dtype = torch.float32
+) -> Arguments:
+    x, weight, bias = _arguments(channels, height, width, batch, NHWC, dtype)
     return x, weight, bias, winograd.prepare(weight)
 
 
@@ -71,13 +82,15 @@ SIZES = [
     (256, 14, 14, 100),
 ]
 
+_PEERS = [
+    Peer("eager", _eager),
+    Peer("torch.compile", peers.compiled(_eager), peers.compile_problem, full=True),
+]
+
 COMPARISON = Comparison(
     op="conv3x3",
     ours=_ours,
-    peers=[
-        Peer("eager", _eager),
-        Peer("torch.compile", peers.compiled(_eager), peers.compile_problem, full=True),
-    ],
+    peers=_PEERS,
     cases=[
         Case(
             f"{channels} to {channels} x {batch} x {height} x {width}, prepared",
@@ -88,6 +101,22 @@ COMPARISON = Comparison(
     ],
     agree=close,
     cost=_cost,
+)
+
+HALF = Comparison(
+    op="conv3x3",
+    ours=_ours,
+    peers=_PEERS,
+    cases=[
+        Case(
+            f"{channels} to {channels} x {batch} x {height} x {width}, prepared, bfloat16",
+            partial(_prepared_arguments, channels, height, width, batch, torch.bfloat16),
+        )
+        for channels, height, width, batch in (SIZES[0], SIZES[2], SIZES[4])
+    ],
+    agree=close,
+    cost=_cost,
+    devices=("cuda",) if bfloat16_problem(torch.device("cpu")) else ("cpu", "cuda"),
 )
 
 TRAINING = Comparison(
@@ -114,6 +143,11 @@ ACCURACY = forward_and_gradient(
 
 @COMPARISON.rows()
 def test_conv3x3(row: Row, time_row: Callable[[Row], None]) -> None:
+    time_row(row)
+
+
+@HALF.rows()
+def test_conv3x3_half(row: Row, time_row: Callable[[Row], None]) -> None:
     time_row(row)
 
 
