@@ -112,7 +112,7 @@ def test_groups_and_ratios(root: Path, results: Path) -> None:
     assert [(group.op, peer.contender) for group, peer in run.losses] == [("paste_masks", "eager")]
     assert [group.op for group in run.networks] == ["end to end"]
     # "conv" has no peer to compare with.
-    assert [group.op for group in run.highlights] == ["nms", "shared network"]
+    assert [group.op for group in run.highlights] == ["shared network", "nms"]
 
 
 def test_page_shows_everything_and_losses_first(root: Path, results: Path) -> None:

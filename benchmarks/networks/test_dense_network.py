@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from panfpn_fast.models.conv_fusion import for_prediction
 
 from ..harness import engines, inputs, peers
 from ..harness.agreement import close_norm
-from ..harness.comparison import Arguments, Case, Comparison, Cost, Peer, Row, nbytes
+from ..harness.comparison import Arguments, Case, Comparison, Cost, Peer, Row, nbytes, to_device
 from ..harness.flops import Boxes, network_flops
 from ..harness.measuring import bfloat16_problem
 from .dense import Dense
@@ -85,13 +86,18 @@ def _arguments(dtype: torch.dtype) -> Arguments:
     return (image[None].to(dtype),)
 
 
+def _weights(images: Tensor) -> list[Tensor]:
+    """Returns the weights of the dense part, in the dtype of the images."""
+    network = _our_network(images.device, images.dtype).network
+    parts = (network.backbone, network.fpn, network.rpn, network.semantic_head)
+    return [weight for part in parts for weight in part.parameters()]
+
+
 def _cost(arguments: Arguments, outputs: Outputs) -> Cost:
     config = PanopticFPNConfig(backbone=_BACKBONE)
     height, width = arguments[0].shape[2:]
     flops = network_flops(config, (height, width), Boxes(), commuted=False)
-    network = _our_network(arguments[0].device, arguments[0].dtype).network
-    parts = (network.backbone, network.fpn, network.rpn, network.semantic_head)
-    weights = sum(nbytes(list(part.parameters())) for part in parts)
+    weights = nbytes(_weights(arguments[0]))
     return Cost(bytes=nbytes(arguments) + weights + nbytes(outputs), flops=sum(flops.values()))
 
 
@@ -129,11 +135,19 @@ HALF = Comparison(
 )
 
 
+def _note(row: Row, benchmark: Any) -> None:
+    """Records the number of the weights, which are the same for all contenders."""
+    [images] = to_device(row.case.arguments(), row.device)
+    benchmark.extra_info["parameters"] = sum(weight.numel() for weight in _weights(images))
+
+
 @FLOAT.rows()
-def test_dense_network(row: Row, time_row: Callable[[Row], None]) -> None:
+def test_dense_network(row: Row, time_row: Callable[[Row], None], benchmark: Any) -> None:
     time_row(row)
+    _note(row, benchmark)
 
 
 @HALF.rows()
-def test_dense_network_half(row: Row, time_row: Callable[[Row], None]) -> None:
+def test_dense_network_half(row: Row, time_row: Callable[[Row], None], benchmark: Any) -> None:
     time_row(row)
+    _note(row, benchmark)

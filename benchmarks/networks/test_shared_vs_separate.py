@@ -118,12 +118,17 @@ def _cost(arguments: Arguments, output: Any) -> Cost:
 
 def _cases(arguments: Callable[[str, tuple[int, int]], Arguments]) -> list[Case]:
     return [
-        Case(f"{label}, {size[0]} x {size[1]}", partial(arguments, backbone, size), full, highlight=not full)
+        Case(
+            f"{label}, {size[0]} x {size[1]}",
+            partial(arguments, backbone, size),
+            full,
+            highlight=size == _USUAL,
+        )
         for label, backbone, size, full in (
-            ("R-50", "resnet50", _SMALL, False),
-            ("R-50", "resnet50", _USUAL, True),
-            ("R-101", "resnet101", _SMALL, True),
+            ("R-50", "resnet50", _USUAL, False),
+            ("R-50", "resnet50", _SMALL, True),
             ("R-101", "resnet101", _USUAL, True),
+            ("R-101", "resnet101", _SMALL, True),
         )
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from panfpn_fast.models import PanopticFPN
 from panfpn_fast.training.network import TrainingNetwork, total
 
 from ..harness import inputs, peers
-from ..harness.comparison import OURS, Arguments, Case, Comparison, Cost, Peer, Row, nbytes
+from ..harness.activations import saved_bytes
+from ..harness.comparison import OURS, Arguments, Case, Comparison, Cost, Peer, Row, nbytes, to_device
 from ..harness.flops import count_flops
 from .eager_network import EagerPanopticFPN
 from .eager_training import EagerTrainingNetwork
@@ -85,5 +87,11 @@ COMPARISON = Comparison(
 
 
 @COMPARISON.rows()
-def test_training_step(row: Row, time_row: Callable[[Row], None]) -> None:
+def test_training_step(row: Row, time_row: Callable[[Row], None], benchmark: Any) -> None:
     time_row(row)
+    image, target = to_device(row.case.arguments(), row.device)
+    network = _network(row.contender, row.device)
+    benchmark.extra_info.update(
+        parameters=sum(weight.numel() for weight in network.parameters()),
+        saved_for_backward_bytes=saved_bytes([network], lambda: total(network([image], [target], [0]))),
+    )

@@ -162,9 +162,9 @@ class Run:
 
     @property
     def highlights(self) -> list[Group]:
-        """The groups that README shows: ops, then networks."""
+        """The groups that README shows: networks, then ops."""
         marked = [group for group in self.compared if group.ours.info.get("highlight")]
-        return sorted(marked, key=lambda group: group.is_network)
+        return sorted(marked, key=lambda group: not group.is_network)
 
 
 def _details(data: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
