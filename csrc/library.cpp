@@ -85,7 +85,7 @@ PANFPN_LIBRARY(m) {
       "reduction) -> Tensor");
 
   // 3x3 convolution with stride 1 and padding 1, plus bias and residual, then ReLU if requested: Winograd's
-  // algorithm, float32, CPU only.
+  // algorithm in float32, CPU only.
   m.def("conv3x3(Tensor input, Tensor weight, Tensor? bias, bool relu, Tensor? residual) -> Tensor");
 
   // Its weights [K, C, 3, 3], transformed for tiles of 2 x 2 or 4 x 4 outputs: [(tile + 2)^2, C, K rounded up
@@ -97,6 +97,9 @@ PANFPN_LIBRARY(m) {
       "conv3x3_prepared(Tensor input, Tensor prepared, SymInt outputs, Tensor? bias, bool relu, Tensor? "
       "residual) "
       "-> Tensor");
+
+  // The gradient of its weights, [K, C, 3, 3] in channels-last layout, for the gradient of its output.
+  m.def("conv3x3_weight_gradient(Tensor grad, Tensor input) -> Tensor");
 
   // 3x3 convolution with padding 1 and no bias; the mean and the reciprocal standard deviation of each group
   // of its result, [N, num_groups]. Python registers both implementations; the one for the CPU calls other

@@ -14,6 +14,10 @@ from panfpn_fast.ops import _checks, _register, reference
 from panfpn_fast.ops._winograd import is_transformed, takes_winograd
 
 
+# With fewer pixels, torch's gradient of the weights is faster.
+_LEAST_PIXELS_FOR_WEIGHT = 1024
+
+
 def conv3x3(
     x: Tensor,
     weight: Tensor,
@@ -57,8 +61,8 @@ def conv3x3(
         float64, CUDA, processors without AVX2, and 16-bit dtypes on processors with AMX for them use torch's
         convolution, then an addition and ReLU. So do calls under autocast, forward-mode AD and torch.func.
 
-        Differentiable in all tensors but `prepared`. With Winograd's algorithm, the gradient of `x` uses it too; the
-        gradient of `weight` is torch's. Deterministic for any number of threads; on CUDA as deterministic as cuDNN.
+        Differentiable in all tensors but `prepared`. With Winograd's algorithm, the gradient of `x` uses it too, and in
+        float32 that of `weight`. Deterministic for any number of threads; on CUDA as deterministic as cuDNN.
 
     Example:
         >>> import torch
@@ -161,10 +165,11 @@ def conv3x3_gradients(
         x: [N, C, H, W].
         weight: [K, C, 3, 3].
         needed: Whether each of the two gradients is needed; the function returns None for the others.
-        winograd: Whether Winograd's algorithm computes the gradient in `x`.
+        winograd: Whether to use Winograd's algorithm.
     """
     x_grad = weight_grad = None
-    from_torch = [needed[0] and not winograd, needed[1], False]
+    for_weight = winograd and x.dtype == torch.float32 and x.numel() // x.shape[1] >= _LEAST_PIXELS_FOR_WEIGHT
+    from_torch = [needed[0] and not winograd, needed[1] and not for_weight, False]
     if any(from_torch):
         ones = [1, 1]
         x_grad, weight_grad, _ = torch.ops.aten.convolution_backward(
@@ -174,6 +179,9 @@ def conv3x3_gradients(
         # The transposed convolution is a convolution with rotated weights.
         rotated = weight.flip(2, 3).transpose(0, 1)
         x_grad = torch.ops.panfpn_fast.conv3x3(grad, rotated, None, False, None)
+    if needed[1] and for_weight:
+        weight_grad = torch.ops.panfpn_fast.conv3x3_weight_gradient(grad, x)
+        weight_grad = weight_grad.contiguous(memory_format=memory_format_of(weight))
     return x_grad, weight_grad
 
 
@@ -194,6 +202,12 @@ def _fake_prepared(
     return _like_input(input, outputs)
 
 
+@_register.register_fake("conv3x3_weight_gradient")
+def _fake_weight_gradient(grad: Tensor, input: Tensor) -> Tensor:
+    size = (grad.shape[1], input.shape[1], 3, 3)
+    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, _, relu, _ = inputs
     ctx.save_for_backward(input, weight, output if relu else None)
@@ -209,3 +223,21 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _register.register_autograd("conv3x3", _backward, _setup_context)
+
+
+def _setup_weight_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _weight_gradient_backward(ctx: Any, grad_of_weight: Tensor) -> tuple[Tensor | None, ...]:
+    # The gradient of the weights is linear in `grad` and in `input`; its adjoints are convolutions.
+    grad, input = ctx.saved_tensors
+    convolve = torch.ops.panfpn_fast.conv3x3
+    rotated = grad_of_weight.flip(2, 3).transpose(0, 1)
+    return (
+        convolve(input, grad_of_weight, None, False, None) if ctx.needs_input_grad[0] else None,
+        convolve(grad, rotated, None, False, None) if ctx.needs_input_grad[1] else None,
+    )
+
+
+_register.register_autograd("conv3x3_weight_gradient", _weight_gradient_backward, _setup_weight_gradient)

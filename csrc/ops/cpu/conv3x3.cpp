@@ -83,12 +83,32 @@ Tensor conv3x3_prepared(const Tensor& input, const Tensor& prepared, int64_t out
              residual, relu);
 }
 
+Tensor conv3x3_weight_gradient(const Tensor& grad, const Tensor& input) {
+  const char* op = "conv3x3_weight_gradient";
+  STD_TORCH_CHECK(grad.dim() == 4 && input.dim() == 4 && grad.size(0) == input.size(0) &&
+                      grad.size(2) == input.size(2) && grad.size(3) == input.size(3),
+                  op, ": grad must be [N, K, H, W] for input [N, C, H, W]");
+  STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && input.scalar_type() == ScalarType::Float, op,
+                  ": grad and input must be float32");
+  STD_TORCH_CHECK(grad.device() == input.device(), op, ": grad and input must be on one device");
+  Tensor out = empty_nchw({grad.size(1), input.size(1), 3, 3}, input, true);
+  if (out.numel() == 0 || input.numel() == 0) return torch::stable::zero_(out);
+  const bool as_pixels = is_channels_last(input);
+  const Tensor from = as_pixels ? input : torch::stable::contiguous(input);
+  const Tensor gradient = as_pixels ? channels_last(grad) : torch::stable::contiguous(grad);
+  weight_gradient({input.size(0), input.size(1), grad.size(1), input.size(2), input.size(3), as_pixels,
+                   from.const_data_ptr<float>(), gradient.const_data_ptr<float>()},
+                  out.mutable_data_ptr<float>());
+  return out;
+}
+
 }  // namespace
 
 PANFPN_LIBRARY_IMPL(m) {
   m.impl("conv3x3", TORCH_BOX(&conv3x3));
   m.impl("conv3x3_prepare", TORCH_BOX(&conv3x3_prepare));
   m.impl("conv3x3_prepared", TORCH_BOX(&conv3x3_prepared));
+  m.impl("conv3x3_weight_gradient", TORCH_BOX(&conv3x3_weight_gradient));
 }
 
 }  // namespace panfpn::inline PANFPN_ARITHMETIC

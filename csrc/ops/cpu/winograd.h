@@ -28,4 +28,16 @@ void transform_weights(int64_t tile, const float* weights, const WinogradWeights
 template <typename T>
 void convolve(int64_t tile, const float* weights, const ConvolutionMaps<T>& maps);
 
+// The maps of a convolution's backward pass: input [N, C, H, W] and the gradient of the output [N, K, H, W],
+// both channels-last or both NCHW.
+struct WeightGradientMaps {
+  int64_t batch, channels, outputs, height, width;
+  bool channels_last;
+  const float* input;
+  const float* gradient;
+};
+
+// Computes the gradient of the weights, as [K, 3, 3, C].
+void weight_gradient(const WeightGradientMaps& maps, float* to);
+
 }  // namespace panfpn::inline PANFPN_ARITHMETIC

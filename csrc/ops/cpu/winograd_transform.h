@@ -1,6 +1,8 @@
 // The transforms of Winograd's algorithm F(M x M, 3 x 3) (Lavin and Gray, Fast Algorithms for Convolutional
 // Neural Networks, CVPR 2016): A tile of M x M outputs is A^T [(G g G^T) * (B^T d B)] A for 3 x 3 weights g
-// and (M + 2) x (M + 2) inputs d. Each struct has the product of one vector with B^T, A^T and G.
+// and (M + 2) x (M + 2) inputs d. Each struct has the product of one vector with B^T, A^T and G. The gradient
+// of the weights, G^T [(A y A^T) * (B^T d B)] G for gradients y of the outputs, needs the transposed A and G
+// too; only F(4 x 4) has them.
 #pragma once
 
 #include "ops/cpu/lanes.h"
@@ -78,6 +80,33 @@ struct Winograd<4> {
     u[3] = even_large + odd_large;
     u[4] = even_large - odd_large;
     u[5] = g[2];
+  }
+
+  // A y
+  template <typename V>
+  static PANFPN_ALWAYS_INLINE void output_transposed(const V* y, V* m) {
+    constexpr float small = static_cast<float>(kSmall), large = static_cast<float>(kLarge);
+    const V even_small = y[0] + 0.5f * y[2], odd_small = small * (y[1] + 0.5f * y[3]);
+    const V even_large = y[0] + 2.0f * y[2], odd_large = large * (y[1] + 2.0f * y[3]);
+    m[0] = y[0];
+    m[1] = even_small + odd_small;
+    m[2] = even_small - odd_small;
+    m[3] = even_large + odd_large;
+    m[4] = even_large - odd_large;
+    m[5] = y[3];
+  }
+
+  // G^T u
+  template <typename V>
+  static PANFPN_ALWAYS_INLINE void weights_transposed(const V* u, V* g) {
+    constexpr float third = static_cast<float>(1.0 / 3), two_thirds = static_cast<float>(2.0 / 3);
+    constexpr float sixth = static_cast<float>(1.0 / 6);
+    constexpr float odd_small = static_cast<float>(2.0 / 3 * kSmall),
+                    odd_large = static_cast<float>(kLarge / 6);
+    const V small = u[1] + u[2], large = u[3] + u[4];
+    g[0] = u[0] - two_thirds * small + sixth * large;
+    g[1] = odd_large * (u[3] - u[4]) - odd_small * (u[1] - u[2]);
+    g[2] = third * (large - small) + u[5];
   }
 };
 
