@@ -19,7 +19,7 @@ from panfpn_fast.training.config import SolverConfig, TrainConfig, get_train_pre
 from panfpn_fast.training.schedule import learning_rate
 from panfpn_fast.training.settings import read_settings, settings_of_run
 from panfpn_fast.training.trainer import make_model
-from support.checkpoint_samples import save_torch
+from support.checkpoint_samples import save_torch, small_network, small_weights
 from support.tensors import assert_same_tensors
 from support.training_runs import tiny, train, weights
 from support.training_samples import small_model
@@ -75,13 +75,8 @@ def test_the_preset_starts_from_published_weights() -> None:
 
 
 def test_network_of_a_detectron2_checkpoint(tmp_path: Path) -> None:
-    from panfpn_fast.checkpoints import detectron2
-
-    settings: dict[str, Any] = {"backbone": "resnet50", "backbone_norm": "frozen_bn", "mask_head_convs": 4}
-    source = small_model(**settings)
-    path = save_torch(
-        tmp_path / "a.pth", {detectron2.key(name): x.numpy() for name, x in source.state_dict().items()}
-    )
+    source = small_network()
+    path = save_torch(tmp_path / "a.pth", small_weights())
     config = dataclasses.replace(
         get_train_preset("finetune"), init=str(path), model={"score_threshold": 0.3}
     )
@@ -169,6 +164,8 @@ def test_adamw_runs_resumes_and_is_not_replaced(tmp_path: Path) -> None:
     ids=str,
 )
 def test_settings_that_do_not_fit_each_other(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    config = tiny(**changes)
     with pytest.raises(UserError, match=message):
-        train(tiny(**changes), tmp_path / "run")
+        config.check()
+        train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
