@@ -18,10 +18,8 @@ def parts_of(batch: Batch, count: int) -> list[Batch]:
         count: Number of parts.
     """
     length = len(batch.images) // count
-    return [
-        Batch(*(entries[begin : begin + length] for entries in batch))
-        for begin in range(0, length * count, length)
-    ]
+    parts = [slice(begin, begin + length) for begin in range(0, length * count, length)]
+    return [Batch(batch.images[part], batch.targets[part], batch.seeds[part]) for part in parts]
 
 
 def labelled_pixels(parts: list[Batch], device: torch.device) -> Tensor | None:

@@ -56,7 +56,9 @@ def settings_of_run(path: Path) -> TrainConfig:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"resume: cannot read the settings of the run in {path}: {one_line(error):.80}") from error
+        raise UserError(
+            f"resume: cannot read the settings of the run in {path}: {one_line(error):.80}"
+        ) from error
     if not isinstance(content, dict):
         raise UserError(f"resume: {path}: expected settings by name, got {content!r:.40}")
     content = {name: value for name, value in content.items() if (name, value) != ("model", {})}

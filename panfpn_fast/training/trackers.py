@@ -73,14 +73,14 @@ def start_trackers(
         before = {}
     ids = dict(before) if isinstance(before, dict) else {}
     for name in names:
-        start = {"wandb": Wandb, "mlflow": MLflow}[name]
         try:
-            tracker = start(folder, settings, ids.get(name))
+            tracker = (Wandb if name == "wandb" else MLflow)(folder, settings, ids.get(name))
         except Exception as error:  # whatever the library raises
             for started in trackers:
                 started.close()
             raise UserError(
-                f"loggers: {name} cannot start: {one_line(error):.120}; see its documentation, or leave it out of loggers"
+                f"loggers: {name} cannot start: {one_line(error):.300}; see its documentation, or "
+                "leave it out of loggers"
             ) from error
         ids[name] = tracker.id
         trackers.append(tracker)

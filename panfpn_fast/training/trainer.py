@@ -155,7 +155,10 @@ class Trainer:
                 f"solver.batch_size: expected a multiple of the {process.world_size} processes{parts}, "
                 f"got {solver.batch_size}"
             )
-        for name, none, value in (("best_by", "nothing", config.best_by), ("early_stop", 0, config.early_stop)):
+        for name, none, value in (
+            ("best_by", "nothing", config.best_by),
+            ("early_stop", 0, config.early_stop),
+        ):
             if value and evaluate is None:
                 raise UserError(
                     f"{name}: expected {none}, because there are no evaluation data, got {value}; set "
@@ -247,7 +250,9 @@ class Trainer:
                 file.write(json.dumps(settings, indent=1).encode())
             self.evaluations.truncate_file()
         with (
-            TrainingLog(self.out, config.solver.steps, self.step, process.device, trackers, self.quiet) as log,
+            TrainingLog(
+                self.out, config.solver.steps, self.step, process.device, trackers, self.quiet
+            ) as log,
             self._signals,
             closing(loader),
         ):
@@ -384,7 +389,9 @@ class Trainer:
     def _evaluation_is_due(self) -> bool:
         """Whether the run evaluates at this step and has not done so yet."""
         every = self.config.evaluate_every
-        due = self.step == self.config.solver.steps or (every > 0 and self.step > 0 and self.step % every == 0)
+        due = self.step == self.config.solver.steps or (
+            every > 0 and self.step > 0 and self.step % every == 0
+        )
         return due and self.evaluate is not None and self.evaluations.last_step < self.step
 
     def _evaluate(self, log: TrainingLog) -> bool:
@@ -424,7 +431,11 @@ class Trainer:
         evaluations = self.evaluations
         if not 0 < self.config.early_stop <= evaluations.since_best:
             return False
-        best = "no evaluation gave a number" if evaluations.best is None else f"best after step {evaluations.best[0]}"
+        best = (
+            "no evaluation gave a number"
+            if evaluations.best is None
+            else f"best after step {evaluations.best[0]}"
+        )
         log.say(f"early_stop: the run ends after step {self.step} ({evaluations.figure}: {best})")
         return True
 

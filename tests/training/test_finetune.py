@@ -50,8 +50,8 @@ def test_finetunes_to_other_classes_and_resumes_without_settings(
     printed = capsys.readouterr().out
     assert (
         "these layers keep their random initial values, because the classes differ: box_head.class_logits "
-        "(4 outputs there, 5 here), box_head.box_deltas (12 outputs there, 16 here), mask_head.logits (3 outputs there, "
-        "4 here), semantic_head.logits (3 outputs there, 5 here)\n"
+        "(4 outputs there, 5 here), box_head.box_deltas (12 outputs there, 16 here), mask_head.logits "
+        "(3 outputs there, 4 here), semantic_head.logits (3 outputs there, 5 here)\n"
     ) in printed
     assert "after step 1:" in printed
     assert "TP      FP      FN" in printed  # the table of classes
@@ -77,9 +77,7 @@ def test_the_preset_starts_from_published_weights() -> None:
 def test_network_of_a_detectron2_checkpoint(tmp_path: Path) -> None:
     source = small_network()
     path = save_torch(tmp_path / "a.pth", small_weights())
-    config = dataclasses.replace(
-        get_train_preset("finetune"), init=str(path), model={"score_threshold": 0.3}
-    )
+    config = dataclasses.replace(get_train_preset("finetune"), init=str(path), model={"score_threshold": 0.3})
     model = make_model(config, SyntheticDataset(1, 0))
     assert model.config.fpn_channels == source.config.fpn_channels
     assert (model.config.num_things, model.config.score_threshold) == (4, 0.3)
@@ -164,8 +162,10 @@ def test_adamw_runs_resumes_and_is_not_replaced(tmp_path: Path) -> None:
     ids=str,
 )
 def test_settings_that_do_not_fit_each_other(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    config = tiny(**changes)
-    with pytest.raises(UserError, match=message):
-        config.check()
+    def check_and_train(config: TrainConfig) -> None:
+        config.check()  # as `read_settings` does
         train(config, tmp_path / "run")
+
+    with pytest.raises(UserError, match=message):
+        check_and_train(tiny(**changes))
     assert not (tmp_path / "run").exists()
