@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from panfpn_fast._errors import one_line
 from panfpn_fast._files import atomic_write
 from panfpn_fast.training.evaluations import FILE
 from panfpn_fast.training.json_lines import read_lines
@@ -38,6 +39,8 @@ def draw_curves(folder: Path) -> str:
         figure_of = importlib.import_module("matplotlib.figure").Figure
     except ImportError:
         return f"{CURVES} is not drawn, because matplotlib is not installed; pip install matplotlib"
+    except Exception as error:  # its packages do not fit together
+        return f"{CURVES} is not drawn, because matplotlib cannot be imported: {one_line(error):.80}"
     lines = [line for line in read_lines(folder / LOG) if "loss" in line]
     evaluations = [{"step": line["step"], **line.get("summary", {})} for line in read_lines(folder / FILE)]
     losses = list(dict.fromkeys(name for line in lines for name in line if name.startswith("loss")))

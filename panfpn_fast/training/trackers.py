@@ -72,7 +72,7 @@ def start_trackers(
     except ValueError:
         before = {}
     ids = dict(before) if isinstance(before, dict) else {}
-    for name in names:
+    for name in dict.fromkeys(names):
         try:
             tracker = (Wandb if name == "wandb" else MLflow)(folder, settings, ids.get(name))
         except Exception as error:  # whatever the library raises
