@@ -340,6 +340,7 @@ CASES = [
             ("wrong.yaml", "wrong.yaml: solver.steps: expected a whole number, got 'many'"),
         )
     ),
+    ("train --resume --out nope", "--resume: expected a run in the folder of --out, got no nope/config.json; give the"),
     ("train --preset 1x --out made", "data.images: expected a path, got nothing; set data.images=PATH"),
     *(
         (f"{OWN} {setting}", message)

@@ -81,6 +81,11 @@ def _train(args: argparse.Namespace) -> int:
     with reporting_user_errors(less_memory), process_group(args.device) as process:
         try:
             of_run = args.out / SETTINGS
+            if args.resume and not (args.preset or args.config or args.settings or of_run.exists()):
+                raise UserError(
+                    f"--resume: expected a run in the folder of --out, got no {of_run}; give the run's folder, or "
+                    "--preset and settings"
+                )
             continues = args.resume and args.preset is None and of_run.exists()
             base = settings_of_run(of_run) if continues else args.preset or "1x"
             config = read_settings(base, args.config, args.settings)

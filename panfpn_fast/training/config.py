@@ -109,11 +109,11 @@ class SolverConfig:
     """Settings of the optimizer and its schedule.
 
     Attributes:
-        optimizer: "sgd" (with momentum) or "adamw".
         steps: Number of steps.
         batch_size: Images in a step, over all processes and all parts.
         accumulate: Parts into which the images of a step are divided, to save memory. The gradients of the parts are
             averaged before the weights change.
+        optimizer: "sgd" (with momentum) or "adamw".
         learning_rate: Learning rate after the warm-up.
         base_batch_size: Batch size that `learning_rate` is meant for: the learning rate is multiplied by
             batch_size / base_batch_size; 0 for a learning rate that is used as it is.
@@ -130,10 +130,10 @@ class SolverConfig:
         ema: Decay of an exponential moving average of the weights, which is then evaluated and saved; 0 for none.
     """
 
-    optimizer: str = "sgd"
     steps: int = 90_000
     batch_size: int = 16
     accumulate: int = 1
+    optimizer: str = "sgd"
     learning_rate: float = 0.02
     base_batch_size: int = 0
     momentum: float = 0.9

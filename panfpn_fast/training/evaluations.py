@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from panfpn_fast._errors import UserError
+from panfpn_fast._errors import UserError, similar
 from panfpn_fast.metrics.coco_ap import AP_FIGURES
 from panfpn_fast.metrics.tables import KINDS, QUALITIES, SUFFIX, without_nan
 from panfpn_fast.models.config import PanopticFPNConfig
@@ -59,7 +59,8 @@ def best_figure(chosen: str, network: PanopticFPNConfig) -> str:
         known += OF_AP
     if chosen not in known:
         raise UserError(
-            f"best_by: expected a figure of this network's evaluation ({', '.join(known)}), got {chosen!r}"
+            f"best_by: expected a figure that the evaluation of this network gives, got {chosen!r:.40}; similar ones: "
+            f"{similar(chosen, known)}"
         )
     return chosen
 

@@ -155,14 +155,11 @@ class Trainer:
                 f"solver.batch_size: expected a multiple of the {process.world_size} processes{parts}, "
                 f"got {solver.batch_size}"
             )
-        for name, none, value in (
-            ("best_by", "nothing", config.best_by),
-            ("early_stop", 0, config.early_stop),
-        ):
+        for setting, value in (("best_by=", config.best_by), ("early_stop=0", config.early_stop)):
             if value and evaluate is None:
                 raise UserError(
-                    f"{name}: expected {none}, because there are no evaluation data, got {value}; set "
-                    "data.val_images and data.val_annotations"
+                    f"{setting.partition('=')[0]}: expected evaluation data, got none; set data.val_images and "
+                    f"data.val_annotations, or {setting}"
                 )
         figure = best_figure(config.best_by, model.config)
         check_installed(config.loggers)
@@ -412,6 +409,11 @@ class Trainer:
                 self.model.load_state_dict(weights)
         if evaluated is None:
             return False
+        if not isinstance(evaluated, Evaluated):
+            raise TypeError(
+                f"evaluate: expected a function that returns an Evaluated, got a {type(evaluated).__name__}; "
+                "return Evaluated(figures)"
+            )
         # The first process decides for all which evaluation is the best, and when the run ends.
         evaluated = dataclasses.replace(evaluated, figures=broadcast(evaluated.figures))
         best = self.evaluations.best

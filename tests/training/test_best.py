@@ -136,7 +136,7 @@ def test_the_figure_that_is_compared() -> None:
     assert best_figure("", things) == "mask_AP"
     assert best_figure("", small_model(tasks=("instance",)).config) == "mask_AP"
     assert best_figure("mIoU", both) == "mIoU"
-    with pytest.raises(UserError, match=r"best_by: expected a figure .*PQ.*mask_AP.*, got 'mIoU'"):
+    with pytest.raises(UserError, match=r"best_by: expected a figure that .*, got 'mIoU'; similar ones: "):
         best_figure("mIoU", things)
 
 
@@ -155,6 +155,11 @@ def test_validation_gives_figures_classes_and_pictures(best_by: str, tmp_path: P
     assert set(line["classes"]) <= {category.name for category in dataset.categories.all}
     with Image.open(tmp_path / "gallery.png") as picture:
         assert picture.size == (3 * 384, 2 * 256)
+
+
+def test_evaluation_that_returns_something_else(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"evaluate: .* returns an Evaluated, got a dict; return Evaluated"):
+        train(tiny(solver={"steps": 1}), tmp_path, evaluate=lambda model: {"PQ": 1.0})
 
 
 def test_ap_without_pycocotools(monkeypatch: pytest.MonkeyPatch) -> None:
