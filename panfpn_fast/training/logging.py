@@ -81,7 +81,10 @@ class TrainingLog:
     def evaluation(self, step: int, evaluated: Evaluated) -> None:
         """Logs the figures and pictures of an evaluation, and prints its table."""
         self._write({"step": step, **evaluated.figures})
-        self.say(f"\nafter step {step}:\n{evaluated.table}\n")
+        table = evaluated.table or "  ".join(
+            f"{name} {value:.3f}" for name, value in evaluated.figures.items()
+        )
+        self.say(f"\nafter step {step}:\n{table}\n")
         pictures = evaluated.pictures
         if pictures is not None:
             save_png(pictures, self._gallery)
