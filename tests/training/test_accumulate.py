@@ -77,12 +77,12 @@ def test_parts_with_equal_counts_equal_the_whole(tmp_path: Path) -> None:
 
 
 def test_each_part_has_the_same_weight_in_the_other_losses(tmp_path: Path) -> None:
-    """The documented rule: the losses of boxes and masks are the mean of those that the parts have alone."""
+    """The documented rule: each loss but the semantic one is the mean of those that the parts have alone."""
     batch = some_batch(tiny(solver=solver(1)))
-    _, mean = gradients(tiny(solver=solver(2)), batch, tmp_path / "both")
-    config = tiny(solver=solver(2) | {"batch_size": 2, "accumulate": 1})
+    _, mean = gradients(tiny(solver=solver(2), lambda_panoptic=0.5), batch, tmp_path / "both")
+    config = tiny(solver=solver(2) | {"batch_size": 2, "accumulate": 1}, lambda_panoptic=0.5)
     alone = [gradients(config, part, tmp_path / f"{n}")[1] for n, part in enumerate(parts_of(batch, 2))]
-    for name in ("loss_rpn_cls", "loss_rpn_box", "loss_cls", "loss_box", "loss_mask"):
+    for name in ("loss_rpn_cls", "loss_rpn_box", "loss_cls", "loss_box", "loss_mask", "loss_panoptic"):
         torch.testing.assert_close(mean[name], (alone[0][name] + alone[1][name]) / 2)
 
 
