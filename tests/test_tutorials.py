@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from panfpn_fast import PanopticFPN, PanopticFPNConfig, save
-from support.processes import environment, run
+from panfpn_fast.cli.main import main
 from support.repository import repository
 
 
 @pytest.fixture
-def tutorials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def tutorials(one_thread: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     folder = repository(monkeypatch) / "docs" / "tutorials"
     monkeypatch.chdir(tmp_path)
     return folder
@@ -39,8 +39,7 @@ def run_tutorial(page: Path, *, with_commands: bool) -> None:
             for line in text.replace("\\\n", " ").splitlines():
                 program, *arguments = shlex.split(line)
                 assert program == "panfpn-fast"
-                command = [sys.executable, "-m", "panfpn_fast.cli", *arguments]
-                run(command, cwd=Path.cwd(), env=environment(OMP_NUM_THREADS="1"))
+                assert main(arguments) == 0
 
 
 def test_predict(tutorials: Path) -> None:
@@ -63,9 +62,19 @@ def test_train(tutorials: Path) -> None:
     assert Path("out/predictions/0000.png").is_file()
 
 
+def test_finetune(tutorials: Path) -> None:
+    pytest.importorskip("omegaconf", reason="omegaconf is not installed")
+    pytest.importorskip("pycocotools", reason="pycocotools is not installed")
+    run_tutorial(tutorials / "finetune.md", with_commands=True)
+    for name in ("best.pth", "model.pth", "checkpoint_00000006.pth", "gallery.png"):
+        assert Path("runs/shapes", name).is_file()
+    assert {"PQ", "mask_AP"} <= json.loads(Path("figures.json").read_text())["summary"].keys()
+    assert Path("out/4_overlay.png").is_file()
+
+
 def test_ops(tutorials: Path) -> None:
     run_tutorial(tutorials / "ops.md", with_commands=False)
 
 
 def test_every_tutorial_is_tested(tutorials: Path) -> None:
-    assert {page.stem for page in tutorials.glob("*.md")} == {"ops", "predict", "train"}
+    assert {page.stem for page in tutorials.glob("*.md")} == {"finetune", "ops", "predict", "train"}

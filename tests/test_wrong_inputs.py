@@ -280,15 +280,20 @@ CASES = [
                     "data.flip": (2, -1, ".nan"),
                     "data.val_short_edge": (0, 65537),
                     "data.val_max_edge": (0,),
+                    "solver.optimizer": ("adam", ""),
                     "solver.steps": (0, -1),
                     "solver.batch_size": (0,),
+                    "solver.accumulate": (0, 3),
+                    "solver.base_batch_size": (-1,),
                     "solver.learning_rate": (-1, ".nan", ".inf"),
                     "solver.momentum": (-1, 1, ".nan"),
                     "solver.weight_decay": (-1, ".nan"),
                     "solver.warmup_steps": (-5,),
                     "solver.warmup_factor": (-1, ".nan"),
                     "solver.milestones": ("[-1]", "[a]"),
+                    "solver.schedule": ("poly", ""),
                     "solver.gamma": (-1, ".inf"),
+                    "solver.final_factor": (-1, 2, ".nan"),
                     "solver.clip_gradients": (-1, ".nan"),
                     "solver.ema": (1, -1, ".nan"),
                     "lambda_instance": (-1, ".nan"),
@@ -304,6 +309,10 @@ CASES = [
                     "log_every": (0,),
                     "checkpoint_every": (0,),
                     "evaluate_every": (-1,),
+                    "best_by": ("pq", "box_AR"),
+                    "early_stop": (-1, 3),
+                    "pictures": (-1,),
+                    "loggers": ("[comet]", "wandb"),
                 }.items()
                 for value in values
             ),
@@ -317,7 +326,7 @@ CASES = [
         )
     ),
     (f"{TRAIN} data.continuous_edges=true", "data.short_edges: expected [least, most], because data.continuous_edges"),
-    (f"{TRAIN} --preset r50", "preset: expected one of 1x, 3x, cityscapes, tiny, nuclei, got 'r50'"),
+    (f"{TRAIN} --preset r50", "preset: expected one of 1x, 3x, finetune, cityscapes, tiny, nuclei, got 'r50'"),
     *(
         (f"{TRAIN} --config {file}", message)
         for file, message in (
@@ -331,6 +340,7 @@ CASES = [
             ("wrong.yaml", "wrong.yaml: solver.steps: expected a whole number, got 'many'"),
         )
     ),
+    ("train --resume --out nope", "--resume: expected a run in the folder of --out, got no nope/config.json; give the"),
     ("train --preset 1x --out made", "data.images: expected a path, got nothing; set data.images=PATH"),
     *(
         (f"{OWN} {setting}", message)

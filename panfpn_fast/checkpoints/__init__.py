@@ -17,7 +17,7 @@ from panfpn_fast.data.categories import to_categories
 from panfpn_fast.models.config import BACKBONES, TASKS, PanopticFPNConfig
 from panfpn_fast.models.panoptic_fpn import BRANCHES, PanopticFPN
 
-__all__ = ["CheckpointError", "DownloadError", "load", "save"]
+__all__ = ["CheckpointError", "DownloadError", "load", "read_config", "save"]
 
 
 def load(path_or_name: str | os.PathLike[str], **overrides: Any) -> PanopticFPN:
@@ -60,16 +60,33 @@ def load(path_or_name: str | os.PathLike[str], **overrides: Any) -> PanopticFPN:
     return model.eval()
 
 
+def read_config(path_or_name: str | os.PathLike[str]) -> PanopticFPNConfig:
+    """Reads the settings of the network in a checkpoint; for the arguments and errors, see `load`."""
+    path = hub.find(path_or_name)
+    content = reader.read(path)
+    weights = {} if native.is_native(content) else _weights(path, content)
+    try:
+        settings = _framework_settings(content, weights) if weights else native.settings(content)
+        return PanopticFPNConfig().replace(**settings)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _framework_settings(content: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a checkpoint in the layout of detectron2 or mmdetection."""
+    framework = mmdetection if mmdetection.is_mmdetection(weights) else detectron2
+    settings: dict[str, Any] = framework.settings(weights)
+    if framework is mmdetection:
+        settings |= mmdetection.categories(content, settings)
+    return settings | native.attached_settings(content)
+
+
 def _from_framework(
     content: Mapping[str, Any], weights: Mapping[str, Any], overrides: Mapping[str, Any]
 ) -> PanopticFPN:
     """Makes the network from a checkpoint in the layout of detectron2 or mmdetection."""
     framework = mmdetection if mmdetection.is_mmdetection(weights) else detectron2
-    settings = framework.settings(weights)
-    if framework is mmdetection:
-        settings |= mmdetection.categories(content, settings)
-    settings |= native.attached_settings(content)
-    config = _configure(settings, overrides)
+    config = _configure(_framework_settings(content, weights), overrides)
     with torch.device("meta"):  # `fill` replaces all tensors, so they need neither memory nor random numbers
         model = PanopticFPN.from_config(config)
     framework.fill(model, weights)

@@ -16,21 +16,28 @@ A run from Python, with the same parts as `panfpn-fast train`:
 from __future__ import annotations
 
 from panfpn_fast.training.config import DataConfig, SolverConfig, TrainConfig, get_train_preset
+from panfpn_fast.training.curves import draw_curves
+from panfpn_fast.training.evaluations import Evaluated
 from panfpn_fast.training.network import TrainingNetwork
-from panfpn_fast.training.settings import read_settings
+from panfpn_fast.training.settings import read_settings, settings_of_run
 from panfpn_fast.training.setup import make_datasets, make_trainer
 from panfpn_fast.training.trainer import Stopped, Trainer, make_model
+from panfpn_fast.training.validation import Validation
 
 __all__ = [
     "DataConfig",
+    "Evaluated",
     "SolverConfig",
     "Stopped",
     "TrainConfig",
     "Trainer",
     "TrainingNetwork",
+    "Validation",
+    "draw_curves",
     "get_train_preset",
     "make_datasets",
     "make_model",
     "make_trainer",
     "read_settings",
+    "settings_of_run",
 ]

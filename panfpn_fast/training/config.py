@@ -16,6 +16,15 @@ from panfpn_fast.data.rules import ReadingRules
 _MOST_PIXELS = 65_536
 """Upper limit for the shorter edge and for crops; larger numbers are mistakes, which would exhaust the memory."""
 
+_MOST_ADAMW_RATE = 0.005
+"""Upper limit for the learning rate of AdamW. The rates of SGD are above it, and networks diverge with them."""
+
+LOGGERS = ("wandb", "mlflow")
+"""Values of `TrainConfig.loggers`."""
+
+OF_INIT = "init"
+"""The value of `TrainConfig.preset` that stands for the network of the initial weights."""
+
 
 @dataclass
 class DataConfig:
@@ -101,29 +110,48 @@ class SolverConfig:
 
     Attributes:
         steps: Number of steps.
-        batch_size: Images in a step, over all processes.
+        batch_size: Images in a step, over all processes and all parts.
+        accumulate: Parts into which the images of a step are divided, to save memory. The gradients of the parts are
+            averaged before the weights change.
+        optimizer: "sgd" (with momentum) or "adamw".
         learning_rate: Learning rate after the warm-up.
+        base_batch_size: Batch size that `learning_rate` is meant for: the learning rate is multiplied by
+            batch_size / base_batch_size; 0 for a learning rate that is used as it is.
         momentum: Momentum of SGD.
         weight_decay: Weight decay of all parameters except those of normalization layers.
         warmup_steps: Steps over which the learning rate rises linearly.
         warmup_factor: Factor on the learning rate at the first step.
-        milestones: Steps after which the learning rate is multiplied by `gamma`.
+        schedule: "steps" for a learning rate that falls at the milestones, or "cosine" for half a cosine from the first
+            to the last step.
+        milestones: Steps after which the learning rate is multiplied by `gamma`, with the schedule "steps".
         gamma: See `milestones`.
+        final_factor: Factor on the learning rate at the end of the schedule "cosine".
         clip_gradients: Limit for the norm of all gradients together; 0 for no limit.
         ema: Decay of an exponential moving average of the weights, which is then evaluated and saved; 0 for none.
     """
 
     steps: int = 90_000
     batch_size: int = 16
+    accumulate: int = 1
+    optimizer: str = "sgd"
     learning_rate: float = 0.02
+    base_batch_size: int = 0
     momentum: float = 0.9
     weight_decay: float = 1e-4
     warmup_steps: int = 1000
     warmup_factor: float = 1e-3
+    schedule: str = "steps"
     milestones: list[int] = field(default_factory=lambda: [60_000, 80_000])
     gamma: float = 0.1
+    final_factor: float = 0.0
     clip_gradients: float = 0.0
     ema: float = 0.0
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate after the warm-up, scaled with the batch if `base_batch_size` is set."""
+        scale = self.batch_size / self.base_batch_size if self.base_batch_size else 1.0
+        return self.learning_rate * scale
 
 
 @dataclass
@@ -131,7 +159,7 @@ class TrainConfig:
     """Settings of a training run.
 
     Attributes:
-        preset: Name of the network's preset.
+        preset: Name of the network's preset; "init" for the network whose weights `init` names.
         model: Fields of PanopticFPNConfig that differ from the preset. The classes come from the data, and
             `short_edge` and `max_edge` are `data.val_short_edge` and `data.val_max_edge`.
         data: See `DataConfig`.
@@ -154,6 +182,13 @@ class TrainConfig:
         log_every: Steps from one line of the log to the next.
         checkpoint_every: Steps from one checkpoint to the next.
         evaluate_every: Steps from one evaluation to the next; 0 evaluates only at the end.
+        best_by: Figure of the evaluation by which `best.pth` is chosen, such as "PQ_things" or "mIoU"; empty for "PQ",
+            or for "mask_AP" if the network has no branch for stuff.
+        early_stop: Evaluations in a row without a better figure that end the run; 0 for no early end.
+        pictures: Number of evaluation images that each evaluation draws as `gallery.png` and for the loggers; 0 for
+            none.
+        loggers: Loggers besides `log.jsonl` and TensorBoard, which are always written (TensorBoard if it is installed):
+            "wandb" and "mlflow".
     """
 
     preset: str = "panoptic_fpn_r50"
@@ -177,6 +212,10 @@ class TrainConfig:
     log_every: int = 20
     checkpoint_every: int = 5000
     evaluate_every: int = 0
+    best_by: str = ""
+    early_stop: int = 0
+    pictures: int = 4
+    loggers: list[str] = field(default_factory=list)
 
     def check(self) -> None:
         """Checks the values.
@@ -188,6 +227,9 @@ class TrainConfig:
             ("data.kind", self.data.kind, (*FILE_KINDS, "synthetic")),
             ("data.boxes", self.data.boxes, ("annotation", "mask")),
             ("precision", self.precision, ("float32", "bfloat16", "float16")),
+            ("solver.optimizer", self.solver.optimizer, ("sgd", "adamw")),
+            ("solver.schedule", self.solver.schedule, ("steps", "cosine")),
+            *(("loggers", logger, LOGGERS) for logger in self.loggers),
         ):
             if value not in choices:
                 raise UserError(f"{name}: expected one of {', '.join(choices)}, got {value!r:.40}")
@@ -200,7 +242,9 @@ class TrainConfig:
             ("data.val_max_edge", data.val_max_edge, 1),
             ("solver.steps", solver.steps, 1),
             ("solver.batch_size", solver.batch_size, 1),
+            ("solver.accumulate", solver.accumulate, 1),
             ("solver.learning_rate", solver.learning_rate, 0),
+            ("solver.base_batch_size", solver.base_batch_size, 0),
             ("solver.weight_decay", solver.weight_decay, 0),
             ("solver.warmup_steps", solver.warmup_steps, 0),
             ("solver.warmup_factor", solver.warmup_factor, 0),
@@ -215,6 +259,8 @@ class TrainConfig:
             ("checkpoint_every", self.checkpoint_every, 1),
             ("evaluate_every", self.evaluate_every, 0),
             ("subset", self.subset, 0),
+            ("early_stop", self.early_stop, 0),
+            ("pictures", self.pictures, 0),
         ):
             if not least <= number < math.inf:  # also false for NaN
                 raise UserError(f"{name}: expected at least {least}, got {number}")
@@ -244,11 +290,13 @@ class TrainConfig:
         for name, share in (
             ("data.flip", data.flip),
             ("data.crop_most_of_one_class", data.crop_most_of_one_class),
+            ("solver.final_factor", solver.final_factor),
         ):
             if not 0 <= share <= 1:
                 raise UserError(f"{name}: expected a number from 0 to 1, got {share}")
         if not 0 <= solver.momentum < 1:
             raise UserError(f"solver.momentum: expected a number from 0 to below 1, got {solver.momentum}")
+        self._check_combinations()
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed: expected a whole number from 0 to below 2**63, got {self.seed}")
         check_workers(self.workers)
@@ -267,6 +315,30 @@ class TrainConfig:
                 raise UserError(f"model.{name}: expected data.val_{name} instead, which also sets it")
         if len(self.data.crop) not in (0, 2):
             raise UserError(f"data.crop: expected nothing or [height, width], got {self.data.crop}")
+
+    def _check_combinations(self) -> None:
+        """Checks the settings that depend on each other."""
+        solver = self.solver
+        if solver.batch_size % solver.accumulate:
+            raise UserError(
+                f"solver.accumulate: expected a divisor of solver.batch_size ({solver.batch_size}), "
+                f"got {solver.accumulate}"
+            )
+        if solver.optimizer == "adamw" and solver.peak_learning_rate > _MOST_ADAMW_RATE:
+            scaled = ", scaled with the batch," if solver.base_batch_size else ""
+            raise UserError(
+                f"solver.learning_rate: expected at most {_MOST_ADAMW_RATE}{scaled} with solver.optimizer=adamw, "
+                f"got {solver.peak_learning_rate:g}; try solver.learning_rate=0.0001"
+            )
+        if self.early_stop and not self.evaluate_every:
+            raise UserError(
+                "early_stop: expected 0, because the run evaluates only at the end; set evaluate_every to a number of "
+                f"steps, or early_stop=0; got {self.early_stop}"
+            )
+        if self.preset == OF_INIT and not self.init:
+            raise UserError(
+                "init: expected a checkpoint, because preset=init takes its network, got nothing; set init=PATH"
+            )
 
 
 def _cityscapes() -> TrainConfig:
@@ -367,12 +439,31 @@ def _nuclei() -> TrainConfig:
     )
 
 
+def _finetune() -> TrainConfig:
+    return TrainConfig(
+        preset=OF_INIT,
+        init="detectron2://COCO-PanopticSegmentation/panoptic_fpn_R_50_3x",
+        solver=SolverConfig(
+            steps=3000,
+            batch_size=8,
+            learning_rate=0.01,
+            base_batch_size=16,
+            warmup_steps=200,
+            schedule="cosine",
+            clip_gradients=5.0,
+        ),
+        checkpoint_every=250,
+        evaluate_every=250,
+        early_stop=6,
+    )
+
+
 def get_train_preset(name: str) -> TrainConfig:
     """Returns a new copy of a preset.
 
     Args:
-        name: "1x" and "3x" (detectron2's schedules for COCO), "cityscapes" (the paper's schedule), "tiny" (synthetic
-            scenes on a CPU) or "nuclei".
+        name: "1x" and "3x" (detectron2's schedules for COCO), "finetune" (from a trained network to other classes),
+            "cityscapes" (the paper's schedule), "tiny" (synthetic scenes on a CPU) or "nuclei".
 
     Raises:
         ValueError: If there is no such preset; the message lists the presets.
@@ -381,6 +472,7 @@ def get_train_preset(name: str) -> TrainConfig:
     presets: dict[str, TrainConfig] = {
         "1x": coco,
         "3x": dataclasses.replace(coco, solver=SolverConfig(steps=270_000, milestones=[210_000, 250_000])),
+        "finetune": _finetune(),
         "cityscapes": _cityscapes(),
         "tiny": _tiny(),
         "nuclei": _nuclei(),

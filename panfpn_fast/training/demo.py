@@ -9,24 +9,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
 from panfpn_fast._files import atomic_write, prepare_file
 from panfpn_fast.data.images import save_png
 from panfpn_fast.data.synthetic import HELD_OUT_SEED, SyntheticDataset
 from panfpn_fast.distributed import Process
 from panfpn_fast.inference import Predictor
-from panfpn_fast.inference.annotations import draw_sample
-from panfpn_fast.inference.drawing import draw_panoptic
 from panfpn_fast.metrics.evaluation import evaluate
 from panfpn_fast.metrics.tables import format_table
 from panfpn_fast.training.config import TrainConfig, get_train_preset
+from panfpn_fast.training.gallery import gallery
 from panfpn_fast.training.trainer import Trainer, make_model
 
 _PICTURES = 8
-_ENLARGE = 2
 
 
 def run_demo(
@@ -72,7 +68,7 @@ def run_demo(
     metrics["seconds"] = time.perf_counter() - begin
     with atomic_write(out / "metrics.json") as file:
         file.write(json.dumps(metrics, indent=1).encode())
-    save_png(gallery(predictor, held_out), out / "gallery.png")
+    save_png(gallery(predictor, held_out, _PICTURES), out / "gallery.png")
     if not quiet:
         print(format_table(result))
         print(f"\n{metrics['seconds']:.0f} s; pictures (input, truth, prediction): {out / 'gallery.png'}")
@@ -89,21 +85,3 @@ def stretch(config: TrainConfig, steps: int) -> TrainConfig:
         warmup_steps=int(config.solver.warmup_steps * min(factor, 1)),
     )
     return dataclasses.replace(config, solver=solver)
-
-
-def gallery(predictor: Predictor, dataset: SyntheticDataset) -> Image.Image:
-    """Draws rows of input, truth and prediction, side by side and enlarged."""
-    height, width = (side * _ENLARGE for side in dataset.size)
-    count = min(_PICTURES, len(dataset))
-    sheet = Image.new("RGB", (3 * width, count * height))
-    for index in range(count):
-        sample = dataset.load(index)
-        image = np.ascontiguousarray(sample.image.permute(1, 2, 0).numpy())
-        result = predictor(image)
-        large = image.repeat(_ENLARGE, 0).repeat(_ENLARGE, 1)
-        found = [(segment.id, result.category(segment)) for segment in result.segments]
-        ids = result.panoptic.numpy().repeat(_ENLARGE, 0).repeat(_ENLARGE, 1)
-        drawn = [draw_sample(sample, dataset.categories, _ENLARGE), draw_panoptic(large, ids, found)]
-        for column, picture in enumerate([Image.fromarray(large), *drawn]):
-            sheet.paste(picture, (column * width, index * height))
-    return sheet

@@ -30,6 +30,9 @@ _TORCHVISION = (
 # normalization layers have only a scale and a shift.
 _CAFFE2_BRANCH = {"2a": "1", "2b": "2", "2c": "3"}
 
+# The layers that have outputs for each class.
+_OF_CLASSES = ("box_head.class_logits", "box_head.box_deltas", "mask_head.logits", "semantic_head.logits")
+
 # The settings that the two families of weights were trained with.
 _IMAGENET = {
     "stride_in_1x1": False,
@@ -191,6 +194,7 @@ def _is_ours(model: PanopticFPN, names: Collection[str]) -> bool:
 
 def _copy(model: PanopticFPN, weights: Mapping[str, Any], source: str) -> list[str]:
     taken, reshaped = 0, []
+    other_classes: dict[str, str] = {}
     state = model.state_dict()
     for name, value in weights.items():
         if name not in state:
@@ -201,6 +205,10 @@ def _copy(model: PanopticFPN, weights: Mapping[str, Any], source: str) -> list[s
             kind = getattr(value, "dtype", type(value).__name__)
             raise CheckpointError(f"{source}: {name}: expected a tensor, got {kind}")
         if value.shape != state[name].shape:
+            layer, mine = name.rpartition(".")[0], state[name]
+            if layer in _OF_CLASSES and value.shape[1:] == mine.shape[1:]:
+                other_classes[layer] = f"{layer} ({len(value)} outputs there, {len(mine)} here)"
+                continue
             reshaped.append(f"{name}: {list(value.shape)}, here {list(state[name].shape)}")
             continue
         state[name].copy_(value)
@@ -208,6 +216,11 @@ def _copy(model: PanopticFPN, weights: Mapping[str, Any], source: str) -> list[s
     if taken == 0:
         raise CheckpointError(f"{source}: none of its {len(weights)} tensors fits this network")
     messages = [f"{taken} of {len(state)} tensors are from {source}"]
+    if other_classes:
+        messages.append(
+            "these layers keep their random initial values, because the classes differ: "
+            + ", ".join(other_classes.values())
+        )
     if reshaped:
         messages.append(
             "these keep their random initial values, because their shapes differ: " + "; ".join(reshaped)

@@ -1,67 +1,57 @@
-"""The log of a run: lines of JSON, TensorBoard if it is installed, and a progress bar."""
+"""The log of a run: lines of JSON, the loggers of other projects, and a progress bar."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from panfpn_fast._errors import one_line
+from panfpn_fast.data.images import save_png
 from panfpn_fast.metrics.tables import without_nan
+from panfpn_fast.training.evaluations import Evaluated
+from panfpn_fast.training.json_lines import forget_after
+from panfpn_fast.training.trackers import Tracker
 
+LOG = "log.jsonl"
+"""Name of the file with the figures of a run, in its folder."""
 
-def _summary_writer(folder: Path) -> Any:
-    try:
-        tensorboard = importlib.import_module("torch.utils.tensorboard")
-    except ImportError:
-        return None
-    except Exception as error:  # TypeError, AttributeError: its packages do not fit together
-        warnings.warn(f"TensorBoard's files are not written: {one_line(error):.80}", stacklevel=2)
-        return None
-    return tensorboard.SummaryWriter(str(folder / "tensorboard"))
-
-
-def _forget_after(step: int, path: Path) -> None:
-    """Removes the lines after a step from a log; the run was killed after them and will repeat those steps."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, TypeError, LookupError):  # an incomplete or a damaged line
-            break
-    path.write_text("".join(kept), encoding="utf-8")
+GALLERY = "gallery.png"
+"""Name of the file with the pictures of the last evaluation, in the folder of the run."""
 
 
 class TrainingLog:
-    """Writes `log.jsonl` and the same figures to TensorBoard, and moves a progress bar.
+    """Writes `log.jsonl`, reports the same figures to loggers of other projects, and moves a progress bar.
 
     Args:
         folder: Folder to write to; a resumed run appends to its log.
         steps: Number of steps of the whole run.
         start: Number of steps taken before.
         device: Device whose memory is shown.
+        trackers: Loggers of other projects, which this object closes.
         quiet: Whether to hide the progress bar.
     """
 
     def __init__(
-        self, folder: Path, steps: int, start: int, device: torch.device, quiet: bool = False
+        self,
+        folder: Path,
+        steps: int,
+        start: int,
+        device: torch.device,
+        trackers: Sequence[Tracker] = (),
+        quiet: bool = False,
     ) -> None:
-        path = folder / "log.jsonl"
-        _forget_after(start, path)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  # closed by close()
-        self._tensorboard = _summary_writer(folder)
+        self._trackers = list(trackers)
+        self._gallery = folder / GALLERY
+        forget_after(folder / LOG, start)
+        self._file = open(folder / LOG, "a", encoding="utf-8")  # noqa: SIM115  # closed by close()
         self._bar = tqdm(total=steps, initial=start, unit="step", disable=quiet, dynamic_ncols=True)
         self._device = device
         self._since = (start, time.perf_counter())
@@ -88,10 +78,17 @@ class TrainingLog:
                 shown[unit] = f"{line[name]:.1f}"
         self._bar.set_postfix(shown)
 
-    def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Logs the figures of an evaluation."""
-        self._write({"step": step, **metrics})
-        self.say("  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+    def evaluation(self, step: int, evaluated: Evaluated) -> None:
+        """Logs the figures and pictures of an evaluation, and prints its table."""
+        self._write({"step": step, **evaluated.figures})
+        table = evaluated.table or "  ".join(
+            f"{name} {value:.3f}" for name, value in evaluated.figures.items()
+        )
+        self.say(f"\nafter step {step}:\n{table}\n")
+        pictures = evaluated.pictures
+        if pictures is not None:
+            save_png(pictures, self._gallery)
+            self._report(lambda tracker: tracker.pictures(step, pictures))
 
     def say(self, message: str) -> None:
         """Prints a line above the progress bar."""
@@ -101,17 +98,25 @@ class TrainingLog:
     def close(self) -> None:
         """Closes the progress bar and the files."""
         with ExitStack() as stack:  # closes all, also if the disk is full
-            for part in (self._tensorboard, self._file, self._bar):
-                if part is not None:
-                    stack.callback(part.close)
+            for part in (self._file, self._bar):
+                stack.callback(part.close)
+            self._report(lambda tracker: tracker.close())
 
     def _write(self, line: Mapping[str, float]) -> None:
         self._file.write(json.dumps(without_nan(dict(line)), allow_nan=False) + "\n")
         self._file.flush()
-        if self._tensorboard is not None:
-            for name, value in line.items():
-                if name != "step":
-                    self._tensorboard.add_scalar(name, value, int(line["step"]))
+        figures = {name: value for name, value in line.items() if name != "step"}
+        self._report(lambda tracker: tracker.figures(int(line["step"]), figures))
+
+    def _report(self, call: Callable[[Tracker], None]) -> None:
+        """Calls all loggers. One that fails is dropped with a warning: a lost server must not end a long run."""
+        for tracker in list(self._trackers):
+            try:
+                call(tracker)
+            except Exception as error:
+                self._trackers.remove(tracker)
+                name = type(tracker).__name__
+                warnings.warn(f"{name} receives no more figures: {one_line(error):.120}", stacklevel=2)
 
     def __enter__(self) -> TrainingLog:
         """Returns itself."""

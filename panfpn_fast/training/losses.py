@@ -116,7 +116,7 @@ def mask_loss(masks: Masks) -> Tensor:
     return (loss * masks.counted[:, None, None]).sum() / pixels
 
 
-def semantic_loss(logits: Tensor, labels: Tensor, stride: int) -> Tensor:
+def semantic_loss(logits: Tensor, labels: Tensor, stride: int, count: Tensor | None = None) -> Tensor:
     """Computes the semantic cross-entropy at the input's resolution, averaged over the pixels that are not void.
 
     It is 0 if all pixels are void, where detectron2's loss is NaN.
@@ -125,7 +125,9 @@ def semantic_loss(logits: Tensor, labels: Tensor, stride: int) -> Tensor:
         logits: [N, K, H / stride, W / stride].
         labels: [N, H, W].
         stride: Input pixels per logit, 4.
+        count: Number that the sum over the pixels is divided by; None for the number of pixels that are not void.
     """
-    count = mean_count((labels != IGNORE).sum())
+    if count is None:
+        count = mean_count((labels != IGNORE).sum())
     total: Tensor = ops.upsample_cross_entropy(logits, labels, stride, ignore_index=IGNORE, reduction="sum")
     return total / count

@@ -68,6 +68,7 @@ class TrainingNetwork(nn.Module):
         targets: Sequence[Target],
         seeds: Sequence[int],
         branches: Sequence[str] = ("instance", "semantic"),
+        labelled_pixels: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Computes the weighted losses.
 
@@ -76,6 +77,8 @@ class TrainingNetwork(nn.Module):
             targets: One annotation per image, on the network's device.
             seeds: One seed per image, for sampling anchors and proposals.
             branches: The branches that learn in this step; those that the network lacks are ignored.
+            labelled_pixels: Number that the semantic loss is divided by; None for the pixels of these images (the mean
+                over the processes) that are not void.
 
         Returns:
             Scalars whose sum is the loss: loss_rpn_cls, loss_rpn_box, loss_cls, loss_box, loss_mask and loss_semantic,
@@ -95,7 +98,7 @@ class TrainingNetwork(nn.Module):
         if "instance" in branches:
             found |= self._instance_losses(features["instance"], batch.sizes, targets, seeds, qualities)
         if "semantic" in branches:
-            found |= self._semantic_losses(features["semantic"], targets, qualities)
+            found |= self._semantic_losses(features["semantic"], targets, qualities, labelled_pixels)
         if qualities:
             found["loss_panoptic"] = panoptic_quality_loss(qualities)
         weights = dict.fromkeys(INSTANCE_LOSSES, self.lambda_instance)
@@ -137,7 +140,11 @@ class TrainingNetwork(nn.Module):
         }
 
     def _semantic_losses(
-        self, pyramid: Sequence[Tensor], targets: Sequence[Target], qualities: list[ClassQuality]
+        self,
+        pyramid: Sequence[Tensor],
+        targets: Sequence[Target],
+        qualities: list[ClassQuality],
+        labelled_pixels: Tensor | None,
     ) -> dict[str, Tensor]:
         head = self.model.semantic_head
         logits, stride = head(pyramid), head.stride
@@ -145,7 +152,7 @@ class TrainingNetwork(nn.Module):
         if self.lambda_panoptic > 0:
             # The pixel in the middle of each stride x stride square.
             qualities.append(stuff_quality(logits, labels[:, stride // 2 :: stride, stride // 2 :: stride]))
-        return {"loss_semantic": losses.semantic_loss(logits, labels, stride)}
+        return {"loss_semantic": losses.semantic_loss(logits, labels, stride, labelled_pixels)}
 
 
 def predict_masks(

@@ -13,7 +13,7 @@ from panfpn_fast._errors import UserError
 from panfpn_fast.training.config import TrainConfig
 
 # Settings that determine the parts and shapes of the state.
-_OF_THE_STATE = ("preset", "model", "data", "freeze_at", "precision", "solver.ema")
+_OF_THE_STATE = ("preset", "model", "data", "freeze_at", "precision", "solver.ema", "solver.optimizer")
 
 _ENTRIES: dict[str, type | tuple[type, ...]] = {
     "step": int,
@@ -47,7 +47,7 @@ def check_fits(path: Path, state: Any, config: TrainConfig, expected: Mapping[st
             f"solver.steps: expected at least {state['step']}, the steps of {path}, got {config.solver.steps}"
         )
     try:
-        problem = _problem(state, expected)
+        problem = _problem(state, expected) or _other_optimizer(state, config)
     except (KeyError, TypeError, AttributeError) as error:  # an entry within the entries is damaged
         raise UserError(
             f"{path}: not a checkpoint of a training run, or a damaged one ({error!r:.60})"
@@ -83,6 +83,12 @@ def _problem(state: Mapping[str, Any], expected: Mapping[str, Any]) -> str | Non
     if bool(state["scaler"]) != bool(expected["scaler"]):
         return "only one of them scales its losses"
     return None
+
+
+def _other_optimizer(state: Mapping[str, Any], config: TrainConfig) -> str | None:
+    # Checkpoints of the first versions, which had only SGD, do not name it.
+    theirs = state["settings"].get("solver", {}).get("optimizer", "sgd")
+    return None if theirs == config.solver.optimizer else f"its optimizer is {theirs}"
 
 
 def _shapes(weights: Mapping[str, Any] | None) -> dict[str, tuple[int, ...]]:

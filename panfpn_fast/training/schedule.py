@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -17,16 +19,24 @@ def learning_rate(solver: SolverConfig, step: int) -> float:
         >>> solver = SolverConfig(learning_rate=0.1, warmup_steps=10, warmup_factor=0.0, milestones=[20])
         >>> learning_rate(solver, 5), learning_rate(solver, 19), round(learning_rate(solver, 20), 4)
         (0.05, 0.1, 0.01)
+        >>> solver = SolverConfig(learning_rate=0.1, warmup_steps=0, schedule="cosine", steps=100)
+        >>> [round(learning_rate(solver, step), 4) for step in (0, 50, 100)]
+        [0.1, 0.05, 0.0]
     """
-    rate = solver.learning_rate * solver.gamma ** sum(step >= milestone for milestone in solver.milestones)
+    rate = solver.peak_learning_rate
+    if solver.schedule == "cosine":
+        share = 0.5 + 0.5 * math.cos(math.pi * step / solver.steps)
+        rate *= solver.final_factor + (1 - solver.final_factor) * share
+    else:
+        rate *= solver.gamma ** sum(step >= milestone for milestone in solver.milestones)
     if step < solver.warmup_steps:
         part = step / solver.warmup_steps
         rate *= solver.warmup_factor * (1 - part) + part
     return rate
 
 
-def make_optimizer(network: nn.Module, solver: SolverConfig) -> torch.optim.SGD:
-    """Returns SGD with momentum for all parameters that learn; those of normalization layers have no weight decay."""
+def make_optimizer(network: nn.Module, solver: SolverConfig) -> torch.optim.Optimizer:
+    """Returns the optimizer of all parameters that learn; those of normalization layers have no weight decay."""
     of_norms = {
         id(p) for module in network.modules() if isinstance(module, _NORMS) for p in module.parameters()
     }
@@ -35,4 +45,7 @@ def make_optimizer(network: nn.Module, solver: SolverConfig) -> torch.optim.SGD:
         {"params": [p for p in learning if id(p) not in of_norms], "weight_decay": solver.weight_decay},
         {"params": [p for p in learning if id(p) in of_norms], "weight_decay": 0.0},
     ]
-    return torch.optim.SGD(groups, lr=solver.learning_rate, momentum=solver.momentum)
+    rate = solver.peak_learning_rate
+    if solver.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=rate)
+    return torch.optim.SGD(groups, lr=rate, momentum=solver.momentum)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -23,13 +24,13 @@ _EMPTY: dict[Any, Any] = {str: "", list[int]: [], list[str]: []}
 """Values of settings that may be empty, by their type."""
 
 
-def read_settings(preset: str, config: Path | None, settings: list[str]) -> TrainConfig:
+def read_settings(preset: str | TrainConfig, config: Path | None, settings: list[str]) -> TrainConfig:
     """Merges a preset, a YAML file and NAME=VALUE settings.
 
     A text or a list without a value (`init=` on the command line, `init:` in the file) becomes empty.
 
     Args:
-        preset: A name for `get_train_preset`.
+        preset: A name for `get_train_preset`, or settings, such as those of a run that continues.
         config: The YAML file, or None.
         settings: Texts NAME=VALUE; NAME is a field of `TrainConfig`, such as "solver.steps", and VALUE is YAML.
 
@@ -37,16 +38,37 @@ def read_settings(preset: str, config: Path | None, settings: list[str]) -> Trai
         UserError: If the file cannot be read, a setting does not exist or has an invalid value, or omegaconf is not
             installed. The message names the setting.
     """
-    try:
-        import omegaconf
-    except ImportError as error:
-        raise UserError(
-            f'{error}. Training needs it: run pip install ".[train]" in the checkout of panfpn_fast'
-        ) from error
-    merged = omegaconf.OmegaConf.structured(get_train_preset(preset))
     values = [] if config is None else list(_flat(_read_yaml(config), f"{config}: "))
     for setting in settings:
         values += _parse(setting)
+    return _merge(get_train_preset(preset) if isinstance(preset, str) else preset, values)
+
+
+def settings_of_run(path: Path) -> TrainConfig:
+    """Reads the settings of an earlier run.
+
+    Args:
+        path: Its `config.json`. Settings that it lacks, because they are newer, have their defaults.
+
+    Raises:
+        UserError: If the file cannot be read, or has an unknown setting or an invalid value. The message names it.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"resume: cannot read the settings of the run in {path}: {one_line(error):.80}"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"resume: {path}: expected settings by name, got {content!r:.40}")
+    content = {name: value for name, value in content.items() if (name, value) != ("model", {})}
+    return _merge(TrainConfig(), _flat(content, f"{path}: "))
+
+
+def _merge(base: TrainConfig, values: Iterable[tuple[str, Any, str]]) -> TrainConfig:
+    """Returns checked settings in which values, with their names and where they were read, replace those of `base`."""
+    omegaconf = _omegaconf()
+    merged = omegaconf.OmegaConf.structured(base)
     for name, value, where in values:
         _set(merged, name, value, where)
     try:
@@ -57,10 +79,19 @@ def read_settings(preset: str, config: Path | None, settings: list[str]) -> Trai
     return result
 
 
+def _omegaconf() -> Any:
+    try:
+        import omegaconf
+    except ImportError as error:
+        raise UserError(
+            f'{error}. Training needs it: run pip install ".[train]" in the checkout of panfpn_fast'
+        ) from error
+    return omegaconf
+
+
 def _read_yaml(path: Path) -> Mapping[str, Any]:
     """Returns the content of a YAML file; an empty file has no settings."""
-    import omegaconf
-
+    omegaconf = _omegaconf()
     try:
         content: Any = omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.load(path), resolve=False)
     except _yaml_errors() as error:
@@ -86,8 +117,7 @@ def _short(error: Exception) -> str:
 
 def _parse(setting: str) -> Iterator[tuple[str, Any, str]]:
     """Yields the names and values in one argument of the command line."""
-    import omegaconf
-
+    omegaconf = _omegaconf()
     name, equals, value = setting.partition("=")
     if not equals or not all(part.isidentifier() for part in name.split(".")):
         raise UserError(f"settings: expected NAME=VALUE, such as solver.steps=100, got {setting!r}")
@@ -143,8 +173,7 @@ def _names() -> list[str]:
 
 def _set(merged: Any, name: str, value: Any, where: str) -> None:
     """Replaces one setting."""
-    import omegaconf
-
+    omegaconf = _omegaconf()
     kind = _type_of(name, where)
     if value is None and kind in _EMPTY:
         value = _EMPTY[kind]

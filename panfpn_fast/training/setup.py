@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from panfpn_fast._errors import UserError
+from panfpn_fast.checkpoints import read_config
 from panfpn_fast.data.categories import Categories
 from panfpn_fast.data.class_check import ClassMismatchError
 from panfpn_fast.data.datasets import open_dataset
 from panfpn_fast.data.loader import PanopticDataset
 from panfpn_fast.data.synthetic import HELD_OUT_SEED, SyntheticDataset
 from panfpn_fast.data.yolo import DataYaml
-from panfpn_fast.distributed import Process, rank_and_world_size
-from panfpn_fast.inference import Predictor
-from panfpn_fast.metrics.evaluation import evaluate
-from panfpn_fast.training.config import DataConfig, TrainConfig
+from panfpn_fast.distributed import Process
+from panfpn_fast.training.config import OF_INIT, DataConfig, TrainConfig
 from panfpn_fast.training.initialize import initialize
+from panfpn_fast.training.run_state import Checkpoints
 from panfpn_fast.training.trainer import Trainer, make_model
+from panfpn_fast.training.validation import Validation
 
 
 def make_trainer(
@@ -38,7 +37,7 @@ def make_trainer(
         config: The run's settings.
         out: Folder of the run.
         process: This process's rank and device.
-        resume: Continue from the newest checkpoint in `out`.
+        resume: Continue from the newest checkpoint in `out`. The file with the initial weights is then not read.
         say: Receives one message for each part that the initial weights do not cover; None drops them.
 
     Raises:
@@ -48,30 +47,15 @@ def make_trainer(
         ImportError: If the backbone's library is not installed.
     """
     dataset, held_out = make_datasets(config.data, config.seed)
-    model = make_model(config, dataset)
-    if config.init:
+    newest = Checkpoints(out).newest if resume else None
+    of_run = read_config(newest) if newest is not None and config.preset == OF_INIT else None
+    model = make_model(config, dataset, of_run)
+    if config.init and newest is None:
         for message in initialize(model, config.init):
             if say is not None:
                 say(message)
-    return Trainer(
-        config, dataset, model, out, process, resume=resume, evaluate=_evaluation(config, held_out)
-    )
-
-
-def _evaluation(config: TrainConfig, held_out: PanopticDataset | None) -> Any:
-    if held_out is None:
-        return None
-
-    def run(model: Any) -> dict[str, float]:
-        predictor = Predictor(model, model.device, instances="panoptic")
-        found = evaluate(predictor, held_out, with_ap=False, workers=config.workers, skip_bad=config.skip_bad)
-        if rank_and_world_size()[0] == 0:
-            for message in found["skipped"]:
-                warnings.warn(f"skipped {message}", stacklevel=2)
-        summary: dict[str, float] = found["summary"]
-        return summary
-
-    return run
+    evaluate = None if held_out is None else Validation(config, held_out, model)
+    return Trainer(config, dataset, model, out, process, resume=resume, evaluate=evaluate)
 
 
 def make_datasets(data: DataConfig, seed: int) -> tuple[PanopticDataset, PanopticDataset | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,26 +16,35 @@ from torch.nn.parallel import DistributedDataParallel
 
 from panfpn_fast._errors import UserError, one_line
 from panfpn_fast._files import atomic_write, prepare_file
-from panfpn_fast.checkpoints import native
+from panfpn_fast.checkpoints import native, read_config
 from panfpn_fast.data.loader import Batch, PanopticDataset, TrainLoader
 from panfpn_fast.data.transforms import Compose, Crop, Flip, KeepBoxes, Photometric, Resize, Transform
-from panfpn_fast.distributed import Process
+from panfpn_fast.distributed import Process, broadcast
 from panfpn_fast.models.backbone import ResNet
-from panfpn_fast.models.config import get_preset
+from panfpn_fast.models.config import PanopticFPNConfig, get_preset
 from panfpn_fast.models.panoptic_fpn import PanopticFPN
+from panfpn_fast.training.accumulate import labelled_pixels, parts_of
 from panfpn_fast.training.average import Average
-from panfpn_fast.training.config import DataConfig, TrainConfig
-from panfpn_fast.training.logging import TrainingLog
+from panfpn_fast.training.config import OF_INIT, DataConfig, TrainConfig
+from panfpn_fast.training.evaluations import FILE, Evaluated, Evaluations, best_figure
+from panfpn_fast.training.logging import GALLERY, LOG, TrainingLog
 from panfpn_fast.training.network import TrainingNetwork, total
 from panfpn_fast.training.resume import check_fits
 from panfpn_fast.training.run_state import Checkpoints
 from panfpn_fast.training.schedule import learning_rate, make_optimizer
 from panfpn_fast.training.signals import StopSignals
+from panfpn_fast.training.trackers import check_installed, start_trackers
 
 RESULT = "model.pth"
 """Name of the file with the result of a run, in the folder of the run."""
 
-Evaluate = Callable[[PanopticFPN], dict[str, float]]
+BEST = "best.pth"
+"""Name of the file with the weights of the best evaluation, in the folder of the run."""
+
+SETTINGS = "config.json"
+"""Name of the file with the settings of a run, in its folder."""
+
+Evaluate = Callable[[PanopticFPN], Evaluated]
 
 
 class Stopped(Exception):
@@ -58,13 +67,23 @@ def make_transform(data: DataConfig, resize: str) -> Transform:
     return Compose(steps)
 
 
-def make_model(config: TrainConfig, dataset: PanopticDataset) -> PanopticFPN:
+def make_model(
+    config: TrainConfig, dataset: PanopticDataset, base: PanopticFPNConfig | None = None
+) -> PanopticFPN:
     """Builds the network for a data set, in float32 on the CPU, with random weights that depend only on the seed.
+
+    Args:
+        config: The run's settings.
+        dataset: The data set, whose classes the network gets.
+        base: The network to which the settings apply; None for that of `config.preset`.
 
     Raises:
         UserError: If a setting of the network is invalid; the message names it, such as `model.fpn_channels`.
+        OSError, ValueError: If the preset is "init" and the checkpoint cannot be read.
         ImportError: If the backbone's library is not installed.
     """
+    if base is None and config.preset == OF_INIT:
+        base = read_config(config.init)
     torch.manual_seed(config.seed)
     data = config.data
     edges = {"short_edge": data.val_short_edge, "max_edge": data.val_max_edge}
@@ -72,7 +91,7 @@ def make_model(config: TrainConfig, dataset: PanopticDataset) -> PanopticFPN:
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        settings = get_preset(config.preset).replace(**fields)
+        settings = (base or get_preset(config.preset)).replace(**fields)
         with torch.device("cpu"):  # random numbers differ between devices
             return PanopticFPN.from_config(settings)
     except (TypeError, ValueError) as error:
@@ -107,7 +126,8 @@ class Trainer:
         process: Rank, world size and device of this process.
         resume: Whether to continue from the newest checkpoint in the folder, if there is one. If False, the folder must
             not contain checkpoints.
-        evaluate: Called with the network every `evaluate_every` steps and at the end; its figures are logged.
+        evaluate: Called with the network every `evaluate_every` steps and at the end; its figures are logged, and the
+            weights with the best figure are saved. None for no evaluation.
         quiet: Whether to hide the progress bar.
 
     Note:
@@ -128,11 +148,21 @@ class Trainer:
         quiet: bool = False,
     ) -> None:
         config.check()
-        if config.solver.batch_size % process.world_size:
+        solver = config.solver
+        if solver.batch_size % (process.world_size * solver.accumulate):
+            parts = "" if solver.accumulate == 1 else f" times the {solver.accumulate} of solver.accumulate"
             raise ValueError(
-                f"solver.batch_size: expected a multiple of the {process.world_size} processes, "
-                f"got {config.solver.batch_size}"
+                f"solver.batch_size: expected a multiple of the {process.world_size} processes{parts}, "
+                f"got {solver.batch_size}"
             )
+        for setting, value in (("best_by=", config.best_by), ("early_stop=0", config.early_stop)):
+            if value and evaluate is None:
+                raise UserError(
+                    f"{setting.partition('=')[0]}: expected evaluation data, got none; set data.val_images and "
+                    f"data.val_annotations, or {setting}"
+                )
+        figure = best_figure(config.best_by, model.config)
+        check_installed(config.loggers)
         learned, given = model.config.categories, dataset.categories
         if learned != given:
             raise ValueError(
@@ -162,6 +192,7 @@ class Trainer:
             config.box_samples,
         )
         self.optimizer = make_optimizer(network, config.solver)
+        self._saved_step = -1
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=config.precision == "float16")
         self.average = Average(self.model, config.solver.ema) if config.solver.ema > 0 else None
         self.checkpoints = Checkpoints(out)
@@ -171,8 +202,9 @@ class Trainer:
             raise UserError(
                 f"out: {out} holds the checkpoints of another run; resume it, or give another folder"
             )
+        self.evaluations = broadcast(Evaluations(out, figure, self.step))
         if process.is_first:
-            for name in (RESULT, "config.json", "log.jsonl"):
+            for name in (RESULT, BEST, SETTINGS, LOG, FILE, GALLERY):
                 prepare_file(out / name, "out")
         self.network: nn.Module = network
         if process.world_size > 1:
@@ -183,7 +215,7 @@ class Trainer:
             )
 
     def run(self) -> dict[str, float]:
-        """Trains until the last step.
+        """Trains until the last step, or until `early_stop` ends the run.
 
         Returns:
             The figures of the last evaluation; empty without `evaluate`.
@@ -207,21 +239,34 @@ class Trainer:
             subset=config.subset or None,
             skip_bad=config.skip_bad,
         )
+        settings = dataclasses.asdict(config)
+        trackers = []
         if process.is_first:
-            (self.out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
-        metrics: dict[str, float] = {}
+            trackers = start_trackers(self.out, config.loggers, settings, resumed=self.step > 0)
+            with atomic_write(self.out / SETTINGS) as file:
+                file.write(json.dumps(settings, indent=1).encode())
+            self.evaluations.truncate_file()
         with (
-            TrainingLog(self.out, config.solver.steps, self.step, process.device, self.quiet) as log,
+            TrainingLog(
+                self.out, config.solver.steps, self.step, process.device, trackers, self.quiet
+            ) as log,
             self._signals,
             closing(loader),
         ):
             batches = iter(loader)
             last: Batch | None = None
-            while self.step < config.solver.steps:
+            while True:
+                if self._evaluation_is_due() and not self._evaluate(log):
+                    self._save(last)
+                    raise self._stopped()
+                if self.step >= config.solver.steps:
+                    break
+                if self._ends_early(log):
+                    self._save(last)
+                    break
                 batch = self._signals.interruptible(partial(next, batches))
                 if batch is None:
-                    if last is not None:
-                        self._save(last)
+                    self._save(last)
                     raise self._stopped()
                 losses = self._take_step(batch)
                 last = batch
@@ -238,17 +283,9 @@ class Trainer:
                     self._save(batch)
                 if stop and not done:
                     raise self._stopped()
-                every = config.evaluate_every
-                if self.evaluate and not done and every and self.step % every == 0:
-                    self._evaluate(log)
-            if self.evaluate:
-                found = self._evaluate(log)
-                if found is None:
-                    raise self._stopped()
-                metrics = found
             if loader.skipped:
                 log.say(f"{len(loader.skipped)} images could not be read and were skipped")
-        return metrics
+        return self.evaluations.figures
 
     def _take_step(self, batch: Batch) -> dict[str, Tensor]:
         config = self.config
@@ -258,9 +295,16 @@ class Trainer:
         branches: Sequence[str] = self.model.config.tasks
         if config.alternate:
             branches = (branches[self.step % len(branches)],)
-        losses = self._losses(batch, branches)
+        parts = parts_of(batch, config.solver.accumulate)
+        pixels = labelled_pixels(parts, self.process.device)
+        losses: dict[str, Tensor] = {}
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(total(losses)).backward()
+        for part in parts:
+            with self._without_exchange() if part is not parts[-1] else nullcontext():
+                found = self._losses(part, branches, pixels)
+                self.scaler.scale(total(found) / len(parts)).backward()
+            for name, loss in found.items():
+                losses[name] = losses.get(name, 0) + loss.detach() / len(parts)
         if config.solver.clip_gradients > 0:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), config.solver.clip_gradients)
@@ -270,12 +314,19 @@ class Trainer:
             self.average.update(self.model)
         return losses
 
-    def _losses(self, batch: Batch, branches: Sequence[str]) -> dict[str, Tensor]:
+    def _without_exchange(self) -> AbstractContextManager[None]:
+        """Returns a `with` block whose gradients the processes do not average."""
+        network = self.network
+        return network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext()
+
+    def _losses(
+        self, batch: Batch, branches: Sequence[str], pixels: Tensor | None = None
+    ) -> dict[str, Tensor]:
         device = self.process.device
         targets = [target.to(device, non_blocking=True) for target in batch.targets]
         dtype = getattr(torch, self.config.precision)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            losses: dict[str, Tensor] = self.network(batch.images, targets, batch.seeds, branches)
+            losses: dict[str, Tensor] = self.network(batch.images, targets, batch.seeds, branches, pixels)
         return losses
 
     def _finite_values(self, losses: dict[str, Tensor]) -> dict[str, float]:
@@ -307,10 +358,14 @@ class Trainer:
         device = self.process.device
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            losses = self._losses(batch, self.model.config.tasks)
+            found = [
+                self._losses(part, self.model.config.tasks)
+                for part in parts_of(batch, self.config.solver.accumulate)
+            ]
             for buffer, before in buffers:
                 buffer.copy_(before)
-        self._finite_values(losses)
+        for losses in found:
+            self._finite_values(losses)
 
     def _check_finite(self, weights: dict[str, Tensor]) -> None:
         for name, tensor in weights.items():
@@ -328,25 +383,63 @@ class Trainer:
             rate = learning_rate(self.config.solver, self.step - 1)
             log.losses(self.step, losses, rate, self.config.solver.batch_size)
 
-    def _evaluate(self, log: TrainingLog) -> dict[str, float] | None:
-        """Evaluates the network, or its average, and restores the weights; returns None if a signal interrupts."""
+    def _evaluation_is_due(self) -> bool:
+        """Whether the run evaluates at this step and has not done so yet."""
+        every = self.config.evaluate_every
+        due = self.step == self.config.solver.steps or (
+            every > 0 and self.step > 0 and self.step % every == 0
+        )
+        return due and self.evaluate is not None and self.evaluations.last_step < self.step
+
+    def _evaluate(self, log: TrainingLog) -> bool:
+        """Evaluates the network, or its average, and restores the weights; returns False if a signal interrupts."""
         assert self.evaluate is not None
         if self._signals.arrived and self.process.world_size == 1:
-            return None
+            return False
         weights = None
         if self.average is not None:
             weights = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
             self.model.load_state_dict(self.average.state)
         self.model.eval()
         try:
-            metrics = self._signals.interruptible(partial(self.evaluate, self.model))
+            evaluated = self._signals.interruptible(partial(self.evaluate, self.model))
         finally:
             self.model.train()
             if weights is not None:
                 self.model.load_state_dict(weights)
-        if metrics is not None and self.process.is_first:
-            log.metrics(self.step, metrics)
-        return metrics
+        if evaluated is None:
+            return False
+        if not isinstance(evaluated, Evaluated):
+            raise TypeError(
+                f"evaluate: expected a function that returns an Evaluated, got a {type(evaluated).__name__}; "
+                "return Evaluated(figures)"
+            )
+        # The first process decides for all which evaluation is the best, and when the run ends.
+        evaluated = dataclasses.replace(evaluated, figures=broadcast(evaluated.figures))
+        best = self.evaluations.best
+        self.evaluations.add(self.step, evaluated)
+        is_better = self.evaluations.best != best
+        if is_better:
+            self.save_result(self.out / BEST)
+        if self.process.is_first:
+            self.evaluations.append_to_file()
+            log.evaluation(self.step, evaluated)
+            if is_better:
+                figure = self.evaluations.figure
+                log.say(f"{figure} {evaluated.figures[figure]:.2f} is the best so far: {self.out / BEST}")
+        return True
+
+    def _ends_early(self, log: TrainingLog) -> bool:
+        evaluations = self.evaluations
+        if not 0 < self.config.early_stop <= evaluations.since_best:
+            return False
+        best = (
+            "no evaluation gave a number"
+            if evaluations.best is None
+            else f"best after step {evaluations.best[0]}"
+        )
+        log.say(f"early_stop: the run ends after step {self.step} ({evaluations.figure}: {best})")
+        return True
 
     def _stopped(self) -> Stopped:
         return Stopped(f"stopped after step {self.step}; --resume continues")
@@ -361,9 +454,16 @@ class Trainer:
         torch.distributed.all_reduce(stop)
         return bool(stop)
 
-    def _save(self, batch: Batch) -> None:
-        """Writes a checkpoint; every process must call this, because the check of the weights computes losses."""
+    def _save(self, batch: Batch | None) -> None:
+        """Writes a checkpoint; every process must call this, because the check of the weights computes losses.
+
+        Args:
+            batch: The last batch; None if this process has taken no step, and there is nothing to save.
+        """
+        if batch is None or self._saved_step == self.step:
+            return
         self._check_weights(batch)
+        self._saved_step = self.step
         if self.process.is_first:
             self.checkpoints.save(self.step, self._state())
 
@@ -405,9 +505,9 @@ class Trainer:
             Diverged: If a weight is not finite; nothing is written.
             OSError: If the file cannot be written.
         """
-        if not self.process.is_first:
-            return
         weights = self.model.state_dict() if self.average is None else self.average.state
         self._check_finite(weights)
+        if not self.process.is_first:
+            return
         with atomic_write(path, durable=True) as file:
             torch.save(native.content_of(weights, self.model.config), file)

@@ -13,6 +13,7 @@ from panfpn_fast.data.synthetic import SyntheticDataset
 from panfpn_fast.distributed import Process
 from panfpn_fast.models.panoptic_fpn import PanopticFPN
 from panfpn_fast.training.config import TrainConfig, get_train_preset
+from panfpn_fast.training.evaluations import Evaluated
 from panfpn_fast.training.trainer import Trainer, make_model
 
 ALONE = Process(0, 1, torch.device("cpu"))
@@ -61,9 +62,9 @@ def train_noting_each_step(out: Path, process: Process) -> list[dict[str, Tensor
     model = make_model(config, dataset)
     noted = [weights(model)]
 
-    def note(model: PanopticFPN) -> dict[str, float]:
+    def note(model: PanopticFPN) -> Evaluated:
         noted.append(weights(model))
-        return {}
+        return Evaluated({})
 
     Trainer(config, dataset, model, out, process, evaluate=note, quiet=True).run()
     return noted

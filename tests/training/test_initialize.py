@@ -181,11 +181,20 @@ def test_our_own_checkpoint(tmp_path: Path, settings: dict[str, Any], others: tu
     assert messages[0] == f"{len(before) - len(heads)} of {len(before)} tensors are from {tmp_path}/a.pth"
     assert len(messages) == (2 if others else 1)
     if others:
-        assert messages[1].startswith("these keep their random initial values, because their shapes differ: ")
-        reported = dict(part.split(": ") for part in messages[1].partition(": ")[2].split("; "))
-        assert set(reported) == set(heads)
-        name = others[0] + "weight"
-        assert reported[name] == f"{list(weights[name].shape)}, here {list(before[name].shape)}"
+        start = "these layers keep their random initial values, because the classes differ: "
+        counts = [[len(tensors[f"{layer}bias"]) for tensors in (weights, before)] for layer in others]
+        assert messages[1] == start + ", ".join(
+            f"{layer[:-1]} ({there} outputs there, {here} here)"
+            for layer, (there, here) in zip(others, counts, strict=True)
+        )
+
+
+def test_tensors_of_another_width_are_reported(tmp_path: Path) -> None:
+    source = small_model()
+    messages = initialize(small_model(semantic_channels=8), save_native(tmp_path / "a.pth", source))
+    assert len(messages) == 2
+    assert messages[1].startswith("these keep their random initial values, because their shapes differ: ")
+    assert "semantic_head.logits.weight: [5, 16, 1, 1], here [5, 8, 1, 1]" in messages[1]
 
 
 def test_other_classes_of_equal_number_are_reported(tmp_path: Path) -> None:
@@ -209,7 +218,7 @@ def test_a_detectron2_network_with_other_classes(tmp_path: Path) -> None:
     path = save_torch(tmp_path / "a.pth", {detectron2.key(name): x.numpy() for name, x in weights.items()})
     model = small_model(**settings, num_stuff=9)
     messages = initialize(model, str(path))
-    assert "semantic_head.logits.weight: [5, 16, 1, 1], here [10, 16, 1, 1]" in messages[1]
+    assert messages[1].endswith("because the classes differ: semantic_head.logits (5 outputs there, 10 here)")
     assert torch.equal(model.box_head.class_logits.weight, weights["box_head.class_logits.weight"])
 
 

@@ -180,7 +180,7 @@ def test_wrong_settings_are_reported(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "4x"], "preset: expected one of 1x, 3x, cityscapes, tiny, nuclei, got '4x'"),
+        (["--preset", "4x"], "preset: expected one of 1x, 3x, finetune, cityscapes, tiny, nuclei, got '4x'"),
         (["--preset", "1x"], "data.images: expected a path, got nothing"),
         (["--preset", "tiny", "--config", "none.yaml"], "none.yaml"),
         (["--preset", "tiny", "init=none.pth"], "none.pth"),

@@ -17,6 +17,7 @@ import panfpn_fast
 from panfpn_fast.data.synthetic import SyntheticDataset
 from panfpn_fast.distributed import Process, process_group
 from panfpn_fast.models.panoptic_fpn import PanopticFPN
+from panfpn_fast.training.evaluations import Evaluated
 from panfpn_fast.training.trainer import Stopped, Trainer, make_model
 from support.processes import run, start
 from support.ranks import run_ranks
@@ -32,7 +33,7 @@ def log_lines(out: Path) -> list[dict[str, float]]:
 
 def test_files_of_a_run(tmp_path: Path) -> None:
     config = tiny()
-    trainer = train(config, tmp_path, evaluate=lambda model: {"PQ": float(not model.training)})
+    trainer = train(config, tmp_path, evaluate=lambda model: Evaluated({"PQ": float(not model.training)}))
     lines = log_lines(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 4]
     assert {"loss", "loss_mask", "loss_semantic", "learning_rate", "images_per_second"} <= lines[1].keys()
@@ -41,6 +42,7 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     assert lines[4] == {"step": 4, "PQ": 1.0}
     assert json.loads((tmp_path / "config.json").read_text()) == dataclasses.asdict(config)
     assert sorted(path.name for path in tmp_path.glob("*.pth")) == [
+        "best.pth",
         "checkpoint_00000002.pth",
         "checkpoint_00000004.pth",
     ]
@@ -66,7 +68,7 @@ def test_resumed_run_ends_in_the_same_weights(changes: dict[str, Any], tmp_path:
     whole = train(tiny(**dict(changes)), tmp_path / "whole")
     part = tmp_path / "part"
 
-    def stop(_: PanopticFPN) -> dict[str, float]:
+    def stop(_: PanopticFPN) -> Evaluated:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):  # after the checkpoint of step 2
@@ -83,17 +85,17 @@ def test_sigterm_saves_and_resumes(tmp_path: Path) -> None:
     whole = train(tiny(), tmp_path / "whole")
     part = tmp_path / "part"
 
-    def ask(_: PanopticFPN) -> dict[str, float]:
+    def ask(_: PanopticFPN) -> Evaluated:
         os.kill(os.getpid(), signal.SIGTERM)
-        return {}
+        return Evaluated({})
 
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Stopped, match="after step 2; --resume"):
+    with pytest.raises(Stopped, match="after step 1; --resume"):
         train(tiny(evaluate_every=1, checkpoint_every=100), part, evaluate=ask)
     assert signal.getsignal(signal.SIGTERM) == before
     # A run that continued and was killed while it wrote leaves a log like this.
     with open(part / "log.jsonl", "a") as file:
-        file.write('{"step": 3, "loss": 7.0}\n{"step": 4, "lo')
+        file.write('{"step": 2, "loss": 7.0}\n{"step": 3, "lo')
     resumed = train(tiny(), part, resume=True)
     assert_same_tensors(weights(resumed.model), weights(whole.model))
     assert [line["step"] for line in log_lines(part) if "loss" in line] == [1, 2, 3, 4]
@@ -230,7 +232,7 @@ def test_tensorboard_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest
     def fail(name: str) -> None:
         raise TypeError("Descriptors cannot be created directly")
 
-    monkeypatch.setattr("panfpn_fast.training.logging.importlib.import_module", fail)
+    monkeypatch.setattr("panfpn_fast.training.trackers.importlib.import_module", fail)
     with pytest.warns(UserWarning, match="TensorBoard's files are not written: Descriptors cannot"):
         train(tiny(solver={"steps": 1}), tmp_path)
     assert log_lines(tmp_path)
