@@ -172,7 +172,9 @@ CASES = [
     (f"{BENCH} --preset panoptic_fpn_r50", "--preset: not allowed with argument --weights"),
     ("bench --preset r50", "unknown preset 'r50'; known presets: panoptic_fpn_r50"),
     ("convert model.pth x.pth --to keras", "--to: invalid choice: 'keras'"),
-    (f"{EXPORT} --format onnx", "--format: invalid choice: 'onnx'"),
+    (f"{EXPORT} --format tflite", "--format: invalid choice: 'tflite'"),
+    ("export model.pth made/net --any-size", "--any-size: only --format onnx takes images of any size, got"),
+    (f"{EXPORT} --any-size", "--any-size: not allowed with argument --size"),
     ("demo extra", "unrecognized arguments: extra"),
     # Images and annotations.
     *(

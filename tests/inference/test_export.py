@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -213,6 +216,26 @@ def test_no_compiler(
     assert capsys.readouterr().err.startswith("panfpn-fast: AOTInductor needs a C++ compiler")
 
 
+def test_onnx_without_its_packages(
+    model: PanopticFPN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    monkeypatch.setitem(sys.modules, "onnx", ModuleType("onnx"))
+    remedy = r'onnxscript.*\. ONNX files need the extra \[onnx\]: run pip install "\.\[onnx\]"'
+    with pytest.raises(ImportError, match=remedy):
+        export(model, tmp_path / "net", (64, 96), formats=["onnx"])
+    assert main(["export", "missing.pth", str(tmp_path / "net"), "--format", "onnx"]) == 2
+    assert re.search(f"^panfpn-fast: .*{remedy}", capsys.readouterr().err)
+
+
+def test_onnx_takes_float32(model: PanopticFPN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("onnx", "onnxscript"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    half = copy.deepcopy(model).bfloat16()
+    with pytest.raises(ValueError, match=r"model: expected torch\.float32 for onnx, got torch\.bfloat16"):
+        export(half, tmp_path / "net", (64, 96), formats=["onnx"])
+
+
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
@@ -222,12 +245,17 @@ def test_no_compiler(
         ({"batch": 0}, ValueError, "batch: expected an integer of at least 1, got 0"),
         ({"output_size": (3,)}, ValueError, "output_size: "),
         (
-            {"formats": ["onnx"]},
+            {"formats": ["tflite"]},
             ValueError,
-            r"formats: expected a list of names among export, aoti, got \['onnx'\]",
+            r"formats: expected a list of names among export, aoti, onnx, got \['tflite'\]",
         ),
         ({"formats": []}, ValueError, "formats: "),
         ({"formats": "aoti"}, ValueError, "formats: "),
+        (
+            {"size": None, "formats": ["export"]},
+            ValueError,
+            r"size: expected \(height, width\) for export, aoti",
+        ),
     ],
 )
 def test_bad_input(
