@@ -33,6 +33,11 @@ def _prepared_conv_flops(x: Sequence[int], *_: Any, out_shape: Any, **__: Any) -
     return _conv_flops(x, (out_shape[1], x[1], 3, 3), out_shape=out_shape)
 
 
+def _weight_gradient_flops(grad: Sequence[int], x: Sequence[int], *_: Any, out_shape: Any, **__: Any) -> int:
+    """Counts the gradient of a 3x3 convolution's weights."""
+    return 2 * math.prod(out_shape) * x[0] * math.prod(x[2:])
+
+
 def _conv_statistics_flops(
     x: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Any, **__: Any
 ) -> int:
@@ -65,6 +70,7 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "conv3x3": _conv_flops,
     "conv3x3_prepared": _prepared_conv_flops,
     "conv3x3_statistics": _conv_statistics_flops,
+    "conv3x3_weight_gradient": _weight_gradient_flops,
     "group_norm_relu_project": _project_flops,
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,9 +62,20 @@ def _cost(arguments: Arguments, output: Tensor) -> Cost:
     return Cost(bytes=nbytes(arguments[:3]) + nbytes(output), flops=_flops(arguments))
 
 
+def _training_arguments(*size: Any) -> Arguments:
+    x, weight, bias = _arguments(*size)
+    return (x, weight), bias
+
+
+def _training(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    """Wraps a function to return the gradients of x and of the weights."""
+    return forward_backward(lambda leaves, bias: function(*leaves, bias))
+
+
 def _training_cost(arguments: Arguments, gradients: Sequence[Tensor]) -> Cost:
-    """Counts the convolution and its adjoint, since only the gradient of x is computed."""
-    return Cost(bytes=4 * nbytes(arguments[0]) + 2 * nbytes(arguments[1]), flops=2 * _flops(arguments))
+    """Counts the convolution and its two adjoints."""
+    leaves = arguments[0]
+    return Cost(bytes=4 * nbytes(leaves[0]) + 2 * nbytes(leaves[1]), flops=3 * _flops(leaves))
 
 
 def _close_gradients(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
@@ -121,10 +133,10 @@ HALF = Comparison(
 
 TRAINING = Comparison(
     op="conv3x3, forward and backward",
-    ours=forward_backward(_ours),
-    peers=[Peer("eager", forward_backward(_eager))],
+    ours=_training(_ours),
+    peers=[Peer("eager", _training(_eager))],
     cases=[
-        Case(f"256 to 256 x 100 x 168, {name}", partial(_arguments, 256, 100, 168, 1, layout))
+        Case(f"256 to 256 x 100 x 168, {name}", partial(_training_arguments, 256, 100, 168, 1, layout))
         for name, layout in (("NCHW", NCHW), ("channels-last", NHWC))
     ],
     agree=_close_gradients,
@@ -136,9 +148,26 @@ def _small() -> tuple[Tensor, ...]:
     return random_normal(1, 128, 26, 42), random_normal(64, 128, 3, 3, seed=4) / 34, random_normal(64, seed=5)
 
 
-ACCURACY = forward_and_gradient(
-    "conv3x3", _small, conv3x3, lambda x, weight, bias: F.conv2d(x, weight, bias, padding=1)
-)
+def _pytorch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.conv2d(x, weight, bias, padding=1)
+
+
+def _by_weight(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Makes the weights the first argument, whose gradient is measured."""
+    return lambda weight, x, bias: function(x, weight, bias)
+
+
+def _small_by_weight() -> tuple[Tensor, ...]:
+    x, weight, bias = _small()
+    return weight, x, bias
+
+
+ACCURACY = [
+    *forward_and_gradient("conv3x3", _small, conv3x3, _pytorch),
+    *forward_and_gradient("conv3x3, weights", _small_by_weight, _by_weight(conv3x3), _by_weight(_pytorch))[
+        1:
+    ],
+]
 
 
 @COMPARISON.rows()

@@ -36,10 +36,9 @@ def _dtypes() -> tuple[torch.dtype, ...]:
 _DTYPES = _dtypes()
 
 
-class _Switch:
-    """Whether Winograd's algorithm may be used in this process; PANFPN_WINOGRAD=0 turns it off at the start."""
-
-    on = os.environ.get("PANFPN_WINOGRAD") != "0"
+# Whether the algorithm may be used in this process. torch.compile of torch 2.11 sees changes of a global, but not of an
+# attribute of a class.
+_is_on = os.environ.get("PANFPN_WINOGRAD") != "0"
 
 
 class winograd:
@@ -72,13 +71,15 @@ class winograd:
         self._before: list[bool] = []
 
     def __enter__(self) -> None:
-        self._before.append(_Switch.on)
-        _Switch.on = self._enabled
+        global _is_on
+        self._before.append(_is_on)
+        _is_on = self._enabled
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _Switch.on = self._before.pop()
+        global _is_on
+        _is_on = self._before.pop()
 
     @staticmethod
     def prepare(weight: Tensor, tile: int = 4) -> Tensor | None:
@@ -146,7 +147,7 @@ def is_transformed() -> bool:
 def takes_winograd(x: Tensor, weight: Tensor, prepared: bool = False) -> bool:
     """Whether a 3x3 convolution of `x` uses Winograd's algorithm, with weights that may be transformed already."""
     return (
-        _Switch.on
+        _is_on
         and suits_winograd(weight)
         and x.device.type == "cpu"
         and x.dtype == weight.dtype

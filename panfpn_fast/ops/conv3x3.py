@@ -13,7 +13,6 @@ from panfpn_fast._layout import memory_format_of
 from panfpn_fast.ops import _checks, _register, reference
 from panfpn_fast.ops._winograd import is_transformed, takes_winograd
 
-
 # With fewer pixels, torch's gradient of the weights is faster.
 _LEAST_PIXELS_FOR_WEIGHT = 1024
 
