@@ -47,12 +47,10 @@ def _roi_align(masks: Tensor, boxes: Tensor, size: int, scale: float, ratio: int
 @contextmanager
 def _eager_ops() -> Iterator[None]:
     """Replaces the ops that training calls outside of the network."""
-    eager = {
-        "upsample_cross_entropy": _cross_entropy,
-        "nms_padded": _nms_padded,
-        "roi_align": _roi_align,
-    }
-    with patch.multiple(ops, **eager), ops.winograd(False):  # type: ignore[arg-type]
+    replaced = patch.multiple(
+        ops, upsample_cross_entropy=_cross_entropy, nms_padded=_nms_padded, roi_align=_roi_align
+    )
+    with replaced, ops.winograd(False):
         yield
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from panfpn_fast.data.sample import Target
-from panfpn_fast.models import PanopticFPN
 from panfpn_fast.training.network import TrainingNetwork, total
 
 from ..harness import inputs, peers
@@ -34,10 +33,10 @@ _LAYOUTS = {
 
 @cache
 def _network(contender: str, device: torch.device) -> TrainingNetwork:
-    ours = contender == OURS
-    kind: type[PanopticFPN] = PanopticFPN if ours else EagerPanopticFPN
-    network = stand_in(_BACKBONE, device, kind=kind, memory_format=_LAYOUTS[contender])
-    return (TrainingNetwork if ours else EagerTrainingNetwork)(network)
+    layout = _LAYOUTS[contender]
+    if contender == OURS:
+        return TrainingNetwork(stand_in(_BACKBONE, device, memory_format=layout))
+    return EagerTrainingNetwork(stand_in(_BACKBONE, device, kind=EagerPanopticFPN, memory_format=layout))
 
 
 def _step(contender: str) -> Callable[[Tensor, Target], tuple[Tensor, ...]]:

@@ -353,8 +353,8 @@ def test_result_does_not_depend_on_the_number_of_threads() -> None:
             outputs.append((output, *torch.autograd.grad(output.square().sum(), weight)))
     finally:
         torch.set_num_threads(threads)
-    for output in outputs[1:]:
-        assert all(map(torch.equal, output, outputs[0]))
+    for other in outputs[1:]:
+        assert all(map(torch.equal, other, outputs[0]))
 
 
 def test_nan_reaches_all_outputs_that_depend_on_it() -> None:
