@@ -8,6 +8,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 // Empty because libstdc++ spells __attribute__((__noinline__)) in its own headers.
 #define __noinline__
 #define __shared__ _Pragma("GCC error \"declare shared memory with PANFPN_SHARED or PANFPN_DYNAMIC_SHARED\"")

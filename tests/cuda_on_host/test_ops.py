@@ -112,6 +112,31 @@ def test_wide_loads_of_channels(
         torch.testing.assert_close(actual, expected, rtol=tolerance.relative, atol=tolerance.absolute)
 
 
+@pytest.mark.parametrize("output_size", [(2, 7), (3, 8), (1, 16), (600, 1)], ids=str)
+@pytest.mark.parametrize("sampling_ratio", [0, 1, 3, 40])
+def test_columns_of_bins(
+    output_size: tuple[int, int], sampling_ratio: int, on_host: None, thread_order: str
+) -> None:
+    """Channels-last: one block or several for the columns of a box, and every number of pixels in a column.
+
+    The taps of 40 samples in a bin do not fit in shared memory if the map is large enough, nor do those of 600 rows.
+    """
+    features = torch.randn(2, 5, 44, 70, generator=torch.Generator().manual_seed(0))
+    features[1, :, 20, 30] = torch.tensor([float("inf"), -float("inf"), NAN, 1e30, 1e-30])
+    widths = torch.cat([torch.arange(1.0, 70.0, 4.0), torch.tensor([-9.0, 300.0])])
+    heights = widths.flip(0) * 0.6
+    corner = torch.rand(len(widths), 2, generator=torch.Generator().manual_seed(1)) * 3
+    image = torch.arange(len(widths))[:, None] % 3  # there is no third image
+    rois = torch.cat([image, corner, corner + torch.stack([widths, heights], dim=1)], dim=1)
+    args = (rois, output_size, 1.0, sampling_ratio, True)
+    expected = OPS["roi_align"].reference(features, *args)
+    actual = panfpn_fast.ops.roi_align(features.to(memory_format=torch.channels_last), *args)
+    tolerance = averaging_tolerance(torch.float32)
+    torch.testing.assert_close(
+        actual, expected, rtol=tolerance.relative, atol=tolerance.absolute, equal_nan=True
+    )
+
+
 @pytest.mark.parametrize("channels", [1, 6, 67])
 @pytest.mark.parametrize(
     ("output_size", "sampling_ratio"),

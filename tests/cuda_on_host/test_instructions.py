@@ -1,0 +1,121 @@
+"""Estimates how many instructions ROIAlign takes on a GPU: the loops of its machine code, and how often each runs.
+
+The estimate counts the instructions that the warps of all blocks issue. It needs no GPU: ptxas gives the length of each
+loop, and the boxes of the benchmark give the number of turns.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from cuda_on_host.build import CSRC, missing_for_nvcc
+from cuda_on_host.compiled import Compiled, compile_source, tool
+from support.repository import load_harness
+
+BOXES, BINS = 1000, 7
+SETUP_SAMPLE = 2  # a sample has up to two taps, and the loop over them is a part of the loop over samples
+
+
+@pytest.fixture(scope="module")
+def turns() -> Counter[str]:
+    """How often the loops of all columns of bins run, for 1000 boxes, 7 x 7 bins and four levels.
+
+    "rows n": rows of n pixels that are summed; "again": rows whose sum is used again; "samples": samples of a bin
+    along the longer axis of each box.
+    """
+    inputs = load_harness("inputs")
+    found: Counter[str] = Counter()
+    for x1, y1, x2, y2 in inputs.boxes(BOXES).double().tolist():
+        side = math.sqrt((x2 - x1) * (y2 - y1))
+        level = min(max(math.floor(4 + math.log2(side / 224)) - 2, 0), 3)
+        scale = inputs.PYRAMID_SCALES[level]
+        height, width = (math.ceil(size * scale) for size in inputs.PADDED)
+        rows = pixels_of_bins(y1 * scale - 0.5, y2 * scale - 0.5, height)
+        columns = pixels_of_bins(x1 * scale - 0.5, x2 * scale - 0.5, width)
+        visits = [row for of_bin in rows for row in of_bin]
+        summed = 1 + sum(a != b for a, b in zip(visits, visits[1:], strict=False))
+        for of_bin in columns:
+            found[f"rows {len(of_bin)}"] += summed
+            found["again"] += len(visits) - summed
+        found["samples"] += math.ceil(max(x2 - x1, y2 - y1) * scale / BINS)
+    return found
+
+
+def pixels_of_bins(start: float, stop: float, size: int) -> list[list[int]]:
+    """Returns the pixels that the samples of each bin touch along one axis."""
+    extent = (stop - start) / BINS
+    grid = math.ceil(extent)
+    found = []
+    for i in range(BINS):
+        samples = start + i * extent + (np.arange(grid) + 0.5) * extent / grid
+        low = np.floor(samples.clip(0, size - 1)).astype(int)
+        found.append(sorted({*low.tolist(), *np.minimum(low + 1, size - 1).tolist()}))
+    return found
+
+
+def estimate(kernel: Compiled, chunks: int, turns: Counter[str]) -> int:
+    """Returns an upper bound of the warp instructions of pool_channels_last for `chunks` parts of the channels."""
+    # The usual way keeps its taps in shared memory; boxes whose taps do not fit take loops without it.
+    loops = [loop for loop in kernel.loops if loop.count("LDS") > 0]
+    assert not any(loop.count("D(ADD|MUL|FMA)") for loop in loops)  # double precision is slow
+    of_row, of_bin = {}, {}
+    for loop in sorted(loops, key=lambda loop: loop.length):
+        pixels, taps = loop.count(r"LDG\.E\.128"), loop.count("LDS")
+        if taps <= 2 and 2 <= pixels <= 5:  # the taps of the columns are in registers
+            (of_bin if loop.count("STG") else of_row).setdefault(pixels, loop.length)
+    any_row, any_bin = (
+        min(
+            loop.length
+            for loop in loops
+            if loop.count("LDG") == 3 and loop.count("LDS") in (4, 5) and loop.count("STG") == stores
+        )
+        for stores in (0, 1)
+    )
+    assert of_row.keys() == of_bin.keys() == {2, 3, 4, 5}, [loop.instructions for loop in loops]
+    of_channels, of_block = (
+        min(loop.length for loop in loops if loop.count("STG") == 5 and (loop.count("BAR") > 0) == barriers)
+        for barriers in (False, True)
+    )
+
+    rows = sum(
+        count * of_row.get(pixels, any_row * (pixels + 1) // 2)
+        for pixels in range(1, 32)
+        if (count := turns[f"rows {pixels}"])
+    )
+    again = turns["again"] * (3 * of_row[2] - 2 * of_row[3])  # a row without pixels
+    bins = BOXES * BINS * BINS * max(of_bin[pixels] - of_row[pixels] for pixels in of_bin)
+    columns = BOXES * BINS * (of_channels - sum(of_bin.values()) - any_bin)
+    setup = of_block - of_channels
+    samples = max(
+        loop.length
+        for loop in loops
+        if loop.count("MUFU") == 1 and loop.count("STG") == 0 and loop.count("LDS") == 2
+    )
+    blocks = BOXES * setup + turns["samples"] * SETUP_SAMPLE * samples
+    return chunks * (rows + again + bins + columns + blocks)
+
+
+# The kernel before took 87 and 62 million by an estimate of this kind.
+@pytest.mark.parametrize(("name", "chunks", "millions"), [("float, 4", 2, 23), ("BFloat16, 8", 1, 21)])
+def test_roi_align(
+    kernels: dict[str, Compiled], turns: Counter[str], name: str, chunks: int, millions: int
+) -> None:
+    """1000 boxes on four levels, 7 x 7 bins, 256 channels."""
+    found = estimate(kernels[f"pool_channels_last<{name}>"], chunks, turns) / 1e6
+    assert 0.8 * millions < found <= millions
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
+    if reason := missing_for_nvcc():
+        pytest.skip(reason)
+    if shutil.which("c++filt") is None or tool("cuobjdump") is None:
+        pytest.skip("c++filt (binutils) or cuobjdump is not installed")
+    source = CSRC / "ops" / "cuda" / "roi_pool.cu"
+    compiled = compile_source(source, 90, tmp_path_factory.mktemp("instructions"))
+    return {kernel.name: kernel for kernel in compiled.kernels}
