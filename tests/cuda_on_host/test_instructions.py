@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def turns() -> Counter[str]:
         rows = pixels_of_bins(y1 * scale - 0.5, y2 * scale - 0.5, height)
         columns = pixels_of_bins(x1 * scale - 0.5, x2 * scale - 0.5, width)
         visits = [row for of_bin in rows for row in of_bin]
-        summed = 1 + sum(a != b for a, b in zip(visits, visits[1:], strict=False))
+        summed = 1 + sum(a != b for a, b in pairwise(visits))
         for of_bin in columns:
             found[f"rows {len(of_bin)}"] += summed
             found["again"] += len(visits) - summed

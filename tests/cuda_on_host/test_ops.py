@@ -256,7 +256,7 @@ def test_merge_with_many_claims(on_host: None, thread_order: str, rule: str) -> 
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-def test_merge_of_instances_that_share_a_barrier(on_host: None, thread_order: str) -> None:
+def test_merge_of_instances_that_share_a_wave(on_host: None, thread_order: str) -> None:
     """Many small boxes with few overlaps, over rows of more than one piece, which gives waves of every length."""
     random = torch.Generator().manual_seed(5)
     corner = torch.rand(90, 2, generator=random) * torch.tensor([290.0, 30.0])
@@ -268,6 +268,58 @@ def test_merge_of_instances_that_share_a_barrier(on_host: None, thread_order: st
     for max_segments in (0, 20, 120):
         actual = panfpn_fast.ops.panoptic_merge_padded(*args, **kwargs, max_segments=max_segments)
         expected = OPS["panoptic_merge_padded"].reference(*args, **kwargs, max_segments=max_segments)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("count", "image_size"),
+    [(3, (800, 670)), (300, (70000, 1)), (8200, (3, 40))],
+    ids=["bitmap in global memory", "several batches", "sorted order"],
+)
+def test_merge_of_much(
+    count: int, image_size: tuple[int, int], on_host: None, host_library: ctypes.CDLL
+) -> None:
+    """A bitmap beyond the shared memory of the smallest GPU, bits beyond one batch, more scores than are ranked."""
+    height, width = image_size
+    random = torch.Generator().manual_seed(7)
+    corner = torch.rand(count, 2, generator=random) * torch.tensor([width - 1.0, height * 0.9])
+    extent = 1 + torch.rand(count, 2, generator=random) * torch.tensor([0.4 * width, min(height, 900.0)])
+    boxes = torch.cat([corner, corner + extent], dim=1)
+    masks = torch.rand(count, 3, 3, generator=random) + 0.4
+    scores = (torch.rand(count, generator=random) * 500).round() / 500
+    scores[:2] = NAN
+    semantic = torch.randint(0, 3, image_size, generator=random, dtype=torch.uint8)
+    args = (masks, boxes, scores, torch.arange(count), semantic, image_size)
+    launches = host_library.panfpn_host_launch_count()
+    for rule in ("panopticapi", "detectron2"):
+        kwargs: dict[str, Any] = {"score_threshold": 0.5, "stuff_area_threshold": 5, "rule": rule}
+        actual = panfpn_fast.ops.panoptic_merge(*args, **kwargs)
+        expected = OPS["panoptic_merge"].reference(*args, **kwargs)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+    batches = 2 if count == 300 else 1
+    assert host_library.panfpn_host_launch_count() - launches == 2 * (2 + 3 * batches)
+
+
+@pytest.mark.parametrize("rule", ["detectron2", "mmdetection", "panopticapi"])
+@pytest.mark.parametrize("overlap_threshold", [-0.5, 0.0, 1 / 3, 0.5, 1.0, float("inf")])
+def test_merge_at_the_overlap_threshold(
+    overlap_threshold: float, rule: str, on_host: None, thread_order: str
+) -> None:
+    """Shares of n / 12, some of which equal the threshold."""
+    boxes = torch.tensor([[0.0, 0.0, 6.0, 1.0]] + [[6.0 - i, 0.0, 18.0 - i, 1.0] for i in range(13)])
+    masks = torch.ones(14, 1, 1)
+    for second in range(1, 14):
+        chosen = torch.tensor([0, second])
+        args = (
+            masks[:2],
+            boxes[chosen],
+            torch.tensor([0.9, 0.8]),
+            chosen,
+            torch.zeros(1, 40, dtype=torch.int64),
+        )
+        kwargs: dict[str, Any] = {"overlap_threshold": overlap_threshold, "rule": rule}
+        actual = panfpn_fast.ops.panoptic_merge(*args, (1, 40), **kwargs)
+        expected = OPS["panoptic_merge"].reference(*args, (1, 40), **kwargs)
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
@@ -343,19 +395,3 @@ def test_more_boxes_than_shared_memory_allows(
             panfpn_fast.ops.nms_padded(boxes, boxes[:, 0], None, 0.5, 1)
     finally:
         host_library.panfpn_host_set_compute_capability(75)
-
-
-def test_merge_on_a_busy_gpu(on_host: None, host_library: ctypes.CDLL) -> None:
-    """Fewer blocks than the device promises are resident at once, so the grid is halved until it fits."""
-    random = torch.Generator().manual_seed(3)
-    corner = torch.rand(20, 2, generator=random) * 60
-    boxes = torch.cat([corner, corner + 10 + 50 * torch.rand(20, 2, generator=random)], dim=1)
-    masks, scores = torch.rand(20, 28, 20, generator=random), torch.rand(20, generator=random)
-    semantic = torch.randint(0, 9, (77, 301), generator=random)
-    args = (masks, boxes, scores, torch.arange(20), semantic, (77, 301))
-    host_library.panfpn_host_set_resident_blocks(2)
-    try:
-        actual = panfpn_fast.ops.panoptic_merge(*args)
-    finally:
-        host_library.panfpn_host_set_resident_blocks(6)
-    torch.testing.assert_close(actual, OPS["panoptic_merge"].reference(*args), rtol=0, atol=0)
