@@ -33,8 +33,8 @@ FLOAT64 = {
 }
 
 # Bytes of local memory: arrays that a kernel indexes at run time. Of these, no more than MOST_SPILLED are spilled.
-# pool_channels_last keeps a bin there, but only for boxes whose taps do not fit in shared memory.
-STACK = {"gather_tiles": 176, "pool_channels_last": 72, "pool_nchw": 16, "add_bins": 16}
+# Those that pool keep a bin there, but only of a box whose taps do not fit in shared memory.
+STACK = {"gather_tiles": 176, "pool_channels_last": 72, "pool_nchw": 24, "add_bins": 16}
 MOST_SPILLED = 40  # by gather_tiles on sm_75
 
 

@@ -164,6 +164,28 @@ def test_planes_of_channels(
     assert_agrees(panfpn_fast.ops.roi_align(*args), expected, tolerance, thread_order)
 
 
+@pytest.mark.parametrize(
+    ("map_size", "output_size", "sampling_ratio"),
+    [((3, 300), (2, 7), 0), ((90, 80), (7, 7), 2), ((1, 9), (600, 5), 0), ((9, 1), (3, 641), 1)],
+    ids=["one bin at a time", "distant samples", "many rows", "too many columns"],
+)
+def test_planes_of_large_and_small_maps(
+    map_size: tuple[int, int],
+    output_size: tuple[int, int],
+    sampling_ratio: int,
+    on_host: None,
+    thread_order: str,
+) -> None:
+    """NCHW: bins that touch more pixels than a warp sums at once, few of many pixels, and maps of one row or column."""
+    height, width = map_size
+    features = torch.randn(1, 5, *map_size, generator=torch.Generator().manual_seed(0))
+    rois = torch.tensor([[0.0, 0.4, 0.2, width, height], [0.0, 0.7 * width, 0.1, 0.2 * width, 0.9 * height]])
+    args = (features, rois, output_size, 1.0, sampling_ratio, True)
+    expected = OPS["roi_align"].reference(*args)
+    tolerance = averaging_tolerance(torch.float32)
+    assert_agrees(panfpn_fast.ops.roi_align(*args), expected, tolerance, thread_order)
+
+
 @pytest.mark.parametrize("channels", [1, 4])
 @pytest.mark.parametrize("samples", [2, 6, 10, 12, 34, 60])
 def test_half_of_the_samples_is_exactly_half(samples: int, channels: int, on_host: None) -> None:

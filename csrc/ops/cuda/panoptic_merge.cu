@@ -273,9 +273,9 @@ __global__ void __launch_bounds__(kPlaceThreads) place(MergeArguments args, Batc
   const int before = args.things[1];
   int segments = before;
   unsigned int *sums = claimed, *next_sums = claimed + kWave;
+  __syncthreads();
   for (int first = batch.begin; first < batch.end; first += kGroup) {
     const int last = min(first + kGroup, batch.end);
-    __syncthreads();
     for (int i = first + thread; i < last; i += kPlaceThreads) {
       const unsigned int area = args.areas[i];
       const int most = area == 0 ? -1 : static_cast<int>(most_claimed(area, args.params));

@@ -10,6 +10,21 @@
 namespace panfpn::inline PANFPN_ARITHMETIC {
 namespace {
 
+// Constants of the channels-last kernel.
+constexpr int kMostColumns = 7;  // columns of bins in a block, one for each warp
+
+// Constants of the NCHW kernel.
+constexpr int kPoolThreads = 256;
+constexpr int kWarps = kPoolThreads / 32;
+constexpr int kPlanes =
+    4;  // channels that a warp processes together, to load the weights once for all of them
+constexpr int kBlockChannels = 64;
+constexpr int kPlaneSums = 256;
+
+// Taps in shared memory along either axis: 36 samples in each of 7 bins, 45 for NCHW, and more if the map is
+// small.
+constexpr int kChannelsLastTaps = 512, kNchwTaps = 640;
+
 // A row or column of pixels, and the summed weight of the samples of a bin that touch it.
 struct alignas(8) Tap {
   int pixel;
@@ -84,63 +99,6 @@ __device__ void pool_by_samples(const Bin<float>& bin, int64_t ph, int64_t pw, c
   *reinterpret_cast<Pack<T, V>*>(out) = pack;
 }
 
-// Channels-last.
-
-constexpr int kMostColumns = 7;  // columns of bins in a block, one for each warp
-constexpr int kBoxTaps = 512;  // along either axis: 36 samples in each of 7 bins, or more if the map is small
-
-// What the warps of a block need to know about their box.
-struct BlockBox {
-  bool fits;
-  int level;
-  int64_t map;  // the first value of the box's image in the tensor of its level
-  float samples, inverse_samples;
-  int row_slots, column_slots;  // for the taps of one bin
-};
-
-// Returns whether the taps of a block fit in shared memory, and offsets in the map of one image in 31 bits.
-template <typename T>
-__device__ bool box_fits(const Bin<float>& bin, const Pyramid<const T>& pyramid,
-                         const RoiAlignParams& params) {
-  constexpr int64_t kMostBytes = int64_t{1} << 31;
-  return tap_slots(bin.y, bin.height) <= kBoxTaps / params.pooled_height &&
-         tap_slots(bin.x, bin.width) <= kBoxTaps / kMostColumns && params.pooled_height <= kBoxTaps &&
-         bin.height * bin.width * pyramid.channels < kMostBytes / static_cast<int64_t>(sizeof(T));
-}
-
-// The first warp of a block finds the taps of all rows of bins and of the block's columns of bins. They hold
-// offsets in bytes.
-template <typename T>
-__device__ void find_box_taps(const Pyramid<const T>& pyramid, const float* roi, const RoiAlignParams& params,
-                              Range block_columns, BlockBox* box, Tap* rows, Tap* columns, int* counts) {
-  const Bin<float> bin = find_bin(pyramid, roi, params);
-  const int lane = static_cast<int>(threadIdx.x);
-  const bool fits = box_fits(bin, pyramid, params);
-  const int row_slots = static_cast<int>(tap_slots(bin.y, bin.height));
-  const int column_slots = static_cast<int>(tap_slots(bin.x, bin.width));
-  if (lane == 0) {
-    *box = {fits,        bin.level,          bin.image * pyramid.channels * bin.height * bin.width,
-            bin.samples, 1.0f / bin.samples, row_slots,
-            column_slots};
-  }
-  if (!fits) return;
-  const int bin_rows = static_cast<int>(params.pooled_height),
-            all = bin_rows + static_cast<int>(block_columns.size());
-  const int pixel_bytes = static_cast<int>(pyramid.channels * sizeof(T));
-  for (int i = lane; i < all; i += 32) {
-    const bool is_row = i < bin_rows;
-    const int column = i - bin_rows;
-    const RoiAxis<float> axis{is_row ? bin.y.start : bin.x.start, is_row ? bin.y.bin : bin.x.bin,
-                              is_row ? bin.y.grid : bin.x.grid};
-    const int64_t at = is_row ? i : block_columns.begin + column;
-    Tap* taps = is_row ? rows + i * row_slots : columns + column * column_slots;
-    const int found = bin.usable ? find_taps(axis, at, is_row ? bin.height : bin.width, taps) : 0;
-    const int step = is_row ? static_cast<int>(bin.width) * pixel_bytes : pixel_bytes;
-    for (int j = 0; j < found; ++j) taps[j].pixel *= step;
-    counts[i] = found;
-  }
-}
-
 // Returns sum / samples, given 1 / samples. A float is rounded correctly, unless it is below the normal
 // numbers: the remainder corrects the quotient, in a third of the instructions of a division. A narrower
 // result does not need this.
@@ -150,6 +108,69 @@ __device__ __forceinline__ T mean(float sum, float samples, float inverse_sample
   if constexpr (sizeof(T) < sizeof(float)) return static_cast<T>(quotient);
   const float corrected = fmaf(fmaf(-quotient, samples, sum), inverse_samples, quotient);
   return fabsf(quotient) < INFINITY ? corrected : quotient;
+}
+
+// Channels-last.
+
+// What the warps of a block need to know about their box.
+struct BlockBox {
+  bool fits;
+  int level;
+  int64_t map;    // the first value of the box's image in the tensor of its level
+  int64_t plane;  // pixels of the map
+  float samples, inverse_samples;
+  int row_slots, column_slots;  // for the taps of one bin
+};
+
+// Returns whether the taps of a block fit in shared memory, and offsets in bytes in 31 bits: in the map of
+// one image, or, for NCHW, in one channel of it.
+template <bool channels_last, typename T>
+__device__ bool box_fits(const Bin<float>& bin, const Pyramid<const T>& pyramid,
+                         const RoiAlignParams& params) {
+  constexpr int64_t kTaps = channels_last ? kChannelsLastTaps : kNchwTaps;
+  constexpr int64_t kMostValues = (int64_t{1} << 31) / static_cast<int64_t>(sizeof(T));
+  const int64_t row_slots = tap_slots(bin.y, bin.height), column_slots = tap_slots(bin.x, bin.width);
+  const int64_t block_columns = channels_last ? int64_t{kMostColumns} : params.pooled_width;
+  return params.pooled_height <= kTaps && block_columns <= kTaps &&
+         row_slots <= kTaps / params.pooled_height && column_slots <= kTaps / block_columns &&
+         (channels_last || column_slots < kPlaneSums) &&
+         bin.height * bin.width * (channels_last ? pyramid.channels : 1) < kMostValues;
+}
+
+// The first warp of a block finds the taps of all rows of bins and of the block's columns of bins. Those of
+// rows hold offsets in bytes, those of columns too, but for NCHW in pixels. Unused slots of columns are zero.
+template <bool channels_last, typename T>
+__device__ void find_box_taps(const Pyramid<const T>& pyramid, const float* roi, const RoiAlignParams& params,
+                              Range block_columns, BlockBox* box, Tap* rows, Tap* columns, int* counts) {
+  const Bin<float> bin = find_bin(pyramid, roi, params);
+  const int lane = static_cast<int>(threadIdx.x);
+  const bool fits = box_fits<channels_last>(bin, pyramid, params);
+  const int row_slots = static_cast<int>(tap_slots(bin.y, bin.height));
+  const int column_slots = static_cast<int>(tap_slots(bin.x, bin.width));
+  if (lane == 0) {
+    const int64_t plane = bin.height * bin.width;
+    *box = {fits,      bin.level,   bin.image * pyramid.channels * plane,
+            plane,     bin.samples, 1.0f / bin.samples,
+            row_slots, column_slots};
+  }
+  if (!fits) return;
+  const int bin_rows = static_cast<int>(params.pooled_height);
+  const int all = bin_rows + static_cast<int>(block_columns.size());
+  const int pixel_bytes = static_cast<int>((channels_last ? pyramid.channels : 1) * sizeof(T));
+  const int row_step = static_cast<int>(bin.width) * pixel_bytes,
+            column_step = channels_last ? pixel_bytes : 1;
+  for (int i = lane; i < all; i += 32) {
+    const bool is_row = i < bin_rows;
+    const int column = i - bin_rows, slots = is_row ? row_slots : column_slots;
+    const RoiAxis<float> axis{is_row ? bin.y.start : bin.x.start, is_row ? bin.y.bin : bin.x.bin,
+                              is_row ? bin.y.grid : bin.x.grid};
+    const int64_t at = is_row ? i : block_columns.begin + column;
+    Tap* taps = is_row ? rows + i * row_slots : columns + column * column_slots;
+    const int found = bin.usable ? find_taps(axis, at, is_row ? bin.height : bin.width, taps) : 0;
+    for (int j = 0; j < found; ++j) taps[j].pixel *= is_row ? row_step : column_step;
+    for (int j = found; j < slots && !is_row; ++j) taps[j] = {0, 0.0f};
+    counts[i] = found;
+  }
 }
 
 // The taps of one column of bins. `kCount` of them are in registers; if it is 0, any number is in shared
@@ -259,7 +280,7 @@ __device__ __noinline__ void pool_other_boxes(const Pyramid<const T>& pyramid, c
   const int64_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   for (int64_t k = blockIdx.x; k < count; k += gridDim.x) {
     const Bin<float> bin = find_bin(pyramid, boxes + k * 5, params);
-    if (box_fits(bin, pyramid, params)) continue;
+    if (box_fits<true>(bin, pyramid, params)) continue;
     const T* map = pyramid.data[bin.level] + bin.image * pyramid.channels * bin.height * bin.width;
     for (int64_t pw = blockIdx.y * warps + warp; pw < params.pooled_width; pw += gridDim.y * warps) {
       for (int64_t c = (int64_t{blockIdx.z} * 32 + lane) * V; c < pyramid.channels;
@@ -280,9 +301,9 @@ __global__ void __launch_bounds__(32 * kMostColumns, 4)
     pool_channels_last(const __grid_constant__ Pyramid<const T> pyramid, const float* boxes, int64_t count,
                        const __grid_constant__ RoiAlignParams params, T* out) {
   PANFPN_SHARED(BlockBox, box, 1);
-  PANFPN_SHARED(Tap, rows, kBoxTaps);
-  PANFPN_SHARED(Tap, columns, kBoxTaps);
-  PANFPN_SHARED(int, counts, kBoxTaps + kMostColumns);
+  PANFPN_SHARED(Tap, rows, kChannelsLastTaps);
+  PANFPN_SHARED(Tap, columns, kChannelsLastTaps);
+  PANFPN_SHARED(int, counts, kChannelsLastTaps + kMostColumns);
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   const int warps = static_cast<int>(blockDim.x / 32);
   const int64_t channels = pyramid.channels;
@@ -292,7 +313,7 @@ __global__ void __launch_bounds__(32 * kMostColumns, 4)
          first += int64_t{gridDim.y} * warps) {
       if (warp == 0) {
         const Range block_columns{first, min(first + warps, params.pooled_width)};
-        find_box_taps(pyramid, boxes + k * 5, params, block_columns, box, rows, columns, counts);
+        find_box_taps<true>(pyramid, boxes + k * 5, params, block_columns, box, rows, columns, counts);
       }
       __syncthreads();
       others |= !box->fits;
@@ -322,134 +343,166 @@ __global__ void __launch_bounds__(32 * kMostColumns, 4)
 
 // NCHW.
 
-constexpr int kPoolThreads = 256;
-constexpr int kWarps = kPoolThreads / 32;
-constexpr int kPlanes =
-    4;  // channels that a warp processes together, to load the weights once for all of them
-constexpr int kBlockChannels = 64;
-constexpr int kAxisTaps = 768;  // enough for 48 samples in each of 7 bins, along either axis
-constexpr int kPlaneSums = 256;
-
-// Returns whether the taps of all bins fit in shared memory and pixel indices fit in 32 bits.
-__device__ bool taps_fit(const Bin<float>& bin, const RoiAlignParams& params) {
-  return tap_slots(bin.y, bin.height) <= kAxisTaps / params.pooled_height &&
-         tap_slots(bin.x, bin.width) <= kAxisTaps / params.pooled_width &&
-         tap_slots(bin.x, bin.width) < kPlaneSums && bin.height * bin.width < int64_t{1} << 31;
-}
-
-// A box, as a block computes it.
+// The taps of a box in shared memory, as find_box_taps leaves them.
 struct BoxTaps {
-  const Tap *rows, *columns;  // the slots of all bins, bin by bin
-  const int* row_counts;      // taps of each bin
+  const Tap *rows, *columns;
+  const int *row_counts, *column_counts;  // taps of each bin
   int row_slots, column_slots;
-  int bins, pooled_width;
-  int map_width;
-  float samples;
+  int pooled_height, pooled_width;
+  float samples, inverse_samples;
 };
 
-// One warp pools the bins of a box in kPlanes channels. First each lane takes one column tap of a bin and
-// sums over the rows; then each lane takes a bin and sums over its columns.
+// Neighbouring columns of bins, and the columns of pixels that they touch: all from `first` on if these are
+// fewer than the taps, otherwise those of the slots.
+struct Segment {
+  int first_bin, bins;
+  bool dense;
+  int first, width;
+};
+
+__device__ Segment find_segment(const BoxTaps& box, int first_bin, int bins) {
+  int low = 0x7FFFFFFF, high = -1;
+  for (int b = first_bin; b < first_bin + bins; ++b) {
+    const int count = box.column_counts[b];
+    if (count == 0) continue;
+    // Taps are in ascending or in descending order.
+    const int begin = box.columns[b * box.column_slots].pixel;
+    const int end = box.columns[b * box.column_slots + count - 1].pixel;
+    low = min(low, min(begin, end)), high = max(high, max(begin, end));
+  }
+  const int range = high < 0 ? 0 : high - low + 1, slots = bins * box.column_slots;
+  return range <= slots ? Segment{first_bin, bins, true, low, range}
+                        : Segment{first_bin, bins, false, 0, slots};
+}
+
+// One warp pools the bins of a segment in kPlanes channels. First each lane takes a column of pixels in a row
+// of bins, and sums over the rows of pixels; then each lane takes a bin and sums over its columns.
 template <typename T>
-__device__ void pool_planes(const BoxTaps& box, const T* plane, int64_t plane_size, int used, float* sums,
-                            T* out) {
+__device__ void pool_planes(const BoxTaps& box, const Segment& segment, const T* plane, int64_t plane_size,
+                            int used, float* sums, T* out) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int pitch = box.column_slots + 1;  // odd, so that bins start in different banks
-  const int bins_at_once = kPlaneSums / pitch;
-  for (int begin = 0; begin < box.bins; begin += bins_at_once) {
-    const int count = min(bins_at_once, box.bins - begin);
-    for (unsigned item = lane; item < static_cast<unsigned>(count * box.column_slots); item += 32) {
-      const unsigned i = item / static_cast<unsigned>(box.column_slots), slot = item - i * box.column_slots;
-      const unsigned ph = (begin + i) / static_cast<unsigned>(box.pooled_width);
-      const unsigned pw = begin + i - ph * box.pooled_width;
-      const Tap column = box.columns[pw * box.column_slots + slot];
-      const Tap* rows = box.rows + ph * box.row_slots;
-      const int row_count = column.weight == 0.0f ? 0 : box.row_counts[ph];
+  const Tap* columns = box.columns + segment.first_bin * box.column_slots;
+  const unsigned width = static_cast<unsigned>(segment.width), bins = static_cast<unsigned>(segment.bins);
+  const int pitch = segment.width | 1;  // odd, so that rows of bins start in different banks
+  const int rows_at_once = kPlaneSums / pitch, all_bins = box.pooled_height * box.pooled_width;
+  for (int begin = 0; begin < box.pooled_height; begin += rows_at_once) {
+    const int count = min(rows_at_once, box.pooled_height - begin);
+    for (unsigned item = lane; item < count * width; item += 32) {
+      const unsigned i = item / width, slot = item - i * width;
+      const T* column =
+          plane + (segment.dense ? segment.first + static_cast<int>(slot) : columns[slot].pixel);
+      const char* planes[kPlanes];
+      PANFPN_UNROLL
+      for (int p = 0; p < kPlanes; ++p) {
+        planes[p] = reinterpret_cast<const char*>(column + (p < used ? p * plane_size : 0));
+      }
+      const Tap* rows = box.rows + (begin + i) * box.row_slots;
+      const Tap* rows_end = rows + box.row_counts[begin + i];
       float sum[kPlanes] = {};
       PANFPN_UNROLL_BY(2)
-      for (int j = 0; j < row_count; ++j) {
-        const Tap row = rows[j];
-        const T* pixel = plane + (row.pixel * box.map_width + column.pixel);
+      for (; rows < rows_end; ++rows) {
+        const Tap row = *rows;
         PANFPN_UNROLL
         for (int p = 0; p < kPlanes; ++p) {
-          if (p < used) sum[p] += row.weight * static_cast<float>(pixel[p * plane_size]);
+          const T* pixel = reinterpret_cast<const T*>(planes[p] + static_cast<unsigned>(row.pixel));
+          sum[p] += row.weight * static_cast<float>(*pixel);
         }
       }
       PANFPN_UNROLL
-      for (int p = 0; p < kPlanes; ++p) sums[p * kPlaneSums + i * pitch + slot] = sum[p] * column.weight;
+      for (int p = 0; p < kPlanes; ++p) sums[p * kPlaneSums + i * pitch + slot] = sum[p];
     }
     __syncwarp();
-    for (int i = lane; i < count; i += 32) {
+    for (unsigned item = lane; item < count * bins; item += 32) {
+      const unsigned i = item / bins, b = item - i * bins;
+      const Tap* taps = columns + b * box.column_slots;
+      const int column_count = box.column_counts[segment.first_bin + b];
       float sum[kPlanes] = {};
       PANFPN_UNROLL_BY(2)
-      for (int slot = 0; slot < box.column_slots; ++slot) {
+      for (int j = 0; j < column_count; ++j) {
+        const Tap tap = taps[j];
+        const int slot =
+            segment.dense ? tap.pixel - segment.first : static_cast<int>(b) * box.column_slots + j;
         PANFPN_UNROLL
-        for (int p = 0; p < kPlanes; ++p) sum[p] += sums[p * kPlaneSums + i * pitch + slot];
+        for (int p = 0; p < kPlanes; ++p) sum[p] += tap.weight * sums[p * kPlaneSums + i * pitch + slot];
       }
+      T* bin = out + ((begin + i) * box.pooled_width + segment.first_bin + b);
       PANFPN_UNROLL
       for (int p = 0; p < kPlanes; ++p) {
-        if (p < used) out[int64_t{p} * box.bins + begin + i] = static_cast<T>(sum[p] / box.samples);
+        if (p < used) bin[int64_t{p} * all_bins] = mean<T>(sum[p], box.samples, box.inverse_samples);
       }
     }
     __syncwarp();
+  }
+}
+
+// As pool_other_boxes, for NCHW.
+template <typename T>
+__device__ __noinline__ void pool_other_planes(const Pyramid<const T>& pyramid, const float* boxes,
+                                               int64_t count, const RoiAlignParams& params, T* out) {
+  const int64_t bins = params.pooled_height * params.pooled_width;
+  for (int64_t k = blockIdx.x; k < count; k += gridDim.x) {
+    const Bin<float> bin = find_bin(pyramid, boxes + k * 5, params);
+    if (box_fits<false>(bin, pyramid, params)) continue;
+    const int64_t plane = bin.height * bin.width;
+    const T* map = pyramid.data[bin.level] + bin.image * pyramid.channels * plane;
+    for (int64_t first = int64_t{blockIdx.y} * kBlockChannels; first < pyramid.channels;
+         first += int64_t{gridDim.y} * kBlockChannels) {
+      const int64_t last = min(first + kBlockChannels, pyramid.channels);
+      for (int64_t i = first * bins + threadIdx.x; i < last * bins; i += kPoolThreads) {
+        const int64_t c = i / bins, ph = i % bins / params.pooled_width, pw = i % params.pooled_width;
+        pool_by_samples<T, 1>(bin, ph, pw, map + c * plane, 1, out + k * pyramid.channels * bins + i);
+      }
+    }
   }
 }
 
 // A block processes a box and kBlockChannels of its channels. Three blocks fit on a multiprocessor.
 template <typename T>
 __global__ void __launch_bounds__(kPoolThreads, 3)
-    pool_nchw(Pyramid<const T> pyramid, const float* boxes, int64_t count, RoiAlignParams params, T* out) {
-  PANFPN_SHARED(Tap, rows, kAxisTaps);
-  PANFPN_SHARED(Tap, columns, kAxisTaps);
-  PANFPN_SHARED(int, row_counts, kAxisTaps / 2);
+    pool_nchw(const __grid_constant__ Pyramid<const T> pyramid, const float* boxes, int64_t count,
+              const __grid_constant__ RoiAlignParams params, T* out) {
+  PANFPN_SHARED(BlockBox, box, 1);
+  PANFPN_SHARED(Tap, rows, kNchwTaps);
+  PANFPN_SHARED(Tap, columns, kNchwTaps);
+  PANFPN_SHARED(int, counts, 2 * kNchwTaps);
   PANFPN_SHARED(float, sums, kWarps * kPlanes * kPlaneSums);
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
-  const int64_t channels = pyramid.channels, shares = (channels + kBlockChannels - 1) / kBlockChannels;
-  const int64_t bins = params.pooled_height * params.pooled_width;
-  for (int64_t index = blockIdx.x; index < count * shares; index += gridDim.x) {
-    const int64_t k = index / shares, first = index % shares * kBlockChannels;
-    const int64_t last = min(first + kBlockChannels, channels);
-    const Bin<float> bin = find_bin(pyramid, boxes + k * 5, params);
-    const int64_t plane_size = bin.height * bin.width;
-    const T* map = pyramid.data[bin.level] + bin.image * channels * plane_size;
-    T* box_out = out + k * channels * bins;
-    if (!bin.usable || !taps_fit(bin, params)) {
-      for (int64_t i = first * bins + thread; i < last * bins; i += kPoolThreads) {
-        const int64_t c = i / bins, ph = i % bins / params.pooled_width, pw = i % params.pooled_width;
-        pool_by_samples<T, 1>(bin, ph, pw, map + c * plane_size, 1, box_out + i);
-      }
-      continue;
-    }
-    const int pooled_height = static_cast<int>(params.pooled_height);
-    const BoxTaps box{rows,
-                      columns,
-                      row_counts,
-                      static_cast<int>(tap_slots(bin.y, bin.height)),
-                      static_cast<int>(tap_slots(bin.x, bin.width)),
-                      static_cast<int>(bins),
-                      static_cast<int>(params.pooled_width),
-                      static_cast<int>(bin.width),
-                      bin.samples};
-    for (int i = thread; i < pooled_height + box.pooled_width; i += kPoolThreads) {
-      const bool is_row = i < pooled_height;
-      const int pw = i - pooled_height;
-      Tap* taps = is_row ? rows + i * box.row_slots : columns + pw * box.column_slots;
-      const RoiAxis<float> axis{is_row ? bin.y.start : bin.x.start, is_row ? bin.y.bin : bin.x.bin,
-                                is_row ? bin.y.grid : bin.x.grid};
-      const int found = find_taps(axis, is_row ? i : pw, is_row ? bin.height : bin.width, taps);
-      if (is_row) {
-        row_counts[i] = found;
-      } else {
-        for (int slot = found; slot < box.column_slots; ++slot) taps[slot] = {0, 0.0f};
-      }
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int64_t channels = pyramid.channels, bins = params.pooled_height * params.pooled_width;
+  bool others = false;
+  for (int64_t k = blockIdx.x; k < count; k += gridDim.x) {
+    if (warp == 0) {
+      find_box_taps<false>(pyramid, boxes + k * 5, params, {0, params.pooled_width}, box, rows, columns,
+                           counts);
     }
     __syncthreads();
-    for (int64_t c = first + warp * kPlanes; c < last; c += kWarps * kPlanes) {
-      const int used = static_cast<int>(min(last - c, int64_t{kPlanes}));
-      pool_planes(box, map + c * plane_size, plane_size, used, sums + warp * kPlanes * kPlaneSums,
-                  box_out + c * bins);
+    others |= !box->fits;
+    if (box->fits) {
+      const int pooled_height = static_cast<int>(params.pooled_height);
+      const BoxTaps taps{rows,           columns,
+                         counts,         counts + pooled_height,
+                         box->row_slots, box->column_slots,
+                         pooled_height,  static_cast<int>(params.pooled_width),
+                         box->samples,   box->inverse_samples};
+      const T* map = pyramid.data[box->level] + box->map;
+      // All columns of bins together if their row sums fit, otherwise one after the other.
+      Segment segment = find_segment(taps, 0, taps.pooled_width);
+      const int together = segment.width < kPlaneSums ? taps.pooled_width : 1;
+      for (int first_bin = 0; first_bin < taps.pooled_width; first_bin += together) {
+        if (together < taps.pooled_width) segment = find_segment(taps, first_bin, together);
+        for (int64_t first = int64_t{blockIdx.y} * kBlockChannels; first < channels;
+             first += int64_t{gridDim.y} * kBlockChannels) {
+          const int64_t last = min(first + kBlockChannels, channels);
+          for (int64_t c = first + warp * kPlanes; c < last; c += kWarps * kPlanes) {
+            const int used = static_cast<int>(min(last - c, int64_t{kPlanes}));
+            pool_planes(taps, segment, map + c * box->plane, box->plane, used,
+                        sums + warp * kPlanes * kPlaneSums, out + (k * channels + c) * bins);
+          }
+        }
+      }
     }
     __syncthreads();  // before the taps of the next box are written
   }
+  if (others) pool_other_planes<T>(pyramid, boxes, count, params, out);
 }
 
 // A size of the grid along y or z; the kernel takes the rest in further rounds.
@@ -490,9 +543,10 @@ Tensor pool_features(const std::vector<Tensor>& features, const std::vector<doub
       };
       packs ? launch(pool_channels_last<T, V>, V) : launch(pool_channels_last<T, 1>, 1);
     } else {
-      const int64_t shares = (channels + kBlockChannels - 1) / kBlockChannels;
-      PANFPN_LAUNCH(pool_nchw<T>, dim3(blocks_for(boxes.size(0) * shares, 1)), dim3(kPoolThreads), 0, stream,
-                    pyramid, boxes_data, boxes.size(0), params, out_data);
+      const dim3 grid(blocks_for(boxes.size(0), 1),
+                      grid_share((channels + kBlockChannels - 1) / kBlockChannels));
+      PANFPN_LAUNCH(pool_nchw<T>, grid, dim3(kPoolThreads), 0, stream, pyramid, boxes_data, boxes.size(0),
+                    params, out_data);
     }
   });
   return out;
