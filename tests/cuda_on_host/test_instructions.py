@@ -71,7 +71,8 @@ def estimate(kernel: Compiled, chunks: int, turns: Counter[str]) -> int:
     # The usual way keeps its taps in shared memory; boxes whose taps do not fit take loops without it.
     loops = [loop for loop in kernel.loops if loop.count("LDS") > 0]
     assert not any(loop.count("D(ADD|MUL|FMA)") for loop in loops)  # double precision is slow
-    of_row, of_bin = {}, {}
+    of_row: dict[int, int] = {}
+    of_bin: dict[int, int] = {}
     for loop in sorted(loops, key=lambda loop: loop.length):
         pixels, taps = loop.count(r"LDG\.E\.128"), loop.count("LDS")
         if taps <= 2 and 2 <= pixels <= 5:  # the taps of the columns are in registers
@@ -84,7 +85,7 @@ def estimate(kernel: Compiled, chunks: int, turns: Counter[str]) -> int:
         )
         for stores in (0, 1)
     )
-    assert of_row.keys() == of_bin.keys() == {2, 3, 4, 5}, [loop.instructions for loop in loops]
+    assert of_row.keys() == of_bin.keys() == {2, 3, 4, 5}
     of_channels, of_block = (
         min(loop.length for loop in loops if loop.count("STG") == 5 and (loop.count("BAR") > 0) == barriers)
         for barriers in (False, True)
@@ -146,7 +147,6 @@ def estimate_nchw(kernel: Compiled, turns: Counter[str]) -> int:
     return CHANNELS // NCHW_GROUP * of_group + CHANNELS // NCHW_CHANNELS * blocks
 
 
-# The kernel before took 87 and 62 million by an estimate of this kind.
 @pytest.mark.parametrize(("name", "chunks", "millions"), [("float, 4", 2, 22), ("BFloat16, 8", 1, 21)])
 def test_roi_align(
     kernels: dict[str, Compiled], turns: Counter[str], name: str, chunks: int, millions: int
@@ -156,7 +156,6 @@ def test_roi_align(
     assert 0.8 * millions < found <= millions
 
 
-# The kernel before took 199 million.
 def test_roi_align_nchw(kernels: dict[str, Compiled], turns: Counter[str]) -> None:
     """The same boxes, float32."""
     millions = 110
