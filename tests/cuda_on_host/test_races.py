@@ -111,7 +111,7 @@ def test_the_ops_have_no_race(
     folder = cached_folder("races", request.config, tmp_path_factory)
     library = build_ops(folder, "-DPANFPN_RACE_CHECK=ON")
     report = tmp_path / "report.xml"
-    selected = "forward and not padded and (agree_with_the_reference or multiscale or channels_last)"
+    selected = "forward and not padded and (agree_with_the_reference or multiscale or channels_last or wave)"
     command = [
         "-m",
         "pytest",
