@@ -113,7 +113,7 @@ def test_wide_loads_of_channels(
 
 
 @pytest.mark.parametrize("output_size", [(2, 7), (3, 8), (1, 16), (600, 1)], ids=str)
-@pytest.mark.parametrize("sampling_ratio", [0, 1, 3, 40])
+@pytest.mark.parametrize("sampling_ratio", [0, 3, 40])
 def test_columns_of_bins(
     output_size: tuple[int, int], sampling_ratio: int, on_host: None, thread_order: str
 ) -> None:
@@ -295,12 +295,12 @@ def test_merge_of_instances_that_share_a_wave(on_host: None, thread_order: str) 
 
 
 @pytest.mark.parametrize(
-    ("count", "image_size"),
-    [(3, (800, 670)), (300, (70000, 1)), (8200, (3, 40))],
+    ("count", "image_size", "rule"),
+    [(3, (800, 670), "detectron2"), (300, (70000, 1), "panopticapi"), (8200, (3, 40), "detectron2")],
     ids=["bitmap in global memory", "several batches", "sorted order"],
 )
 def test_merge_of_much(
-    count: int, image_size: tuple[int, int], on_host: None, host_library: ctypes.CDLL
+    count: int, image_size: tuple[int, int], rule: str, on_host: None, host_library: ctypes.CDLL
 ) -> None:
     """A bitmap beyond the shared memory of the smallest GPU, bits beyond one batch, more scores than are ranked."""
     height, width = image_size
@@ -314,13 +314,12 @@ def test_merge_of_much(
     semantic = torch.randint(0, 3, image_size, generator=random, dtype=torch.uint8)
     args = (masks, boxes, scores, torch.arange(count), semantic, image_size)
     launches = host_library.panfpn_host_launch_count()
-    for rule in ("panopticapi", "detectron2"):
-        kwargs: dict[str, Any] = {"score_threshold": 0.5, "stuff_area_threshold": 5, "rule": rule}
-        actual = panfpn_fast.ops.panoptic_merge(*args, **kwargs)
-        expected = OPS["panoptic_merge"].reference(*args, **kwargs)
-        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+    kwargs: dict[str, Any] = {"score_threshold": 0.5, "stuff_area_threshold": 5, "rule": rule}
+    actual = panfpn_fast.ops.panoptic_merge(*args, **kwargs)
+    expected = OPS["panoptic_merge"].reference(*args, **kwargs)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
     batches = 2 if count == 300 else 1
-    assert host_library.panfpn_host_launch_count() - launches == 2 * (2 + 3 * batches)
+    assert host_library.panfpn_host_launch_count() - launches == 2 + 3 * batches
 
 
 @pytest.mark.parametrize("rule", ["detectron2", "mmdetection", "panopticapi"])
