@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,26 +11,12 @@ import torch
 from panfpn_fast.data.sample import Target
 from panfpn_fast.models import PanopticFPN
 from panfpn_fast.training.network import TrainingNetwork, total
-
-_FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "harness"
-
-
-def _load(name: str) -> ModuleType:
-    """Imports a file of benchmarks/harness by its path, since benchmarks/ is not installed."""
-    if not _FOLDER.is_dir():
-        pytest.skip("benchmarks/ is not next to tests/")
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", _FOLDER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look up annotations in sys.modules
-    spec.loader.exec_module(module)
-    return module
+from support.repository import load_harness
 
 
 @pytest.fixture(scope="module")
 def flops() -> ModuleType:
-    return _load("flops")
+    return load_harness("flops")
 
 
 _NETWORKS: dict[str, dict[str, Any]] = {
@@ -112,7 +95,7 @@ def test_the_paper_predicts_after_the_upsampling(flops: ModuleType) -> None:
 
 
 def test_saved_bytes() -> None:
-    activations = _load("activations")
+    activations = load_harness("activations")
     conv = torch.nn.Conv2d(2, 3, 3, padding=1)
     x = torch.randn(1, 2, 4, 4)
     # The convolution keeps x, and both ReLUs keep the same result of 3 x 4 x 4.
@@ -122,7 +105,7 @@ def test_saved_bytes() -> None:
 
 
 def test_convolution_outputs() -> None:
-    activations = _load("activations")
+    activations = load_harness("activations")
     network = torch.nn.Sequential(
         torch.nn.Conv2d(2, 3, 1), torch.nn.ReLU(), torch.nn.ConvTranspose2d(3, 1, 2, 2)
     )
@@ -132,7 +115,7 @@ def test_convolution_outputs() -> None:
 
 
 def test_maps_agree_regardless_of_ids() -> None:
-    agreement = _load("agreement")
+    agreement = load_harness("agreement")
     ids = torch.tensor([[0, 1, 1, 2], [0, 1, 1, 2]])
     swapped = torch.tensor([[0, 2, 2, 1], [0, 2, 2, 1]])
     assert agreement.same_share(ids, swapped) == 1

@@ -30,8 +30,8 @@ void call_kernel(const void* call) {
 }
 
 template <typename... Parameters, typename... Arguments>
-void launch(const char* name, bool cooperative, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-            size_t shared_bytes, cudaStream_t, Arguments&&... arguments) {
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+            cudaStream_t, Arguments&&... arguments) {
   static_assert(sizeof...(Parameters) == sizeof...(Arguments),
                 "a launch must pass every parameter of the kernel: default arguments are not supported");
   static_assert((std::is_trivially_copyable_v<Parameters> && ...),
@@ -39,7 +39,7 @@ void launch(const char* name, bool cooperative, void (*kernel)(Parameters...), d
   static_assert(!(std::is_reference_v<Parameters> || ...), "kernel parameters cannot be references");
   static_assert((sizeof(Parameters) + ... + 0) <= 4096, "kernel parameters take at most 4096 bytes");
   const Call<Parameters...> call{kernel, {std::forward<Arguments>(arguments)...}};
-  run_grid({name, grid, block, shared_bytes, cooperative}, call_kernel<Parameters...>, &call);
+  run_grid({name, grid, block, shared_bytes}, call_kernel<Parameters...>, &call);
 }
 
 }  // namespace panfpn::cuda_on_host

@@ -8,6 +8,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 // Empty because libstdc++ spells __attribute__((__noinline__)) in its own headers.
 #define __noinline__
 #define __shared__ _Pragma("GCC error \"declare shared memory with PANFPN_SHARED or PANFPN_DYNAMIC_SHARED\"")
@@ -35,9 +36,6 @@ struct CUstream_st;
 using cudaStream_t = CUstream_st*;
 
 namespace panfpn::cuda_on_host {
-// Small and odd, so that kernels which size their grid by the device still loop on small shapes.
-inline constexpr int kMultiprocessors = 3;
-inline constexpr int kBlocksPerMultiprocessor = 2;
 // The limit without opting in, and the limit for static arrays in any case.
 inline constexpr size_t kDefaultSharedBytes = 48 * 1024;
 // launch.cuh opts in if the dynamic part is larger than this.

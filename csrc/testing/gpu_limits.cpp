@@ -8,7 +8,6 @@ namespace panfpn::cuda_on_host {
 namespace {
 
 std::atomic<size_t> shared_kib = 64;
-std::atomic<int> blocks_at_once = kMultiprocessors * kBlocksPerMultiprocessor;
 
 // CUDA C++ Programming Guide, technical specifications per compute capability: the maximum amount of shared
 // memory per thread block. 0 for an unknown one.
@@ -44,20 +43,9 @@ size_t most_shared_bytes() {
   return shared_kib * 1024;
 }
 
-void set_resident_blocks(int blocks) {
-  blocks_at_once = blocks;
-}
-
-int resident_blocks() {
-  return blocks_at_once;
-}
-
 }  // namespace panfpn::cuda_on_host
 
 // C interface for ctypes.
 extern "C" __attribute__((visibility("default"))) int panfpn_host_set_compute_capability(int capability) {
   return panfpn::cuda_on_host::set_compute_capability(capability) ? 1 : 0;
-}
-extern "C" __attribute__((visibility("default"))) void panfpn_host_set_resident_blocks(int blocks) {
-  panfpn::cuda_on_host::set_resident_blocks(blocks);
 }

@@ -11,9 +11,4 @@ bool set_compute_capability(int capability);
 // The most shared memory, in bytes, that a block can opt in to.
 size_t most_shared_bytes();
 
-// Sets how many blocks of a cooperative grid can be resident at once. By default these are as many as
-// cooperative_blocks() promises; fewer stand for a GPU that other work occupies.
-void set_resident_blocks(int blocks);
-int resident_blocks();
-
 }  // namespace panfpn::cuda_on_host

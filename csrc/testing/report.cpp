@@ -32,7 +32,7 @@ std::string hex(uint32_t mask) {
   return out.str();
 }
 
-std::string deadlock_report(const char* kernel, const std::vector<Thread>& threads) {
+std::string deadlock_report(const char* kernel, uint3 block, const std::vector<Thread>& threads) {
   std::ostringstream out;
   out << "kernel " << kernel << ": deadlock, no thread can run:";
   // One line for each place where threads wait, with the first thread that waits there.
@@ -45,8 +45,8 @@ std::string deadlock_report(const char* kernel, const std::vector<Thread>& threa
     if (thread.finished) continue;
     bool known = false;
     for (Place& place : places) {
-      if (place.first->block == thread.block && place.first->wait == thread.wait &&
-          place.first->group == thread.group && place.first->where.line() == thread.where.line()) {
+      if (place.first->wait == thread.wait && place.first->group == thread.group &&
+          place.first->where.line() == thread.where.line()) {
         ++place.count;
         known = true;
         break;
@@ -57,13 +57,13 @@ std::string deadlock_report(const char* kernel, const std::vector<Thread>& threa
   constexpr size_t kShown = 8;
   for (size_t i = 0; i < places.size() && i < kShown; ++i) {
     const Thread& thread = *places[i].first;
-    out << "\n  block " << text(thread.block->index) << ": " << places[i].count << " threads, the first is "
+    out << "\n  block " << text(block) << ": " << places[i].count << " threads, the first is "
         << text(thread.index) << ", wait at " << text(thread.where) << " in ";
     if (thread.wait == Wait::warp) {
       out << name_of(thread.group->op) << " with mask " << hex(thread.group->mask) << " for lanes "
           << hex(thread.group->mask & ~thread.group->arrived);
     } else {
-      out << (thread.wait == Wait::grid ? "grid_sync" : "__syncthreads");
+      out << "__syncthreads";
     }
   }
   if (places.size() > kShown) out << "\n  and at " << places.size() - kShown << " other places";

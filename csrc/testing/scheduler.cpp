@@ -119,13 +119,6 @@ void Scheduler::check(const LaunchShape& shape) const {
     refuse("a block has at most " + std::to_string(most_shared_bytes()) +
            " bytes of dynamic shared memory, got " + std::to_string(shape.shared_bytes));
   }
-  if (shape.cooperative) {
-    const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-    if (blocks > static_cast<uint64_t>(resident_blocks())) {
-      refuse("a cooperative grid must be resident as a whole, which allows at most " +
-             std::to_string(resident_blocks()) + " blocks here, got " + std::to_string(blocks));
-    }
-  }
 }
 
 void Scheduler::run(const LaunchShape& shape, void (*thread_main)(const void*), const void* call) {
@@ -143,13 +136,7 @@ void Scheduler::run(const LaunchShape& shape, void (*thread_main)(const void*), 
   race_check::before_all(&begins_);
   gridDim = shape.grid;
   blockDim = shape.block;
-  prepare(shape.cooperative ? blocks : 1);
-  if (shape.cooperative) {
-    for (size_t b = 0; b < blocks; ++b) start_block(*blocks_[b], b);
-    run_resident();
-    race_check::after_all(&ends_);
-    return;
-  }
+  prepare();
   // Random order: i -> (i * step + offset) % blocks visits each block once if step and blocks are coprime.
   uint64_t step = 1, offset = 0;
   if (order_ == Order::random) {
@@ -164,51 +151,41 @@ void Scheduler::run(const LaunchShape& shape, void (*thread_main)(const void*), 
     if (order_ == Order::random) {
       ordinal = static_cast<uint64_t>((static_cast<unsigned __int128>(i) * step + offset) % blocks);
     }
-    start_block(*blocks_[0], ordinal);
-    run_resident();
+    start_block(ordinal);
+    run_block();
   }
   race_check::after_all(&ends_);
 }
 
-void Scheduler::prepare(size_t resident_blocks) {
-  while (blocks_.size() < resident_blocks) blocks_.push_back(std::make_unique<Block>());
-  resident_ = resident_blocks;
-  threads_.resize(resident_blocks * threads_per_block_);
+void Scheduler::prepare() {
+  threads_.resize(threads_per_block_);
+  block_.warps.resize((threads_per_block_ + 31) / 32);
   const dim3 dim = shape_.block;
-  for (size_t b = 0; b < resident_blocks; ++b) {
-    Block& block = *blocks_[b];
-    block.first_thread = b * threads_per_block_;
-    block.warps.resize((threads_per_block_ + 31) / 32);
-    for (uint32_t i = 0; i < threads_per_block_; ++i) {
-      const uint3 index{i % dim.x, i / dim.x % dim.y, i / (dim.x * dim.y)};
-      threads_[block.first_thread + i] = Thread{index, i, &block, nullptr, false, Wait::none, {}, nullptr};
-    }
+  for (uint32_t i = 0; i < threads_per_block_; ++i) {
+    const uint3 index{i % dim.x, i / dim.x % dim.y, i / (dim.x * dim.y)};
+    threads_[i] = Thread{index, i, nullptr, false, Wait::none, {}, nullptr};
   }
 }
 
-void Scheduler::start_block(Block& block, uint64_t ordinal) {
+void Scheduler::start_block(uint64_t ordinal) {
   const uint64_t x = shape_.grid.x, y = shape_.grid.y;
-  block.index = uint3{static_cast<uint32_t>(ordinal % x), static_cast<uint32_t>(ordinal / x % y),
-                      static_cast<uint32_t>(ordinal / (x * y))};
-  block.serial = ++block_serial_;
-  block.live = static_cast<int>(threads_per_block_);
-  block.arrived = 0;
-  for (size_t w = 0; w < block.warps.size(); ++w) {
+  block_.index = uint3{static_cast<uint32_t>(ordinal % x), static_cast<uint32_t>(ordinal / x % y),
+                       static_cast<uint32_t>(ordinal / (x * y))};
+  block_.serial = ++block_serial_;
+  block_.live = static_cast<int>(threads_per_block_);
+  block_.arrived = 0;
+  for (size_t w = 0; w < block_.warps.size(); ++w) {
     const size_t lanes = std::min<size_t>(32, threads_per_block_ - w * 32);
-    block.warps[w].lanes = lanes == 32 ? ~0u : (1u << lanes) - 1;
-    block.warps[w].exited = 0;
-    block.warps[w].pending.clear();
+    block_.warps[w].lanes = lanes == 32 ? ~0u : (1u << lanes) - 1;
+    block_.warps[w].exited = 0;
+    block_.warps[w].pending.clear();
   }
-  block.arena.reset(shape_.shared_bytes);
-  for (size_t i = 0; i < threads_per_block_; ++i) {
-    threads_[block.first_thread + i].finished = false;
-    threads_[block.first_thread + i].wait = Wait::none;
-  }
+  block_.arena.reset(shape_.shared_bytes);
+  for (Thread& thread : threads_) thread.finished = false, thread.wait = Wait::none;
 }
 
-void Scheduler::run_resident() {
+void Scheduler::run_block() {
   live_ = threads_.size();
-  grid_waiting_ = 0;
   yielded_.clear();
   ready_.fill(threads_.size());
   failed_ = false;
@@ -216,7 +193,7 @@ void Scheduler::run_resident() {
   while (live_ > 0) {
     Thread* thread = next_thread();
     if (thread == nullptr) {
-      const std::string report = deadlock_report(shape_.kernel, threads_);
+      const std::string report = deadlock_report(shape_.kernel, block_.index, threads_);
       abandon_all();
       throw std::runtime_error(report);
     }
@@ -228,8 +205,8 @@ void Scheduler::run_resident() {
       }
     }
     threadIdx = thread->index;
-    blockIdx = thread->block->index;
-    running_block_serial = thread->block->serial;
+    blockIdx = block_.index;
+    running_block_serial = block_.serial;
     set_budget();
     switch_context(host_, thread->fibre->context);
     running_ = nullptr;
@@ -243,11 +220,9 @@ void Scheduler::run_resident() {
     }
   }
   running_block_serial = 0;
-  for (size_t b = 0; b < resident_; ++b) {
-    if (const auto array = blocks_[b]->arena.damaged()) {
-      throw std::runtime_error(std::string("kernel ") + shape_.kernel + ", block " + text(blocks_[b]->index) +
-                               ": a write outside the bounds of " + *array);
-    }
+  if (const auto array = block_.arena.damaged()) {
+    throw std::runtime_error(std::string("kernel ") + shape_.kernel + ", block " + text(block_.index) +
+                             ": a write outside the bounds of " + *array);
   }
 }
 
@@ -309,8 +284,7 @@ void Scheduler::run_body() {
 
 void Scheduler::exit_thread() {
   Thread& thread = *running_;
-  Block& block = *thread.block;
-  Warp& warp = block.warps[thread.linear / 32];
+  Warp& warp = block_.warps[thread.linear / 32];
   const uint32_t bit = 1u << (thread.linear % 32);
   for (const WarpGroup* group : warp.pending) {
     if (group->mask & bit) {
@@ -319,70 +293,47 @@ void Scheduler::exit_thread() {
            &group->where);
     }
   }
-  if (grid_waiting_ > 0) {
-    fail("the thread exits while other threads wait for it in grid_sync", &grid_where_);
-  }
   warp.exited |= bit;
   thread.finished = true;
   ready_.erase(position(index_of(thread)));
   --live_;
-  --block.live;
+  --block_.live;
   progress();
-  if (block.arrived > 0 && block.arrived == block.live) release_block(block);
+  if (block_.arrived > 0 && block_.arrived == block_.live) release_block();
   race_check::before_all(&ends_);
   suspend();
 }
 
 void Scheduler::block_barrier(const Location& where) {
-  Block& block = *running_->block;
-  if (block.arrived == 0) {
-    block.where = where;
-  } else if (block.where.line() != where.line() ||
-             std::string_view(block.where.file_name()) != where.file_name()) {
+  if (block_.arrived == 0) {
+    block_.where = where;
+  } else if (block_.where.line() != where.line() ||
+             std::string_view(block_.where.file_name()) != where.file_name()) {
     fail("divergent barrier: the thread arrives at __syncthreads here while " +
-             std::to_string(block.arrived) + " other threads of the block wait at __syncthreads in " +
-             text(block.where),
+             std::to_string(block_.arrived) + " other threads of the block wait at __syncthreads in " +
+             text(block_.where),
          &where);
   }
-  void* const token = block.barrier.arrive(block.arrived == 0);
-  ++block.arrived;
+  void* const token = block_.barrier.arrive(block_.arrived == 0);
+  ++block_.arrived;
   wait(Wait::block, where, nullptr);
-  if (block.arrived == block.live) release_block(block);
+  if (block_.arrived == block_.live) release_block();
   suspend();
   race_check::after_all(token);
 }
 
-void Scheduler::release_block(Block& block) {
-  block.arrived = 0;
+void Scheduler::release_block() {
+  block_.arrived = 0;
   for (size_t i = 0; i < threads_per_block_; ++i) {
-    if (threads_[block.first_thread + i].wait == Wait::block) set_ready(block.first_thread + i);
+    if (threads_[i].wait == Wait::block) set_ready(i);
   }
   progress();
-}
-
-void Scheduler::grid_barrier(const Location& where) {
-  if (!shape_.cooperative) fail("grid_sync needs a launch by PANFPN_LAUNCH_COOPERATIVE", &where);
-  if (live_ != threads_.size()) {
-    fail("grid_sync waits for all threads of the grid, but " + std::to_string(threads_.size() - live_) +
-             " have exited",
-         &where);
-  }
-  void* const token = grid_sync_.arrive(grid_waiting_ == 0);
-  wait(Wait::grid, where, nullptr);
-  grid_where_ = where;
-  if (++grid_waiting_ == threads_.size()) {
-    grid_waiting_ = 0;
-    for (size_t i = 0; i < threads_.size(); ++i) set_ready(i);
-    progress();
-  }
-  suspend();
-  race_check::after_all(token);
 }
 
 const WarpGroup* Scheduler::warp_arrive(WarpOp op, uint32_t mask, uint64_t payload, const Location& where) {
   Thread& thread = *running_;
   const size_t warp_index = thread.linear / 32;
-  Warp& warp = thread.block->warps[warp_index];
+  Warp& warp = block_.warps[warp_index];
   const uint32_t lane = thread.linear % 32, bit = 1u << lane;
   if ((mask & bit) == 0) {
     fail(std::string(name_of(op)) + ": mask " + hex(mask) + " does not include the calling lane " +
@@ -421,18 +372,18 @@ const WarpGroup* Scheduler::warp_arrive(WarpOp op, uint32_t mask, uint64_t paylo
   group->payload[lane] = payload;
   group->arrived |= bit;
   wait(Wait::warp, where, group);
-  if (group->arrived == mask) release_group(*thread.block, warp, warp_index, g);
+  if (group->arrived == mask) release_group(warp, warp_index, g);
   suspend();
   if (op == WarpOp::sync) race_check::after_all(token);
   return group;
 }
 
-void Scheduler::release_group(Block& block, Warp& warp, size_t warp_index, size_t group_index) {
+void Scheduler::release_group(Warp& warp, size_t warp_index, size_t group_index) {
   const WarpGroup* group = warp.pending[group_index];
   warp.pending[group_index] = warp.pending.back();
   warp.pending.pop_back();
   for (uint32_t rest = group->mask; rest != 0; rest &= rest - 1) {
-    set_ready(block.first_thread + warp_index * 32 + static_cast<size_t>(__builtin_ctz(rest)));
+    set_ready(warp_index * 32 + static_cast<size_t>(__builtin_ctz(rest)));
   }
   progress();
 }
@@ -443,7 +394,7 @@ void Scheduler::warp_leave(const WarpGroup* group) {
 }
 
 void* Scheduler::place_shared(SharedSite& site, size_t bytes, size_t alignment) {
-  SharedArena& arena = running_->block->arena;
+  SharedArena& arena = block_.arena;
   site.address = arena.place(site, bytes, alignment);
   site.block_serial = running_block_serial;
   if (arena.static_bytes() > kDefaultSharedBytes) {
@@ -467,11 +418,11 @@ void* Scheduler::dynamic_shared(size_t alignment) {
   if (alignment > 16)
     fail("dynamic shared memory is aligned to 16 bytes only; the type needs " + std::to_string(alignment),
          nullptr);
-  return running_->block->arena.dynamic();
+  return block_.arena.dynamic();
 }
 
 std::string Scheduler::describe_running() const {
-  return std::string("kernel ") + shape_.kernel + ", block " + text(running_->block->index) + ", thread " +
+  return std::string("kernel ") + shape_.kernel + ", block " + text(block_.index) + ", thread " +
          text(running_->index);
 }
 
@@ -524,10 +475,6 @@ void run_grid(const LaunchShape& shape, void (*thread_main)(const void* call), c
 void block_barrier(const Location& where) {
   const race_check::Pause pause;
   scheduler().block_barrier(where);
-}
-void grid_barrier(const Location& where) {
-  const race_check::Pause pause;
-  scheduler().grid_barrier(where);
 }
 const WarpGroup* warp_arrive(WarpOp op, uint32_t mask, uint64_t payload, const Location& where) {
   const race_check::Pause pause;

@@ -31,7 +31,6 @@ struct LaunchShape {
   dim3 grid;
   dim3 block;
   size_t shared_bytes;
-  bool cooperative;  // all blocks are resident at once and may call grid_sync()
 };
 
 // Runs `thread_main(call)` once per thread of the grid. Throws std::runtime_error if the launch is invalid or
@@ -40,8 +39,6 @@ void run_grid(const LaunchShape& shape, void (*thread_main)(const void* call), c
 
 // Waits for all live threads of the block.
 void block_barrier(const Location& where);
-// Waits for all threads of the grid.
-void grid_barrier(const Location& where);
 
 enum class WarpOp : uint8_t { sync, ballot, shfl, shfl_up, shfl_xor, reduce_add, reduce_or };
 

@@ -1,4 +1,4 @@
-// The threads, warps and blocks of a running grid: state of the scheduler and input of its reports.
+// The threads, warps and block that run: state of the scheduler and input of its reports.
 #pragma once
 
 #include <algorithm>
@@ -15,14 +15,11 @@
 
 namespace panfpn::cuda_on_host {
 
-struct Block;
-
-enum class Wait : uint8_t { none, block, warp, grid };
+enum class Wait : uint8_t { none, block, warp };
 
 struct Thread {
   uint3 index;
   uint32_t linear;
-  Block* block;
   Fibre* fibre;
   bool finished;
   Wait wait;
@@ -39,7 +36,6 @@ struct Warp {
 struct Block {
   uint3 index;
   uint64_t serial;
-  size_t first_thread;
   int live;
   int arrived;
   Location where;
@@ -93,7 +89,7 @@ std::string text(const Location& where);
 std::string hex(uint32_t mask);
 
 // Message that lists where the unfinished threads wait.
-std::string deadlock_report(const char* kernel, const std::vector<Thread>& threads);
+std::string deadlock_report(const char* kernel, uint3 block, const std::vector<Thread>& threads);
 
 // Main function of all fibres: runs one thread after another.
 void fibre_main();
@@ -108,7 +104,6 @@ class Scheduler {
   void run_body();
   void exit_thread();
   void block_barrier(const Location& where);
-  void grid_barrier(const Location& where);
   const WarpGroup* warp_arrive(WarpOp op, uint32_t mask, uint64_t payload, const Location& where);
   void warp_leave(const WarpGroup* group);
   void yield();
@@ -122,14 +117,14 @@ class Scheduler {
  private:
   void check(const LaunchShape& shape) const;
   void read_environment();
-  void prepare(size_t resident_blocks);
-  void start_block(Block& block, uint64_t ordinal);
-  void run_resident();
+  void prepare();
+  void start_block(uint64_t ordinal);
+  void run_block();
   Thread* next_thread();
   void wait(Wait kind, const Location& where, const WarpGroup* group);
   void suspend() { switch_context(running_->fibre->context, host_); }
-  void release_block(Block& block);
-  void release_group(Block& block, Warp& warp, size_t warp_index, size_t group_index);
+  void release_block();
+  void release_group(Warp& warp, size_t warp_index, size_t group_index);
   void set_ready(size_t thread);
   void progress() { atomics_without_progress_ = 0; }
   void set_budget();
@@ -154,18 +149,14 @@ class Scheduler {
 
   Context host_;
   FibrePool fibres_{fibre_main};
-  std::vector<std::unique_ptr<Block>> blocks_;
-  size_t resident_ = 0;
+  Block block_;
   std::vector<Thread> threads_;
   ReadySet ready_;
   std::vector<size_t> yielded_;
   std::vector<std::unique_ptr<WarpGroup>> groups_;
   std::vector<WarpGroup*> free_groups_;
   size_t live_ = 0;
-  size_t grid_waiting_ = 0;
-  race_check::MeetingPoint grid_sync_;
   char begins_ = 0, ends_ = 0;  // tokens for what happened before a launch, and for what its threads did
-  Location grid_where_;
   int64_t atomics_granted_ = 0;
   int64_t atomics_without_progress_ = 0;
 

@@ -137,8 +137,9 @@ def panoptic_merge(
         passed as `(k + 1) % 54`. For a box without width or height, mmdetection pastes a stripe; this op pastes
         nothing.
 
-        Masks are pasted as in `paste_masks`, without allocating [N, height, width]. Deterministic. On CUDA there is one
-        host sync, which reads the number of segments; `panoptic_merge_padded` has none.
+        Masks are pasted as in `paste_masks`, without allocating [N, height, width]. On CUDA they are pasted as bits, at
+        most 64 MiB or those of one instance at a time. Deterministic. On CUDA there is one host sync, which reads the
+        number of segments; `panoptic_merge_padded` has none.
 
     Example:
         >>> import torch

@@ -23,6 +23,21 @@ _FLAGS += ["-isystem", str(Path(torch.__file__).parent / "include")]
 
 
 @dataclass(frozen=True)
+class Loop:
+    """The instructions between the target of a backward branch and the branch, with those of inner loops."""
+
+    instructions: Counter[str]
+
+    @property
+    def length(self) -> int:
+        return self.instructions.total()
+
+    def count(self, pattern: str) -> int:
+        """Returns how many instructions match a pattern from their beginning."""
+        return sum(count for name, count in self.instructions.items() if re.match(pattern, name))
+
+
+@dataclass(frozen=True)
 class Compiled:
     """A kernel for one architecture.
 
@@ -36,6 +51,7 @@ class Compiled:
         threads: Largest number of threads in a block.
         blocks: Least number of blocks on a multiprocessor that the source demands.
         instructions: The machine instructions with their modifiers, such as "LDG.E.128"; empty without a disassembler.
+        loops: The loops of the machine code, by address.
     """
 
     name: str
@@ -47,6 +63,7 @@ class Compiled:
     threads: int
     blocks: int
     instructions: Counter[str]
+    loops: list[Loop]
 
     def count(self, pattern: str) -> int:
         """Returns how many instructions match a pattern from their beginning."""
@@ -100,20 +117,42 @@ def _launch_bounds(ptx: str) -> dict[str, tuple[int, int]]:
     return bounds
 
 
-def _instructions(cubin: Path) -> dict[str, Counter[str]]:
+def _listings(cubin: Path) -> dict[str, list[tuple[int, str, str]]]:
+    """Returns address, name and operands of each kernel's instructions; empty without a disassembler."""
     disassembler = tool("cuobjdump")
     if disassembler is None:
         return {}
     found = {}
     for part in run([disassembler, "-sass", cubin]).stdout.split("Function : ")[1:]:
         name, _, body = part.partition("\n")
-        found[name.strip()] = Counter(
-            re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", body)
-        )
+        found[name.strip()] = [
+            (int(address, 16), instruction, operands)
+            for address, instruction, operands in re.findall(
+                r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", body
+            )
+        ]
     return found
 
 
-def _compile(source: Path, architecture: int, folder: Path) -> CompiledSource:
+def _loops(listing: list[tuple[int, str, str]]) -> list[Loop]:
+    """Returns the loops that branches close, except branches to themselves, which fill the end of the code."""
+    bounds = set()
+    for address, name, operands in listing:
+        target = re.search(r"0x([0-9a-f]+)\s*$", operands)
+        if name.startswith("BRA") and target is not None and int(target.group(1), 16) < address:
+            bounds.add((int(target.group(1), 16), address))
+    return [
+        Loop(Counter(name for address, name, _ in listing if first <= address <= last))
+        for first, last in sorted(bounds)
+    ]
+
+
+def compile_source(source: Path, architecture: int, folder: Path) -> CompiledSource:
+    """Compiles one CUDA source for an architecture.
+
+    Raises:
+        CompileError: If nvcc rejects the file.
+    """
     intermediate = folder / f"{source.stem}.{architecture}"
     intermediate.mkdir()
     cubin = intermediate / "kernels.cubin"
@@ -124,7 +163,7 @@ def _compile(source: Path, architecture: int, folder: Path) -> CompiledSource:
     if done.returncode != 0:
         raise CompileError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
     ptx = (intermediate / f"{source.stem}.ptx").read_text()
-    bounds, instructions = _launch_bounds(ptx), _instructions(cubin)
+    bounds, listings = _launch_bounds(ptx), _listings(cubin)
     reports = re.findall(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?"
         r"Used (\d+) registers(.*?)\n",
@@ -144,7 +183,8 @@ def _compile(source: Path, architecture: int, folder: Path) -> CompiledSource:
                 int(spills),
                 int(shared.group(1)) if shared else 0,
                 *bounds[name],
-                instructions.get(name, Counter()),
+                Counter(instruction for _, instruction, _ in listings.get(name, [])),
+                _loops(listings.get(name, [])),
             )
         )
     return CompiledSource(source.stem, ptx, kernels)
@@ -158,4 +198,4 @@ def compile_all(architectures: tuple[int, ...], folder: Path) -> list[CompiledSo
     """
     tasks = [(source, architecture) for architecture in architectures for source in SOURCES]
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda task: _compile(task[0], task[1], folder), tasks))
+        return list(pool.map(lambda task: compile_source(task[0], task[1], folder), tasks))

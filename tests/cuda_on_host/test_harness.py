@@ -45,9 +45,6 @@ class Library:
     def set_compute_capability(self, capability: int) -> None:
         assert self._handle.panfpn_host_set_compute_capability(capability) == 1
 
-    def set_resident_blocks(self, blocks: int) -> None:
-        self._handle.panfpn_host_set_resident_blocks(blocks)
-
     def launch_count(self) -> int:
         return int(self._handle.panfpn_host_launch_count())
 
@@ -203,27 +200,6 @@ class TestCorrectKernels:
         assert real[0] == 62
         assert pack.tolist() == [124, 0, -124, 31]
 
-    @pytest.mark.parametrize("max_blocks", [1, 3, 100])
-    def test_cooperative_grid(self, library: Library, max_blocks: int) -> None:
-        values = random_numbers("int32", 1000)
-        total, seen, blocks = np.zeros(1, "int32"), np.zeros(100, "int32"), np.zeros(1, "int32")
-        library.call("grid_total_int", values, 1000, total, seen, max_blocks, blocks)
-        assert 1 <= blocks[0] <= max_blocks
-        assert (seen[: blocks[0]] == values.sum()).all()
-
-    def test_cooperative_grid_on_a_busy_gpu(self, library: Library) -> None:
-        """The device promises room for six blocks, but fewer fit: the launch is tried again with three, then two."""
-        values = random_numbers("int32", 1000)
-        total, seen, blocks = np.zeros(1, "int32"), np.zeros(100, "int32"), np.zeros(1, "int32")
-        library.set_resident_blocks(2)
-        try:
-            library.call("grid_total_int", values, 1000, total, seen, 100, blocks)
-        finally:
-            library.set_resident_blocks(6)
-        assert blocks[0] == 6
-        assert (seen[:2] == values.sum()).all()
-        assert (seen[2:] == 0).all()
-
     def test_indices(self, library: Library) -> None:
         grid, block = (3, 2, 2), (5, 3, 2)
         out = np.zeros((12, 30), "int32")
@@ -346,7 +322,6 @@ class TestReports:
             ("planted_mask_without_self", r"mask 0xffff does not include the calling lane"),
             ("planted_partial_warp", r"includes lanes that the block does not have: 0xffff0000"),
             ("planted_spin", "kernel spins_for_ever.*spin"),
-            ("planted_grid_exit", "grid_sync"),
         ],
     )
     def test_is_reported(self, library: Library, name: str, words: str) -> None:

@@ -112,6 +112,31 @@ def test_wide_loads_of_channels(
         torch.testing.assert_close(actual, expected, rtol=tolerance.relative, atol=tolerance.absolute)
 
 
+@pytest.mark.parametrize("output_size", [(2, 7), (3, 8), (1, 16), (600, 1)], ids=str)
+@pytest.mark.parametrize("sampling_ratio", [0, 3, 40])
+def test_columns_of_bins(
+    output_size: tuple[int, int], sampling_ratio: int, on_host: None, thread_order: str
+) -> None:
+    """Channels-last: one block or several for the columns of a box, and every number of pixels in a column.
+
+    The taps of 40 samples in a bin do not fit in shared memory if the map is large enough, nor do those of 600 rows.
+    """
+    features = torch.randn(2, 5, 44, 70, generator=torch.Generator().manual_seed(0))
+    features[1, :, 20, 30] = torch.tensor([float("inf"), -float("inf"), NAN, 1e30, 1e-30])
+    widths = torch.cat([torch.arange(1.0, 70.0, 4.0), torch.tensor([-9.0, 300.0])])
+    heights = widths.flip(0) * 0.6
+    corner = torch.rand(len(widths), 2, generator=torch.Generator().manual_seed(1)) * 3
+    image = torch.arange(len(widths))[:, None] % 3  # there is no third image
+    rois = torch.cat([image, corner, corner + torch.stack([widths, heights], dim=1)], dim=1)
+    args = (rois, output_size, 1.0, sampling_ratio, True)
+    expected = OPS["roi_align"].reference(features, *args)
+    actual = panfpn_fast.ops.roi_align(features.to(memory_format=torch.channels_last), *args)
+    tolerance = averaging_tolerance(torch.float32)
+    torch.testing.assert_close(
+        actual, expected, rtol=tolerance.relative, atol=tolerance.absolute, equal_nan=True
+    )
+
+
 @pytest.mark.parametrize("channels", [1, 6, 67])
 @pytest.mark.parametrize(
     ("output_size", "sampling_ratio"),
@@ -133,6 +158,28 @@ def test_planes_of_channels(
             [7.0, 0.0, 0.0, 5.0, 5.0],
         ]
     )
+    args = (features, rois, output_size, 1.0, sampling_ratio, True)
+    expected = OPS["roi_align"].reference(*args)
+    tolerance = averaging_tolerance(torch.float32)
+    assert_agrees(panfpn_fast.ops.roi_align(*args), expected, tolerance, thread_order)
+
+
+@pytest.mark.parametrize(
+    ("map_size", "output_size", "sampling_ratio"),
+    [((3, 300), (2, 7), 0), ((90, 80), (7, 7), 2), ((1, 9), (600, 5), 0), ((9, 1), (3, 641), 1)],
+    ids=["one bin at a time", "distant samples", "many rows", "too many columns"],
+)
+def test_planes_of_large_and_small_maps(
+    map_size: tuple[int, int],
+    output_size: tuple[int, int],
+    sampling_ratio: int,
+    on_host: None,
+    thread_order: str,
+) -> None:
+    """NCHW: bins that touch more pixels than a warp sums at once, few of many pixels, and maps of one row or column."""
+    height, width = map_size
+    features = torch.randn(1, 5, *map_size, generator=torch.Generator().manual_seed(0))
+    rois = torch.tensor([[0.0, 0.4, 0.2, width, height], [0.0, 0.7 * width, 0.1, 0.2 * width, 0.9 * height]])
     args = (features, rois, output_size, 1.0, sampling_ratio, True)
     expected = OPS["roi_align"].reference(*args)
     tolerance = averaging_tolerance(torch.float32)
@@ -161,6 +208,7 @@ def backward_calls(name: str) -> list[tuple[Any, ...]]:
         (8, (7, 7), 2),
         (132, (1, 9), 0),
         (4, (2, 35), 0),
+        (4, (600, 1), 0),  # the taps do not fit in shared memory
     ):
         rois = torch.cat([random_rois(9, 2, (52, 68), channels), degenerate, torch.full((1, 5), 7.0)])
         for dtype in (torch.float32, torch.float16):
@@ -231,7 +279,7 @@ def test_merge_with_many_claims(on_host: None, thread_order: str, rule: str) -> 
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-def test_merge_of_instances_that_share_a_barrier(on_host: None, thread_order: str) -> None:
+def test_merge_of_instances_that_share_a_wave(on_host: None, thread_order: str) -> None:
     """Many small boxes with few overlaps, over rows of more than one piece, which gives waves of every length."""
     random = torch.Generator().manual_seed(5)
     corner = torch.rand(90, 2, generator=random) * torch.tensor([290.0, 30.0])
@@ -243,6 +291,57 @@ def test_merge_of_instances_that_share_a_barrier(on_host: None, thread_order: st
     for max_segments in (0, 20, 120):
         actual = panfpn_fast.ops.panoptic_merge_padded(*args, **kwargs, max_segments=max_segments)
         expected = OPS["panoptic_merge_padded"].reference(*args, **kwargs, max_segments=max_segments)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("count", "image_size", "rule"),
+    [(3, (800, 670), "detectron2"), (300, (70000, 1), "panopticapi"), (8200, (3, 40), "detectron2")],
+    ids=["bitmap in global memory", "several batches", "sorted order"],
+)
+def test_merge_of_much(
+    count: int, image_size: tuple[int, int], rule: str, on_host: None, host_library: ctypes.CDLL
+) -> None:
+    """A bitmap beyond the shared memory of the smallest GPU, bits beyond one batch, more scores than are ranked."""
+    height, width = image_size
+    random = torch.Generator().manual_seed(7)
+    corner = torch.rand(count, 2, generator=random) * torch.tensor([width - 1.0, height * 0.9])
+    extent = 1 + torch.rand(count, 2, generator=random) * torch.tensor([0.4 * width, min(height, 900.0)])
+    boxes = torch.cat([corner, corner + extent], dim=1)
+    masks = torch.rand(count, 3, 3, generator=random) + 0.4
+    scores = (torch.rand(count, generator=random) * 500).round() / 500
+    scores[:2] = NAN
+    semantic = torch.randint(0, 3, image_size, generator=random, dtype=torch.uint8)
+    args = (masks, boxes, scores, torch.arange(count), semantic, image_size)
+    launches = host_library.panfpn_host_launch_count()
+    kwargs: dict[str, Any] = {"score_threshold": 0.5, "stuff_area_threshold": 5, "rule": rule}
+    actual = panfpn_fast.ops.panoptic_merge(*args, **kwargs)
+    expected = OPS["panoptic_merge"].reference(*args, **kwargs)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+    batches = 2 if count == 300 else 1
+    assert host_library.panfpn_host_launch_count() - launches == 2 + 3 * batches
+
+
+@pytest.mark.parametrize("rule", ["detectron2", "mmdetection", "panopticapi"])
+@pytest.mark.parametrize("overlap_threshold", [-0.5, 0.0, 1 / 3, 0.5, 1.0, float("inf")])
+def test_merge_at_the_overlap_threshold(
+    overlap_threshold: float, rule: str, on_host: None, thread_order: str
+) -> None:
+    """Shares of n / 12, some of which equal the threshold."""
+    boxes = torch.tensor([[0.0, 0.0, 6.0, 1.0]] + [[6.0 - i, 0.0, 18.0 - i, 1.0] for i in range(13)])
+    masks = torch.ones(14, 1, 1)
+    for second in range(1, 14):
+        chosen = torch.tensor([0, second])
+        args = (
+            masks[:2],
+            boxes[chosen],
+            torch.tensor([0.9, 0.8]),
+            chosen,
+            torch.zeros(1, 40, dtype=torch.int64),
+        )
+        kwargs: dict[str, Any] = {"overlap_threshold": overlap_threshold, "rule": rule}
+        actual = panfpn_fast.ops.panoptic_merge(*args, (1, 40), **kwargs)
+        expected = OPS["panoptic_merge"].reference(*args, (1, 40), **kwargs)
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
@@ -318,19 +417,3 @@ def test_more_boxes_than_shared_memory_allows(
             panfpn_fast.ops.nms_padded(boxes, boxes[:, 0], None, 0.5, 1)
     finally:
         host_library.panfpn_host_set_compute_capability(75)
-
-
-def test_merge_on_a_busy_gpu(on_host: None, host_library: ctypes.CDLL) -> None:
-    """Fewer blocks than the device promises are resident at once, so the grid is halved until it fits."""
-    random = torch.Generator().manual_seed(3)
-    corner = torch.rand(20, 2, generator=random) * 60
-    boxes = torch.cat([corner, corner + 10 + 50 * torch.rand(20, 2, generator=random)], dim=1)
-    masks, scores = torch.rand(20, 28, 20, generator=random), torch.rand(20, generator=random)
-    semantic = torch.randint(0, 9, (77, 301), generator=random)
-    args = (masks, boxes, scores, torch.arange(20), semantic, (77, 301))
-    host_library.panfpn_host_set_resident_blocks(2)
-    try:
-        actual = panfpn_fast.ops.panoptic_merge(*args)
-    finally:
-        host_library.panfpn_host_set_resident_blocks(6)
-    torch.testing.assert_close(actual, OPS["panoptic_merge"].reference(*args), rtol=0, atol=0)

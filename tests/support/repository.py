@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -27,3 +28,17 @@ def repository(monkeypatch: pytest.MonkeyPatch) -> Path:
     assert spec is not None
     monkeypatch.setitem(sys.modules, "benchmarks", importlib.util.module_from_spec(spec))
     return ROOT
+
+
+def load_harness(name: str) -> ModuleType:
+    """Imports a file of benchmarks/harness by its path, since benchmarks/ is not installed."""
+    folder = ROOT / "benchmarks" / "harness"
+    if not folder.is_dir():
+        pytest.skip("benchmarks/ is not next to tests/")
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", folder / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look up annotations in sys.modules
+    spec.loader.exec_module(module)
+    return module

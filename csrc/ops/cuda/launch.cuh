@@ -33,7 +33,7 @@
 #define PANFPN_DYNAMIC_SHARED(type, name) \
   type* const name = static_cast<type*>(::panfpn::cuda_on_host::dynamic_shared(alignof(type)))
 
-#define PANFPN_LAUNCH(kernel, ...) ::panfpn::cuda_on_host::launch(#kernel, false, kernel, __VA_ARGS__)
+#define PANFPN_LAUNCH(kernel, ...) ::panfpn::cuda_on_host::launch(#kernel, kernel, __VA_ARGS__)
 
 namespace panfpn::inline PANFPN_ARITHMETIC {
 
@@ -111,31 +111,20 @@ void allow_shared_bytes(const char* name, Kernel* kernel, size_t shared_bytes) {
              name);
 }
 
-// Returns the error of the launch, and clears it, so that the next check of an unrelated call does not report
-// it again.
 template <typename... Parameters, typename... Arguments>
-cudaError_t try_launch(const char* name, bool cooperative, void (*kernel)(Parameters...), dim3 grid,
-                       dim3 block, size_t shared_bytes, cudaStream_t stream, Arguments&&... arguments) {
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
+void launch_kernel(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                   size_t shared_bytes, cudaStream_t stream, Arguments&&... arguments) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   allow_shared_bytes(name, kernel, shared_bytes);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = cooperative ? 1 : 0;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+  // Cleared, so that the next check of an unrelated call does not report the error again.
   const cudaError_t last = cudaGetLastError();
-  return error != cudaSuccess ? error : last;
-}
-
-template <typename Kernel, typename... Arguments>
-void launch_kernel(const char* name, Kernel* kernel, Arguments&&... arguments) {
-  check_cuda(try_launch(name, false, kernel, std::forward<Arguments>(arguments)...), name);
+  check_cuda(error != cudaSuccess ? error : last, name);
 }
 
 }  // namespace panfpn::inline PANFPN_ARITHMETIC

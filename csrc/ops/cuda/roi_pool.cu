@@ -1,240 +1,321 @@
-// The same kernels serve one level and several. Channels-last: a warp computes the weights of a bin's pixels
-// once, and its lanes share the channels, 16 bytes each. NCHW: a block computes the weights of a box's rows
-// and columns once for some of the channels, and its lanes read neighbouring columns.
+// The same kernels serve one level and several. A block first finds the rows and columns of pixels that the
+// bins of a box touch, with their weights, for some of the channels. Channels-last: a warp computes a column
+// of bins, and its lanes share the channels, 16 bytes each. NCHW: the lanes read neighbouring columns of
+// pixels.
 #include "ops/roi_pool.h"
 
 #include "ops/cuda/launch.cuh"
-#include "ops/cuda/roi_bin.cuh"
+#include "ops/cuda/roi_taps.cuh"
 
 namespace panfpn::inline PANFPN_ARITHMETIC {
 namespace {
 
+// Constants of the NCHW kernel.
 constexpr int kPoolThreads = 256;
 constexpr int kWarps = kPoolThreads / 32;
-
-// Constants of the NCHW kernel.
 constexpr int kPlanes =
     4;  // channels that a warp processes together, to load the weights once for all of them
 constexpr int kBlockChannels = 64;
-constexpr int kAxisTaps = 768;  // enough for 48 samples in each of 7 bins, along either axis
-constexpr int kPlaneSums = 256;
 
-// The mean of the bin's samples in the channel plane at `plane`.
-template <typename T>
-__device__ T pool_bin(const Bin<accumulate_t<T>>& bin, const T* plane, int64_t ph, int64_t pw) {
-  using A = accumulate_t<T>;
-  const Range rows = samples_on_map(bin.y, ph, bin.height), columns = samples_on_map(bin.x, pw, bin.width);
-  A sum = 0;
-  for (int64_t iy = rows.begin; iy < rows.end; ++iy) {
-    const Taps<A> y = bilinear_taps(bin.y.sample(ph, iy), bin.height);
-    if (!y.valid) continue;
-    const T *low = plane + y.low * bin.width, *high = plane + y.high * bin.width;
-    for (int64_t ix = columns.begin; ix < columns.end; ++ix) {
-      const Taps<A> x = bilinear_taps(bin.x.sample(pw, ix), bin.width);
-      if (!x.valid) continue;
-      sum += y.low_weight * x.low_weight * static_cast<A>(low[x.low]) +
-             y.low_weight * x.high_weight * static_cast<A>(low[x.high]) +
-             y.high_weight * x.low_weight * static_cast<A>(high[x.low]) +
-             y.high_weight * x.high_weight * static_cast<A>(high[x.high]);
-    }
-  }
-  return static_cast<T>(sum / bin.samples);
+// Writes the mean of a bin's samples in V channels, without taps. `map` points to the first of the channels,
+// and pixels are `step` values apart.
+template <typename T, int V>
+__device__ void pool_by_samples(const Bin<float>& bin, int64_t ph, int64_t pw, const T* map, int64_t step,
+                                T* out) {
+  float sum[V] = {};
+  visit_samples(bin, ph, pw, [&](int64_t pixel, float weight) {
+    const auto pack = *reinterpret_cast<const Pack<T, V>*>(map + pixel * step);
+    PANFPN_UNROLL
+    for (int v = 0; v < V; ++v) sum[v] += weight * static_cast<float>(pack.values[v]);
+  });
+  Pack<T, V> pack;
+  PANFPN_UNROLL
+  for (int v = 0; v < V; ++v) pack.values[v] = static_cast<T>(sum[v] / bin.samples);
+  *reinterpret_cast<Pack<T, V>*>(out) = pack;
 }
 
-// A warp processes a bin; each lane processes V channels at a time, 16 bytes if possible.
-template <typename T, int V>
-__global__ void __launch_bounds__(kPoolThreads)
-    pool_channels_last(Pyramid<const T> pyramid, const accumulate_t<T>* boxes, int64_t bins,
-                       RoiAlignParams params, T* out) {
-  using A = accumulate_t<T>;
-  const int64_t channels = pyramid.channels, lane = threadIdx.x % 32;
-  for (int64_t index = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32; index < bins;
-       index += int64_t{gridDim.x} * kWarps) {
-    const int64_t pw = index % params.pooled_width, ph = index / params.pooled_width % params.pooled_height;
-    const int64_t k = index / params.pooled_width / params.pooled_height;
-    const Bin<A> bin = find_bin(pyramid, boxes + k * 5, params);
-    const T* map =
-        bin.usable ? pyramid.data[bin.level] + bin.image * channels * bin.height * bin.width : nullptr;
-    for (int64_t first = 0; first < channels; first += 32 * V) {
-      const int64_t c = first + lane * V;
-      const bool active = c < channels;
-      A sum[V] = {};
-      if (bin.usable) {
-        visit_pixels(bin, ph, pw, [&](int64_t row, int64_t column, A weight) {
-          if (!active) return;
-          const auto pack =
-              *reinterpret_cast<const Pack<T, V>*>(map + (row * bin.width + column) * channels + c);
+// Channels-last.
+
+// A warp's column of bins, in V channels of each lane.
+template <typename T>
+struct Column {
+  const T* map;  // the first of the channels
+  const Tap *rows, *columns;
+  const int* row_counts;
+  int bin_rows, count;
+  T* out;
+  int64_t out_step;
+};
+
+// Adjacent bins often share a row of pixels, and its sum is used again.
+template <typename T, int V, int kCount>
+__device__ __forceinline__ void pool_column(const BlockBox& box, const Column<T>& column) {
+  const ColumnTaps<kCount> columns(column.columns, column.count);
+  const float samples = box.samples, inverse_samples = box.inverse_samples;
+  const int row_slots = box.row_slots;
+  const Tap* rows = column.rows;
+  T* out = column.out;
+  int summed_row = -1;
+  float row_sum[V] = {};
+  PANFPN_UNROLL_BY(1)
+  for (int ph = 0; ph < column.bin_rows; ++ph) {
+    float sum[V] = {};
+    const Tap* rows_end = rows + column.row_counts[ph];
+    PANFPN_UNROLL_BY(1)
+    for (const Tap* next = rows; next != rows_end; ++next) {
+      const Tap row = *next;
+      if (row.pixel != summed_row) {
+        summed_row = row.pixel;
+        const char* line = reinterpret_cast<const char*>(column.map) + static_cast<unsigned>(row.pixel);
+        PANFPN_UNROLL
+        for (int v = 0; v < V; ++v) row_sum[v] = 0.0f;
+        columns.for_each([&](const Tap& tap) {
+          const auto pack = *reinterpret_cast<const Pack<T, V>*>(line + static_cast<unsigned>(tap.pixel));
           PANFPN_UNROLL
-          for (int v = 0; v < V; ++v) sum[v] += weight * static_cast<A>(pack.values[v]);
+          for (int v = 0; v < V; ++v) row_sum[v] += tap.weight * static_cast<float>(pack.values[v]);
         });
       }
-      if (!active) continue;
-      Pack<T, V> pack;
       PANFPN_UNROLL
-      for (int v = 0; v < V; ++v) pack.values[v] = static_cast<T>(sum[v] / bin.samples);
-      *reinterpret_cast<Pack<T, V>*>(out + index * channels + c) = pack;
+      for (int v = 0; v < V; ++v) sum[v] += row.weight * row_sum[v];
+    }
+    rows += row_slots;
+    Pack<T, V> pack;
+    PANFPN_UNROLL
+    for (int v = 0; v < V; ++v) pack.values[v] = mean<T>(sum[v], samples, inverse_samples);
+    *reinterpret_cast<Pack<T, V>*>(out) = pack;
+    out += column.out_step;
+  }
+}
+
+// Pools those boxes of a block that do not fit. Not inlined, so that it takes no registers from the others.
+template <typename T, int V>
+__device__ __noinline__ void pool_other_boxes(const Pyramid<const T>& pyramid, const float* boxes,
+                                              int64_t count, const RoiAlignParams& params, T* out) {
+  const int64_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  for (int64_t k = blockIdx.x; k < count; k += gridDim.x) {
+    const Bin<float> bin = find_bin(pyramid, boxes + k * 5, params);
+    if (box_fits<true>(bin, pyramid, params)) continue;
+    const T* map = pyramid.data[bin.level] + bin.image * pyramid.channels * bin.height * bin.width;
+    for (int64_t pw = blockIdx.y * warps + warp; pw < params.pooled_width; pw += gridDim.y * warps) {
+      for (int64_t c = (int64_t{blockIdx.z} * 32 + lane) * V; c < pyramid.channels;
+           c += int64_t{gridDim.z} * 32 * V) {
+        for (int64_t ph = 0; ph < params.pooled_height; ++ph) {
+          const int64_t index = (k * params.pooled_height + ph) * params.pooled_width + pw;
+          pool_by_samples<T, V>(bin, ph, pw, map + c, pyramid.channels, out + index * pyramid.channels + c);
+        }
+      }
     }
   }
 }
 
-// A row or column, and the summed weight of the samples of a bin that touch it.
-template <typename A>
-struct alignas(2 * sizeof(A)) Tap {
-  int pixel;
-  A weight;
-};
-
-// The maximum number of taps of a bin: two for each sample.
-template <typename A>
-__device__ int64_t tap_slots(const RoiAxis<A>& axis) {
-  return 2 * axis.grid;
-}
-
-// Finds the taps of one bin and returns their number; the remaining slots become zero. Neighbouring samples
-// share pixels, and their taps are merged.
-template <typename A>
-__device__ int find_taps(const RoiAxis<A>& axis, int bin_index, int64_t size, Tap<A>* taps) {
-  int count = 0;
-  const auto add = [&](int64_t pixel, A weight) {
-    if (weight == A(0)) return;
-    for (int i = count - 1; i >= 0 && i >= count - 2; --i) {
-      if (taps[i].pixel != pixel) continue;
-      taps[i].weight += weight;
-      return;
+// A block processes a box, up to kMostColumns columns of its bins, and 32 * V channels. A warp takes a column
+// of bins, and a lane V channels, 16 bytes if possible.
+template <typename T, int V>
+__global__ void __launch_bounds__(32 * kMostColumns, 4)
+    pool_channels_last(const __grid_constant__ Pyramid<const T> pyramid, const float* boxes, int64_t count,
+                       const __grid_constant__ RoiAlignParams params, T* out) {
+  PANFPN_SHARED(BlockBox, box, 1);
+  PANFPN_SHARED(Tap, rows, kChannelsLastTaps);
+  PANFPN_SHARED(Tap, columns, kChannelsLastTaps);
+  PANFPN_SHARED(int, counts, kChannelsLastTaps + kMostColumns);
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+  const int warps = static_cast<int>(blockDim.x / 32);
+  const int64_t channels = pyramid.channels;
+  bool others = false;
+  for (int64_t k = blockIdx.x; k < count; k += gridDim.x) {
+    for (int64_t first = int64_t{blockIdx.y} * warps; first < params.pooled_width;
+         first += int64_t{gridDim.y} * warps) {
+      if (warp == 0) {
+        const Range block_columns{first, min(first + warps, params.pooled_width)};
+        find_box_taps<true>(pyramid, boxes + k * 5, params, block_columns, box, rows, columns, counts);
+      }
+      __syncthreads();
+      others |= !box->fits;
+      const int64_t pw = first + warp;
+      if (box->fits && pw < params.pooled_width) {
+        const int bin_rows = static_cast<int>(params.pooled_height);
+        for (int64_t c = (int64_t{blockIdx.z} * 32 + lane) * V; c < channels;
+             c += int64_t{gridDim.z} * 32 * V) {
+          const Column<T> column{pyramid.data[box->level] + box->map + c,
+                                 rows,
+                                 columns + warp * box->column_slots,
+                                 counts,
+                                 bin_rows,
+                                 counts[bin_rows + warp],
+                                 out + (k * bin_rows * params.pooled_width + pw) * channels + c,
+                                 params.pooled_width * channels};
+          with_column_count(column.count,
+                            [&](auto count) { pool_column<T, V, decltype(count)::value>(*box, column); });
+        }
+      }
+      __syncthreads();  // before the taps of the next box are written
     }
-    taps[count++] = {static_cast<int>(pixel), weight};
-  };
-  for (int64_t i = 0; i < axis.grid; ++i) {
-    const Taps<A> sample = bilinear_taps(axis.sample(bin_index, i), size);
-    if (!sample.valid) continue;
-    add(sample.low, sample.low_weight);
-    add(sample.high, sample.high_weight);
   }
-  for (int i = count; i < tap_slots(axis); ++i) taps[i] = {0, A(0)};
-  return count;
+  if (others) pool_other_boxes<T, V>(pyramid, boxes, count, params, out);
 }
 
-// Returns whether the taps of all bins fit in shared memory and pixel indices fit in 32 bits.
-template <typename A>
-__device__ bool taps_fit(const Bin<A>& bin, const RoiAlignParams& params) {
-  return tap_slots(bin.y) <= kAxisTaps / params.pooled_height &&
-         tap_slots(bin.x) <= kAxisTaps / params.pooled_width && tap_slots(bin.x) < kPlaneSums &&
-         bin.height * bin.width < int64_t{1} << 31;
-}
+// NCHW.
 
-// A box, as a block computes it.
-template <typename A>
+// The taps of a box in shared memory, as find_box_taps leaves them.
 struct BoxTaps {
-  const Tap<A>*rows, *columns;  // the slots of all bins, bin by bin
-  const int* row_counts;        // taps of each bin
+  const Tap *rows, *columns;
+  const int *row_counts, *column_counts;  // taps of each bin
   int row_slots, column_slots;
-  int bins, pooled_width;
-  int map_width;
-  A samples;
+  int pooled_height, pooled_width;
+  float samples, inverse_samples;
 };
 
-// One warp pools the bins of a box in kPlanes channels. First each lane takes one column tap of a bin and
-// sums over the rows; then each lane takes a bin and sums over its columns.
+// Neighbouring columns of bins, and the columns of pixels that they touch: all from `first` on if these are
+// fewer than the taps, otherwise those of the slots.
+struct Segment {
+  int first_bin, bins;
+  bool dense;
+  int first, width;
+};
+
+__device__ Segment find_segment(const BoxTaps& box, int first_bin, int bins) {
+  int low = 0x7FFFFFFF, high = -1;
+  for (int b = first_bin; b < first_bin + bins; ++b) {
+    const int count = box.column_counts[b];
+    if (count == 0) continue;
+    // Taps are in ascending or in descending order.
+    const int begin = box.columns[b * box.column_slots].pixel;
+    const int end = box.columns[b * box.column_slots + count - 1].pixel;
+    low = min(low, min(begin, end)), high = max(high, max(begin, end));
+  }
+  const int range = high < 0 ? 0 : high - low + 1, slots = bins * box.column_slots;
+  return range <= slots ? Segment{first_bin, bins, true, low, range}
+                        : Segment{first_bin, bins, false, 0, slots};
+}
+
+// One warp pools the bins of a segment in kPlanes channels. First each lane takes a column of pixels in a row
+// of bins, and sums over the rows of pixels; then each lane takes a bin and sums over its columns.
 template <typename T>
-__device__ void pool_planes(const BoxTaps<accumulate_t<T>>& box, const T* plane, int64_t plane_size, int used,
-                            accumulate_t<T>* sums, T* out) {
-  using A = accumulate_t<T>;
+__device__ void pool_planes(const BoxTaps& box, const Segment& segment, const T* plane, int64_t plane_size,
+                            int used, float* sums, T* out) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int pitch = box.column_slots + 1;  // odd, so that bins start in different banks
-  const int bins_at_once = kPlaneSums / pitch;
-  for (int begin = 0; begin < box.bins; begin += bins_at_once) {
-    const int count = min(bins_at_once, box.bins - begin);
-    for (unsigned item = lane; item < static_cast<unsigned>(count * box.column_slots); item += 32) {
-      const unsigned i = item / static_cast<unsigned>(box.column_slots), slot = item - i * box.column_slots;
-      const unsigned ph = (begin + i) / static_cast<unsigned>(box.pooled_width);
-      const unsigned pw = begin + i - ph * box.pooled_width;
-      const Tap<A> column = box.columns[pw * box.column_slots + slot];
-      const Tap<A>* rows = box.rows + ph * box.row_slots;
-      const int row_count = column.weight == A(0) ? 0 : box.row_counts[ph];
-      A sum[kPlanes] = {};
+  const Tap* columns = box.columns + segment.first_bin * box.column_slots;
+  const unsigned width = static_cast<unsigned>(segment.width), bins = static_cast<unsigned>(segment.bins);
+  const int pitch = segment.width | 1;  // odd, so that rows of bins start in different banks
+  const int rows_at_once = kPlaneSums / pitch, all_bins = box.pooled_height * box.pooled_width;
+  for (int begin = 0; begin < box.pooled_height; begin += rows_at_once) {
+    const int count = min(rows_at_once, box.pooled_height - begin);
+    for (unsigned item = lane; item < count * width; item += 32) {
+      const unsigned i = item / width, slot = item - i * width;
+      const T* column =
+          plane + (segment.dense ? segment.first + static_cast<int>(slot) : columns[slot].pixel);
+      const char* planes[kPlanes];
+      PANFPN_UNROLL
+      for (int p = 0; p < kPlanes; ++p) {
+        planes[p] = reinterpret_cast<const char*>(column + (p < used ? p * plane_size : 0));
+      }
+      const Tap* rows = box.rows + (begin + i) * box.row_slots;
+      const Tap* rows_end = rows + box.row_counts[begin + i];
+      float sum[kPlanes] = {};
       PANFPN_UNROLL_BY(2)
-      for (int j = 0; j < row_count; ++j) {
-        const Tap<A> row = rows[j];
-        const T* pixel = plane + (row.pixel * box.map_width + column.pixel);
+      for (; rows < rows_end; ++rows) {
+        const Tap row = *rows;
         PANFPN_UNROLL
         for (int p = 0; p < kPlanes; ++p) {
-          if (p < used) sum[p] += row.weight * static_cast<A>(pixel[p * plane_size]);
+          const T* pixel = reinterpret_cast<const T*>(planes[p] + static_cast<unsigned>(row.pixel));
+          sum[p] += row.weight * static_cast<float>(*pixel);
         }
       }
       PANFPN_UNROLL
-      for (int p = 0; p < kPlanes; ++p) sums[p * kPlaneSums + i * pitch + slot] = sum[p] * column.weight;
+      for (int p = 0; p < kPlanes; ++p) sums[p * kPlaneSums + i * pitch + slot] = sum[p];
     }
     __syncwarp();
-    for (int i = lane; i < count; i += 32) {
-      A sum[kPlanes] = {};
+    for (unsigned item = lane; item < count * bins; item += 32) {
+      const unsigned i = item / bins, b = item - i * bins;
+      const Tap* taps = columns + b * box.column_slots;
+      const int column_count = box.column_counts[segment.first_bin + b];
+      float sum[kPlanes] = {};
       PANFPN_UNROLL_BY(2)
-      for (int slot = 0; slot < box.column_slots; ++slot) {
+      for (int j = 0; j < column_count; ++j) {
+        const Tap tap = taps[j];
+        const int slot =
+            segment.dense ? tap.pixel - segment.first : static_cast<int>(b) * box.column_slots + j;
         PANFPN_UNROLL
-        for (int p = 0; p < kPlanes; ++p) sum[p] += sums[p * kPlaneSums + i * pitch + slot];
+        for (int p = 0; p < kPlanes; ++p) sum[p] += tap.weight * sums[p * kPlaneSums + i * pitch + slot];
       }
+      T* bin = out + ((begin + i) * box.pooled_width + segment.first_bin + b);
       PANFPN_UNROLL
       for (int p = 0; p < kPlanes; ++p) {
-        if (p < used) out[int64_t{p} * box.bins + begin + i] = static_cast<T>(sum[p] / box.samples);
+        if (p < used) bin[int64_t{p} * all_bins] = mean<T>(sum[p], box.samples, box.inverse_samples);
       }
     }
     __syncwarp();
+  }
+}
+
+// As pool_other_boxes, for NCHW.
+template <typename T>
+__device__ __noinline__ void pool_other_planes(const Pyramid<const T>& pyramid, const float* boxes,
+                                               int64_t count, const RoiAlignParams& params, T* out) {
+  const int64_t bins = params.pooled_height * params.pooled_width;
+  for (int64_t k = blockIdx.x; k < count; k += gridDim.x) {
+    const Bin<float> bin = find_bin(pyramid, boxes + k * 5, params);
+    if (box_fits<false>(bin, pyramid, params)) continue;
+    const int64_t plane = bin.height * bin.width;
+    const T* map = pyramid.data[bin.level] + bin.image * pyramid.channels * plane;
+    for (int64_t first = int64_t{blockIdx.y} * kBlockChannels; first < pyramid.channels;
+         first += int64_t{gridDim.y} * kBlockChannels) {
+      const int64_t last = min(first + kBlockChannels, pyramid.channels);
+      for (int64_t i = first * bins + threadIdx.x; i < last * bins; i += kPoolThreads) {
+        const int64_t c = i / bins, ph = i % bins / params.pooled_width, pw = i % params.pooled_width;
+        pool_by_samples<T, 1>(bin, ph, pw, map + c * plane, 1, out + k * pyramid.channels * bins + i);
+      }
+    }
   }
 }
 
 // A block processes a box and kBlockChannels of its channels. Three blocks fit on a multiprocessor.
 template <typename T>
 __global__ void __launch_bounds__(kPoolThreads, 3)
-    pool_nchw(Pyramid<const T> pyramid, const accumulate_t<T>* boxes, int64_t count, RoiAlignParams params,
-              T* out) {
-  using A = accumulate_t<T>;
-  PANFPN_SHARED(Tap<A>, rows, kAxisTaps);
-  PANFPN_SHARED(Tap<A>, columns, kAxisTaps);
-  PANFPN_SHARED(int, row_counts, kAxisTaps / 2);
-  PANFPN_SHARED(A, sums, kWarps * kPlanes * kPlaneSums);
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
-  const int64_t channels = pyramid.channels, shares = (channels + kBlockChannels - 1) / kBlockChannels;
-  const int64_t bins = params.pooled_height * params.pooled_width;
-  for (int64_t index = blockIdx.x; index < count * shares; index += gridDim.x) {
-    const int64_t k = index / shares, first = index % shares * kBlockChannels;
-    const int64_t last = min(first + kBlockChannels, channels);
-    const Bin<A> bin = find_bin(pyramid, boxes + k * 5, params);
-    const int64_t plane_size = bin.height * bin.width;
-    const T* map = pyramid.data[bin.level] + bin.image * channels * plane_size;
-    T* box_out = out + k * channels * bins;
-    if (!bin.usable || !taps_fit(bin, params)) {
-      for (int64_t i = first * bins + thread; i < last * bins; i += kPoolThreads) {
-        const int64_t c = i / bins, ph = i % bins / params.pooled_width, pw = i % params.pooled_width;
-        box_out[i] = bin.usable ? pool_bin(bin, map + c * plane_size, ph, pw) : static_cast<T>(0);
-      }
-      continue;
-    }
-    const int pooled_height = static_cast<int>(params.pooled_height);
-    const BoxTaps<A> box{rows,
-                         columns,
-                         row_counts,
-                         static_cast<int>(tap_slots(bin.y)),
-                         static_cast<int>(tap_slots(bin.x)),
-                         static_cast<int>(bins),
-                         static_cast<int>(params.pooled_width),
-                         static_cast<int>(bin.width),
-                         bin.samples};
-    for (int i = thread; i < pooled_height + box.pooled_width; i += kPoolThreads) {
-      const bool is_row = i < pooled_height;
-      const int pw = i - pooled_height;
-      Tap<A>* taps = is_row ? rows + i * box.row_slots : columns + pw * box.column_slots;
-      const RoiAxis<A> axis{is_row ? bin.y.start : bin.x.start, is_row ? bin.y.bin : bin.x.bin,
-                            is_row ? bin.y.grid : bin.x.grid};
-      const int found = find_taps(axis, is_row ? i : pw, is_row ? bin.height : bin.width, taps);
-      if (is_row) row_counts[i] = found;
+    pool_nchw(const __grid_constant__ Pyramid<const T> pyramid, const float* boxes, int64_t count,
+              const __grid_constant__ RoiAlignParams params, T* out) {
+  PANFPN_SHARED(BlockBox, box, 1);
+  PANFPN_SHARED(Tap, rows, kNchwTaps);
+  PANFPN_SHARED(Tap, columns, kNchwTaps);
+  PANFPN_SHARED(int, counts, 2 * kNchwTaps);
+  PANFPN_SHARED(float, sums, kWarps * kPlanes * kPlaneSums);
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int64_t channels = pyramid.channels, bins = params.pooled_height * params.pooled_width;
+  bool others = false;
+  for (int64_t k = blockIdx.x; k < count; k += gridDim.x) {
+    if (warp == 0) {
+      find_box_taps<false>(pyramid, boxes + k * 5, params, {0, params.pooled_width}, box, rows, columns,
+                           counts);
     }
     __syncthreads();
-    for (int64_t c = first + warp * kPlanes; c < last; c += kWarps * kPlanes) {
-      const int used = static_cast<int>(min(last - c, int64_t{kPlanes}));
-      pool_planes(box, map + c * plane_size, plane_size, used, sums + warp * kPlanes * kPlaneSums,
-                  box_out + c * bins);
+    others |= !box->fits;
+    if (box->fits) {
+      const int pooled_height = static_cast<int>(params.pooled_height);
+      const BoxTaps taps{rows,           columns,
+                         counts,         counts + pooled_height,
+                         box->row_slots, box->column_slots,
+                         pooled_height,  static_cast<int>(params.pooled_width),
+                         box->samples,   box->inverse_samples};
+      const T* map = pyramid.data[box->level] + box->map;
+      // All columns of bins together if their row sums fit, otherwise one after the other.
+      Segment segment = find_segment(taps, 0, taps.pooled_width);
+      const int together = segment.width < kPlaneSums ? taps.pooled_width : 1;
+      for (int first_bin = 0; first_bin < taps.pooled_width; first_bin += together) {
+        if (together < taps.pooled_width) segment = find_segment(taps, first_bin, together);
+        for (int64_t first = int64_t{blockIdx.y} * kBlockChannels; first < channels;
+             first += int64_t{gridDim.y} * kBlockChannels) {
+          const int64_t last = min(first + kBlockChannels, channels);
+          for (int64_t c = first + warp * kPlanes; c < last; c += kWarps * kPlanes) {
+            const int used = static_cast<int>(min(last - c, int64_t{kPlanes}));
+            pool_planes(taps, segment, map + c * box->plane, box->plane, used,
+                        sums + warp * kPlanes * kPlaneSums, out + (k * channels + c) * bins);
+          }
+        }
+      }
     }
     __syncthreads();  // before the taps of the next box are written
   }
+  if (others) pool_other_planes<T>(pyramid, boxes, count, params, out);
 }
 
 }  // namespace
@@ -244,15 +325,14 @@ Tensor pool_features(const std::vector<Tensor>& features, const std::vector<doub
   const DeviceGuard guard(features[0].get_device_index());
   const DenseFeatures dense = dense_features(features);
   const Tensor boxes = torch::stable::contiguous(boxes_in);
-  const int64_t channels = features[0].size(1),
-                bins = boxes.size(0) * params.pooled_height * params.pooled_width;
+  const int64_t channels = features[0].size(1);
   Tensor out = empty_nchw({boxes.size(0), channels, params.pooled_height, params.pooled_width}, features[0],
                           dense.channels_last);
   const auto stream = current_stream(out);
   dispatch_feature_type(features[0].scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Pyramid<const T> pyramid = make_pyramid<T>(dense.maps, scales);
-    const auto* boxes_data = boxes.const_data_ptr<accumulate_t<T>>();
+    const auto* boxes_data = boxes.const_data_ptr<float>();
     T* out_data = out.mutable_data_ptr<T>();
     if (dense.channels_last) {
       constexpr int V = 16 / sizeof(T);
@@ -260,15 +340,16 @@ Tensor pool_features(const std::vector<Tensor>& features, const std::vector<doub
       for (int level = 0; level < pyramid.levels; ++level) {
         packs &= takes_packs<T, V>(channels, {pyramid.data[level]});
       }
-      const auto launch = [&](auto* kernel) {
-        PANFPN_LAUNCH(kernel, dim3(blocks_for(bins, kWarps)), dim3(kPoolThreads), 0, stream, pyramid,
-                      boxes_data, bins, params, out_data);
+      const auto launch = [&](auto* kernel, int64_t pack) {
+        const auto [grid, block] = column_launch(boxes.size(0), channels, pack, params);
+        PANFPN_LAUNCH(kernel, grid, block, 0, stream, pyramid, boxes_data, boxes.size(0), params, out_data);
       };
-      packs ? launch(pool_channels_last<T, V>) : launch(pool_channels_last<T, 1>);
+      packs ? launch(pool_channels_last<T, V>, V) : launch(pool_channels_last<T, 1>, 1);
     } else {
-      const int64_t shares = (channels + kBlockChannels - 1) / kBlockChannels;
-      PANFPN_LAUNCH(pool_nchw<T>, dim3(blocks_for(boxes.size(0) * shares, 1)), dim3(kPoolThreads), 0, stream,
-                    pyramid, boxes_data, boxes.size(0), params, out_data);
+      const dim3 grid(blocks_for(boxes.size(0), 1),
+                      grid_share((channels + kBlockChannels - 1) / kBlockChannels));
+      PANFPN_LAUNCH(pool_nchw<T>, grid, dim3(kPoolThreads), 0, stream, pyramid, boxes_data, boxes.size(0),
+                    params, out_data);
     }
   });
   return out;

@@ -1,11 +1,11 @@
 // Two algorithms for the same sums. Both take `grad` in channels-last layout.
 //
-// Fast: a warp processes a bin, as in forward, and adds its pixels to float32 maps with vector atomics.
+// Fast: a block processes a box, as in forward, and adds its pixels to float32 maps with vector atomics.
 // Deterministic: a block processes a tile of pixels and some channels. It visits the boxes that overlap the
 // tile, in their order, and keeps the sums in registers. It needs no extra memory except six integers per
 // box.
 #include "ops/cuda/launch.cuh"
-#include "ops/cuda/roi_bin.cuh"
+#include "ops/cuda/roi_taps.cuh"
 #include "ops/roi_pool.h"
 
 namespace panfpn::inline PANFPN_ARITHMETIC {
@@ -26,35 +26,140 @@ __device__ void add_pack(float* to, const Pack<float, 4>& pack) {
 #endif
 }
 
-// Adds grad [K, pooled_height, pooled_width, C] to the float32 maps `sums` [N, H, W, C].
-template <typename T, int V>
-__global__ void __launch_bounds__(kThreads)
-    add_bins(const T* grad, Pyramid<float> sums, const float* boxes, int64_t bins, RoiAlignParams params) {
-  const int64_t channels = sums.channels, lane = threadIdx.x % 32;
-  for (int64_t index = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32; index < bins;
-       index += int64_t{gridDim.x} * kWarps) {
-    const int64_t pw = index % params.pooled_width, ph = index / params.pooled_width % params.pooled_height;
-    const int64_t k = index / params.pooled_width / params.pooled_height;
-    const Bin<float> bin = find_bin(sums, boxes + k * 5, params);
-    if (!bin.usable) continue;
-    float* map = sums.data[bin.level] + bin.image * channels * bin.height * bin.width;
-    for (int64_t first = 0; first < channels; first += 32 * V) {
-      const int64_t c = first + lane * V;
-      const bool active = c < channels;
-      Pack<T, V> values{};
-      if (active) values = *reinterpret_cast<const Pack<T, V>*>(grad + index * channels + c);
-      float shares[V];
+// A warp's column of bins, in V channels of each lane; `map` and `grad` point to the first of these.
+template <typename T>
+struct GradColumn {
+  const T* grad;
+  int64_t grad_step;
+  const Tap *rows, *columns;
+  const int* row_counts;
+  int bin_rows, count;
+  float* map;
+};
+
+// Adjacent bins often share a row of pixels, and their gradients are added before they are sent to the map.
+template <typename T, int V, int kCount>
+__device__ __forceinline__ void add_column(const BlockBox& box, const GradColumn<T>& column) {
+  const ColumnTaps<kCount> columns(column.columns, column.count);
+  const float samples = box.samples, inverse_samples = box.inverse_samples;
+  const int row_slots = box.row_slots;
+  const Tap* rows = column.rows;
+  const T* grad = column.grad;
+  int row_offset = -1;  // of the row that is being summed
+  float row_sum[V] = {};
+  const auto send = [&] {
+    if (row_offset < 0) return;
+    char* line = reinterpret_cast<char*>(column.map) + static_cast<unsigned>(row_offset);
+    columns.for_each([&](const Tap& tap) {
+      Pack<float, V> pack;
       PANFPN_UNROLL
-      for (int v = 0; v < V; ++v) shares[v] = static_cast<float>(values.values[v]) / bin.samples;
-      visit_pixels(bin, ph, pw, [&](int64_t row, int64_t column, float weight) {
-        if (!active || weight == 0.0f) return;
-        Pack<float, V> pack;
+      for (int v = 0; v < V; ++v) pack.values[v] = tap.weight * row_sum[v];
+      add_pack(reinterpret_cast<float*>(line + static_cast<unsigned>(tap.pixel)), pack);
+    });
+  };
+  PANFPN_UNROLL_BY(1)
+  for (int ph = 0; ph < column.bin_rows; ++ph) {
+    const auto pack = *reinterpret_cast<const Pack<T, V>*>(grad);
+    float shares[V];
+    PANFPN_UNROLL
+    for (int v = 0; v < V; ++v) {
+      shares[v] = mean<float>(static_cast<float>(pack.values[v]), samples, inverse_samples);
+    }
+    const Tap* rows_end = rows + column.row_counts[ph];
+    PANFPN_UNROLL_BY(1)
+    for (const Tap* next = rows; next != rows_end; ++next) {
+      const Tap row = *next;
+      if (row.pixel != row_offset) {
+        send();
+        row_offset = row.pixel;
         PANFPN_UNROLL
-        for (int v = 0; v < V; ++v) pack.values[v] = weight * shares[v];
-        add_pack(map + (row * bin.width + column) * channels + c, pack);
-      });
+        for (int v = 0; v < V; ++v) row_sum[v] = 0.0f;
+      }
+      PANFPN_UNROLL
+      for (int v = 0; v < V; ++v) row_sum[v] += row.weight * shares[v];
+    }
+    rows += row_slots;
+    grad += column.grad_step;
+  }
+  send();
+}
+
+// Adds the gradients of those boxes of a block that do not fit, sample by sample. (Inlined: without it, nvcc
+// would not know that the atomics are on global memory.)
+template <typename T, int V>
+__device__ void add_other_boxes(const T* grad, const Pyramid<float>& sums, const float* boxes, int64_t count,
+                                const RoiAlignParams& params) {
+  const int64_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  for (int64_t k = blockIdx.x; k < count; k += gridDim.x) {
+    const Bin<float> bin = find_bin(sums, boxes + k * 5, params);
+    if (!bin.usable || box_fits<true>(bin, sums, params)) continue;
+    float* map = sums.data[bin.level] + bin.image * sums.channels * bin.height * bin.width;
+    for (int64_t pw = blockIdx.y * warps + warp; pw < params.pooled_width; pw += gridDim.y * warps) {
+      for (int64_t c = (int64_t{blockIdx.z} * 32 + lane) * V; c < sums.channels;
+           c += int64_t{gridDim.z} * 32 * V) {
+        for (int64_t ph = 0; ph < params.pooled_height; ++ph) {
+          const int64_t index = (k * params.pooled_height + ph) * params.pooled_width + pw;
+          const auto values = *reinterpret_cast<const Pack<T, V>*>(grad + index * sums.channels + c);
+          visit_samples(bin, ph, pw, [&](int64_t pixel, float weight) {
+            if (weight == 0.0f) return;
+            Pack<float, V> pack;
+            PANFPN_UNROLL
+            for (int v = 0; v < V; ++v) {
+              pack.values[v] = weight * (static_cast<float>(values.values[v]) / bin.samples);
+            }
+            add_pack(map + pixel * sums.channels + c, pack);
+          });
+        }
+      }
     }
   }
+}
+
+// Adds grad [K, pooled_height, pooled_width, C] to the float32 maps `sums` [N, H, W, C]. Blocks, warps and
+// lanes share the work as in pool_channels_last.
+template <typename T, int V>
+__global__ void __launch_bounds__(32 * kMostColumns, 4)
+    add_boxes(const T* grad, const __grid_constant__ Pyramid<float> sums, const float* boxes, int64_t count,
+              const __grid_constant__ RoiAlignParams params) {
+  PANFPN_SHARED(BlockBox, box, 1);
+  PANFPN_SHARED(Tap, rows, kChannelsLastTaps);
+  PANFPN_SHARED(Tap, columns, kChannelsLastTaps);
+  PANFPN_SHARED(int, counts, kChannelsLastTaps + kMostColumns);
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+  const int warps = static_cast<int>(blockDim.x / 32);
+  const int64_t channels = sums.channels;
+  bool others = false;
+  for (int64_t k = blockIdx.x; k < count; k += gridDim.x) {
+    for (int64_t first = int64_t{blockIdx.y} * warps; first < params.pooled_width;
+         first += int64_t{gridDim.y} * warps) {
+      if (warp == 0) {
+        const Range block_columns{first, min(first + warps, params.pooled_width)};
+        find_box_taps<true>(sums, boxes + k * 5, params, block_columns, box, rows, columns, counts);
+      }
+      __syncthreads();
+      others |= !box->fits;
+      const int64_t pw = first + warp;
+      if (box->fits && pw < params.pooled_width) {
+        const int bin_rows = static_cast<int>(params.pooled_height);
+        for (int64_t c = (int64_t{blockIdx.z} * 32 + lane) * V; c < channels;
+             c += int64_t{gridDim.z} * 32 * V) {
+          const GradColumn<T> column{grad + (k * bin_rows * params.pooled_width + pw) * channels + c,
+                                     params.pooled_width * channels,
+                                     rows,
+                                     columns + warp * box->column_slots,
+                                     counts,
+                                     bin_rows,
+                                     counts[bin_rows + warp],
+                                     sums.data[box->level] + box->map + c};
+          with_column_count(column.count, [&](auto count_tag) {
+            add_column<T, V, decltype(count_tag)::value>(*box, column);
+          });
+        }
+      }
+      __syncthreads();  // before the taps of the next box are written
+    }
+  }
+  if (others) add_other_boxes<T, V>(grad, sums, boxes, count, params);
 }
 
 // sums [pixels, C] -> out in another dtype.
@@ -289,16 +394,16 @@ void backward_fast(const Tensor& grad, const std::vector<Tensor>& grads, const s
   }
   const Pyramid<float> pyramid = make_grad_pyramid<float>(sums, scales);
   const T* grad_data = grad.const_data_ptr<T>();
-  const int64_t bins = grad.size(0) * grad.size(2) * grad.size(3);
   bool packs = takes_packs<T, 4>(pyramid.channels, {grad_data});
   for (int level = 0; level < pyramid.levels; ++level) {
     packs &= takes_packs<float, 4>(pyramid.channels, {pyramid.data[level]});
   }
-  const auto launch = [&](auto* kernel) {
-    PANFPN_LAUNCH(kernel, dim3(blocks_for(bins, kWarps)), dim3(kThreads), 0, stream, grad_data, pyramid,
-                  boxes.const_data_ptr<float>(), bins, params);
+  const auto launch = [&](auto* kernel, int64_t pack) {
+    const auto [grid, block] = column_launch(boxes.size(0), pyramid.channels, pack, params);
+    PANFPN_LAUNCH(kernel, grid, block, 0, stream, grad_data, pyramid, boxes.const_data_ptr<float>(),
+                  boxes.size(0), params);
   };
-  packs ? launch(add_bins<T, 4>) : launch(add_bins<T, 1>);
+  packs ? launch(add_boxes<T, 4>, 4) : launch(add_boxes<T, 1>, 1);
   for (int level = 0; level < pyramid.levels && !in_place; ++level) {
     T* out = grads[level].mutable_data_ptr<T>();
     const int64_t pixels = pyramid.height[level] * pyramid.width[level];

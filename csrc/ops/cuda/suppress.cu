@@ -157,13 +157,19 @@ __global__ void __launch_bounds__(kMostResolveThreads)
     const int64_t row = tile * kTile + half * kWarp + lane;
     return row < count && word < words ? mask[row * words + word] : uint64_t{0};
   };
-  // Used by the first warp: the words on the diagonal of both rows, and the words above it from the previous
-  // tile.
+  // The original index of this lane's boxes of a tile.
+  auto fetch_index = [&](int64_t tile, int half) {
+    const int64_t row = tile * kTile + half * kWarp + lane;
+    return row < count ? order[row] : int64_t{0};
+  };
+  // Used by the first warp: the words on the diagonal of both rows, the words above it from the previous
+  // tile, and the original indices. All are fetched a tile ahead, so that no tile waits for memory.
   uint64_t diagonal[2] = {0, 0}, above[2] = {0, 0};
+  int64_t indices[2] = {0, 0};
   uint64_t alive_before = 0;
   if (warp == 0) {
-    diagonal[0] = fetch(0, 0, 0);
-    diagonal[1] = fetch(0, 1, 0);
+    diagonal[0] = fetch(0, 0, 0), diagonal[1] = fetch(0, 1, 0);
+    indices[0] = fetch_index(0, 0), indices[1] = fetch_index(0, 1);
   }
   auto suppressed_by = [&](uint64_t alive, const uint64_t (&rows)[2]) {
     const uint64_t mine =
@@ -179,6 +185,7 @@ __global__ void __launch_bounds__(kMostResolveThreads)
     if (warp == 0) {
       const uint64_t next_diagonal[2] = {fetch(tile + 1, 0, tile + 1), fetch(tile + 1, 1, tile + 1)};
       const uint64_t next_above[2] = {fetch(tile, 0, tile + 1), fetch(tile, 1, tile + 1)};
+      const int64_t next_indices[2] = {fetch_index(tile + 1, 0), fetch_index(tile + 1, 1)};
       const int64_t left = count - tile * kTile;
       const uint64_t all = left < kTile ? (uint64_t{1} << left) - 1 : ~uint64_t{0};
       const uint64_t gone = static_cast<uint64_t>(removed[2 * tile + 1]) << 32 | removed[2 * tile];
@@ -194,7 +201,7 @@ __global__ void __launch_bounds__(kMostResolveThreads)
       for (int half = 0; half < 2; ++half) {
         const int bit = half * kWarp + lane;
         const int64_t position = total + rank_of(alive, bit);
-        if ((alive >> bit & 1) != 0 && position < max_output) keep[position] = order[tile * kTile + bit];
+        if ((alive >> bit & 1) != 0 && position < max_output) keep[position] = indices[half];
       }
       if (lane == 0) {
         alive_in[turn] = alive;
@@ -203,6 +210,7 @@ __global__ void __launch_bounds__(kMostResolveThreads)
       alive_before = alive;
       diagonal[0] = next_diagonal[0], diagonal[1] = next_diagonal[1];
       above[0] = next_above[0], above[1] = next_above[1];
+      indices[0] = next_indices[0], indices[1] = next_indices[1];
     } else if (tile > 0) {
       const uint64_t alive = alive_in[1 - turn];
       for (int bit = warp - 1; bit < kTile; bit += pushers) {

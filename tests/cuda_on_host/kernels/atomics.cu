@@ -1,4 +1,4 @@
-// Atomics, exits before a barrier, spinning, cooperative grids and indices.
+// Atomics, exits before a barrier, spinning and indices.
 #include "fixture.h"
 
 // Counts the values per bin, first in shared memory; each block then adds its counts to the global ones.
@@ -69,24 +69,6 @@ __global__ void all_atomics(int* sum, unsigned int* words, unsigned long long* w
 FIXTURE all_atomics_of_kernels(int* sum, unsigned int* words, unsigned long long* wide, float* real,
                                float4* pack) {
   return message_of([&] { PANFPN_LAUNCH(all_atomics, 2, 62, 0, nullptr, sum, words, wide, real, pack); });
-}
-
-// Each block adds its part of the total, waits for all other blocks and then reads the total.
-__global__ void grid_total(const int* __restrict__ values, int n, int* total, int* seen) {
-  for (int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); i < n;
-       i += static_cast<int>(gridDim.x * blockDim.x)) {
-    atomicAdd(total, values[i]);
-  }
-  panfpn::grid_sync();
-  if (threadIdx.x == 0) seen[blockIdx.x] = *total;
-}
-
-FIXTURE grid_total_int(const int* values, int n, int* total, int* seen, int max_blocks, int* blocks) {
-  return message_of([&] {
-    const int resident = panfpn::cooperative_blocks(grid_total, 64, 0);
-    *blocks = resident < max_blocks ? resident : max_blocks;
-    PANFPN_LAUNCH_COOPERATIVE(grid_total, *blocks, 64, 0, nullptr, values, n, total, seen);
-  });
 }
 
 // Each thread adds its block and thread number to the element at its own index.

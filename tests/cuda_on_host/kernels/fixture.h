@@ -5,7 +5,7 @@
 #include <exception>
 #include <string>
 
-#include "ops/cuda/cooperative.cuh"
+#include "ops/cuda/launch.cuh"
 
 #define FIXTURE extern "C" __attribute__((visibility("default"))) const char*
 

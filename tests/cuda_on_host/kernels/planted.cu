@@ -195,19 +195,6 @@ FIXTURE planted_spin(int* flag) {
   return message_of([&] { PANFPN_LAUNCH(spins_for_ever, 1, 2, 0, nullptr, flag); });
 }
 
-// The barrier of the grid comes after the read of what another block has written.
-__global__ void reads_before_grid_sync(int* values, int* out) {
-  if (threadIdx.x == 0) values[blockIdx.x] = 1;
-  __syncthreads();
-  const int seen = values[(blockIdx.x + 1) % gridDim.x];
-  panfpn::grid_sync();
-  if (threadIdx.x == 0) out[blockIdx.x] = seen;
-}
-FIXTURE planted_missing_grid_sync(int* values, int* out) {
-  return message_of(
-      [&] { PANFPN_LAUNCH_COOPERATIVE(reads_before_grid_sync, 3, 32, 0, nullptr, values, out); });
-}
-
 // One thread writes what others add to.
 __global__ void plain_beside_atomic(int* total) {
   if (threadIdx.x == 0) {
@@ -218,15 +205,6 @@ __global__ void plain_beside_atomic(int* total) {
 }
 FIXTURE planted_plain_beside_atomic(int* total) {
   return message_of([&] { PANFPN_LAUNCH(plain_beside_atomic, 1, 32, 0, nullptr, total); });
-}
-
-__global__ void exits_before_grid_sync(int* out) {
-  if (blockIdx.x == 1) return;
-  panfpn::grid_sync();
-  out[blockIdx.x] = 1;
-}
-FIXTURE planted_grid_exit(int* out) {
-  return message_of([&] { PANFPN_LAUNCH_COOPERATIVE(exits_before_grid_sync, 3, 32, 0, nullptr, out); });
 }
 
 __global__ void too_much_shared(float* out) {
