@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from panfpn_fast.models.conv_fusion import for_prediction
+from panfpn_fast.models.conv_fusion import fold_norms
 
 from ..harness import engines
 from .dense import Dense, DenseOutput, unflatten
@@ -24,7 +24,7 @@ def _network(backbone: str) -> EagerPanopticFPN:
     """Returns the eager network in float32, with batch norms folded, which not every engine does by itself."""
     found = stand_in(backbone, _CPU, kind=EagerPanopticFPN, memory_format=torch.contiguous_format)
     assert isinstance(found, EagerPanopticFPN)
-    return for_prediction(found)
+    return fold_norms(found)
 
 
 def dense_model(backbone: str) -> Dense:
