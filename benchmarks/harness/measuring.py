@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import platform
 import statistics
 import time
@@ -145,3 +146,12 @@ def bfloat16_problem(device: torch.device) -> str | None:
     if "avx512_bf16" in flags or "amx_bf16" in flags:
         return None
     return "this CPU has no bfloat16 arithmetic (AVX512_BF16 or AMX)"
+
+
+def memory_problem(gigabytes: int, device: torch.device) -> str | None:
+    """Returns why a case that takes so many GB of memory cannot run on a device, or None if it can."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None if total >= gigabytes * 10**9 else f"takes {gigabytes} GB of memory; here are {total / 1e9:.0f}"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..harness.activations import convolution_outputs, saved_bytes
 from ..harness.comparison import OURS, Arguments, Case, Comparison, Cost, Peer, Row, nbytes, to_device
 from ..harness.flops import count_flops
+from ..harness.measuring import memory_problem
 from ..harness.timing import note_flops
 from .backbones import DilatedBackbone, FPNBackbone, SymmetricBackbone
 
@@ -84,8 +85,16 @@ COMPARISON = Comparison(
     cases=[
         Case("R-50, 480 x 640", partial(_arguments, "resnet50", _SMALL)),
         Case("R-101, 480 x 640", partial(_arguments, "resnet101", _SMALL), full=True),
-        Case("R-50, 1024 x 2048", partial(_arguments, "resnet50", _PAPER), full=True),
-        Case("R-101, 1024 x 2048", partial(_arguments, "resnet101", _PAPER), full=True),
+        *(
+            Case(
+                f"{label}, 1024 x 2048",
+                partial(_arguments, name, _PAPER),
+                full=True,
+                # The tensors that a dilated backbone keeps for its backward pass.
+                problem=partial(memory_problem, 40),
+            )
+            for label, name in (("R-50", "resnet50"), ("R-101", "resnet101"))
+        ),
     ],
     agree=_plausible(4),
     cost=_cost,
