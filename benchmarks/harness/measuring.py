@@ -154,4 +154,6 @@ def memory_problem(gigabytes: int, device: torch.device) -> str | None:
         total = torch.cuda.get_device_properties(device).total_memory
     else:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return None if total >= gigabytes * 10**9 else f"takes {gigabytes} GB of memory; here are {total / 1e9:.0f}"
+    return (
+        None if total >= gigabytes * 10**9 else f"takes {gigabytes} GB of memory; here are {total / 1e9:.0f}"
+    )
