@@ -407,14 +407,15 @@ def test_failed_benchmarks_keep_the_previous_results(
 
 def test_every_op_and_every_least_ratio_has_a_benchmark(root: Path) -> None:
     pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
-    from benchmarks import ops as benchmarks_of_ops
+    from benchmarks import networks, ops
     from benchmarks.harness.comparison import OURS, Comparison
     from benchmarks.scripts.report.ops_table import op_names
 
     comparisons = [
         value
-        for found in pkgutil.iter_modules(benchmarks_of_ops.__path__)
-        for value in vars(importlib.import_module(f"benchmarks.ops.{found.name}")).values()
+        for package in (ops, networks)
+        for found in pkgutil.iter_modules(package.__path__)
+        for value in vars(importlib.import_module(f"{package.__name__}.{found.name}")).values()
         if isinstance(value, Comparison)
     ]
     assert {comparison.op for comparison in comparisons} >= set(op_names())
