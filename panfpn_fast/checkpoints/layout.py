@@ -95,7 +95,7 @@ class Layout:
         return found
 
     def _tasks(self, weights: Collection[str]) -> tuple[str, ...]:
-        """Returns the branches that have tensors, or both if there are none, so that `fill` reports them as missing."""
+        """Returns the branches that have tensors. Without any, returns both, and `fill` reports the missing tensors."""
         found = tuple(task for task in TASKS if any(name.startswith(self.branches[task]) for name in weights))
         return found or TASKS
 

@@ -1,4 +1,4 @@
-"""What can be predicted: arrays, tensors, PIL images, paths, addresses, and folders and sequences of them."""
+"""Reads the images to predict: arrays, tensors, PIL images, paths, URLs, and folders and sequences of them."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _tensor_array(tensor: Tensor, name: str) -> ImageArray:
 
 
 def _shape_hint(shape: Sequence[int]) -> str:
-    """Returns the remedy for a tensor of another shape than [3, H, W]; empty if there is none."""
+    """Returns how to convert a tensor to [3, H, W], or an empty text if its shape does not suggest a conversion."""
     if 0 in shape:
         return ""
     match tuple(shape):

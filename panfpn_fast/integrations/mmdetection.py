@@ -96,7 +96,7 @@ class _CoarseLogits:
 
 
 def _factor(small: Sequence[int], large: Sequence[int]) -> int | None:
-    """Returns the integer by which both height and width grow from `small` to `large`, or None if there is none."""
+    """Returns the integer factor from `small` to `large`, or None if height and width do not share one."""
     if min(small) < 1 or large[0] % small[0] or large[1] % small[1]:
         return None
     factor = large[0] // small[0]

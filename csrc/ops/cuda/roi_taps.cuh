@@ -82,7 +82,7 @@ __device__ void visit_samples(const Bin<float>& bin, int64_t ph, int64_t pw, Vis
   }
 }
 
-// What the warps of a block need to know about their box.
+// The properties of a box that the warps of its block share.
 struct BlockBox {
   bool fits;
   int level;
