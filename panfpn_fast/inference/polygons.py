@@ -47,7 +47,7 @@ class _Outlines:
         y, x = np.nonzero((upper_left ^ upper_right ^ lower_left ^ lower_right) | crossing)
         copies = 1 + crossing[y, x].astype(np.int64)
         y, x = y.repeat(copies), x.repeat(copies)
-        # The first copy of a corner ends the line from the left, and the second copy begins the line to the right.
+        # The first copy of a crossing ends the line from the left, and the second copy begins the line to the right.
         second = np.zeros(len(x), dtype=bool)
         second[1:] = (x[1:] == x[:-1]) & (y[1:] == y[:-1])
         # One of them ends the line from above: the first one if the pixel on the upper left is set.
