@@ -140,12 +140,13 @@ class Convolution {
 
   void transform_inputs(int64_t block, const Workspace& work) const {
     grid_.for_each_run(block * block_, count(block), kGroup, [&](const Run& run, int64_t index) {
-      for_pixels_of_tiles<M, S>(input_, run, 1, zeros_.data(), work.patch.get(),
-                                [&](const auto& pixels, int64_t i, int64_t channel, int64_t blocks) {
-                                  float* const to = work.inputs.get() + tiles_.index(index + i) +
-                                                    channel / kLane * tiles_.block_size();
-                                  transform_input<M, R>(pixels, blocks, to, in_plane_, tiles_.block_size());
-                                });
+      for_pixels_of_tiles<M, S>(
+          input_, run, 1, zeros_.data(), work.patch.get(),
+          [&](const auto& pixels, int64_t i, int64_t channel, int64_t blocks) {
+            float* const to =
+                work.inputs.get() + tiles_.index(index + i) + channel / kLane * tiles_.block_size();
+            transform_pixels<InputTransform<M>, R>(pixels, blocks, to, in_plane_, tiles_.block_size());
+          });
     });
   }
 

@@ -162,21 +162,41 @@ void for_pixels_of_tiles(const FeatureMap<const T>& map, const Run& run, int64_t
   }
 }
 
-// Pixels [M + 2, M + 2] -> taps `tap_stride` apart, for `blocks` times 16 channels, which are `block_stride`
-// apart there.
-template <int M, typename R, typename P>
-PANFPN_VECTOR_CLONES void transform_input(const P& pixels, int64_t blocks, float* taps, int64_t tap_stride,
-                                          int64_t block_stride) {
+// The transforms to taps: of the inputs of a tile, and of the gradients of its outputs.
+template <int M>
+struct InputTransform {
+  static constexpr int kPixels = M + 2, kTaps = M + 2;  // along each axis
+
+  template <typename V>
+  static PANFPN_ALWAYS_INLINE void apply(const V* d, V* t) {
+    Winograd<M>::input(d, t);
+  }
+};
+template <int M>
+struct GradientTransform {
+  static constexpr int kPixels = M, kTaps = M + 2;
+
+  template <typename V>
+  static PANFPN_ALWAYS_INLINE void apply(const V* y, V* t) {
+    Winograd<M>::output_transposed(y, t);
+  }
+};
+
+// Transforms pixels [kPixels, kPixels] to taps `tap_stride` apart, for `blocks` times 16 channels, which are
+// `block_stride` apart there.
+template <typename Transform, typename R, typename P>
+PANFPN_VECTOR_CLONES void transform_pixels(const P& pixels, int64_t blocks, float* taps, int64_t tap_stride,
+                                           int64_t block_stride) {
   using Vector = typename R::type;
-  constexpr int S = M + 2;
+  constexpr int N = Transform::kPixels, S = Transform::kTaps;
   for (int64_t c = 0; c < blocks * kLane; c += kWidth<R>) {
-    Vector rows[S][S];
+    Vector rows[S][N];
 #pragma GCC unroll 6
-    for (int x = 0; x < S; ++x) {
-      Vector d[S], t[S];
+    for (int x = 0; x < N; ++x) {
+      Vector d[N], t[S];
 #pragma GCC unroll 6
-      for (int y = 0; y < S; ++y) load_lanes(pixels.at(y, x) + c, d[y]);
-      Winograd<M>::input(d, t);
+      for (int y = 0; y < N; ++y) load_lanes(pixels.at(y, x) + c, d[y]);
+      Transform::apply(d, t);
 #pragma GCC unroll 6
       for (int y = 0; y < S; ++y) rows[y][x] = t[y];
     }
@@ -184,7 +204,7 @@ PANFPN_VECTOR_CLONES void transform_input(const P& pixels, int64_t blocks, float
 #pragma GCC unroll 6
     for (int y = 0; y < S; ++y) {
       Vector t[S];
-      Winograd<M>::input(rows[y], t);
+      Transform::apply(rows[y], t);
 #pragma GCC unroll 6
       for (int x = 0; x < S; ++x, to += tap_stride) store_lanes(t[x], to);
     }

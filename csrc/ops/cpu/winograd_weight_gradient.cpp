@@ -20,33 +20,6 @@ constexpr int64_t kChain = 64;
 // The longest run of tiles, which limits the scratch of a thread.
 constexpr int64_t kLongest = 16;
 
-// Pixels [M, M] -> taps; see transform_input.
-template <typename R, typename P>
-PANFPN_VECTOR_CLONES void transform_gradient(const P& pixels, int64_t blocks, float* taps, int64_t tap_stride,
-                                             int64_t block_stride) {
-  using Vector = typename R::type;
-  for (int64_t c = 0; c < blocks * kLane; c += kWidth<R>) {
-    Vector rows[S][M];
-#pragma GCC unroll 4
-    for (int x = 0; x < M; ++x) {
-      Vector y[M], m[S];
-#pragma GCC unroll 4
-      for (int i = 0; i < M; ++i) load_lanes(pixels.at(i, x) + c, y[i]);
-      Winograd<M>::output_transposed(y, m);
-#pragma GCC unroll 6
-      for (int i = 0; i < S; ++i) rows[i][x] = m[i];
-    }
-    float* to = taps + c / kLane * block_stride + c % kLane;
-#pragma GCC unroll 6
-    for (int i = 0; i < S; ++i) {
-      Vector m[S];
-      Winograd<M>::output_transposed(rows[i], m);
-#pragma GCC unroll 6
-      for (int x = 0; x < S; ++x, to += tap_stride) store_lanes(m[x], to);
-    }
-  }
-}
-
 // Adds to `to` [P rows, V registers], or replaces it: the sum over tiles of the products of P gradients with
 // V registers of inputs. Both are blocks [tiles, 16]; the registers may be in adjacent blocks.
 template <typename R, int P, int V>
@@ -167,14 +140,16 @@ class WeightGradient {
           for_pixels_of_tiles<M, S>(
               input_, run, 1, zeros_.data(), patch.get(),
               [&, index = index](const auto& pixels, int64_t i, int64_t channel, int64_t blocks) {
-                transform_input<M, R>(pixels, blocks, inputs_.at(0, channel / kLane, index + i),
-                                      inputs_.plane(), inputs_.block_stride());
+                transform_pixels<InputTransform<M>, R>(pixels, blocks,
+                                                       inputs_.at(0, channel / kLane, index + i),
+                                                       inputs_.plane(), inputs_.block_stride());
               });
           for_pixels_of_tiles<M, M>(
               gradient_, run, 0, zeros_.data(), patch.get(),
               [&, index = index](const auto& pixels, int64_t i, int64_t channel, int64_t blocks) {
-                transform_gradient<R>(pixels, blocks, gradients_.at(0, channel / kLane, index + i),
-                                      gradients_.plane(), gradients_.block_stride());
+                transform_pixels<GradientTransform<M>, R>(pixels, blocks,
+                                                          gradients_.at(0, channel / kLane, index + i),
+                                                          gradients_.plane(), gradients_.block_stride());
               });
         }
       };
