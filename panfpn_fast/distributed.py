@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from panfpn_fast._device import resolve_device
+from panfpn_fast._device import device_name, resolve_device
 from panfpn_fast._errors import UserError, one_line
 
 T = TypeVar("T")
@@ -46,7 +46,7 @@ def process_group(device: str | None = None) -> Iterator[Process]:
     if launched_rank() is None:
         yield Process(0, 1, _device(device))
         return
-    if (device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda"):
+    if (device_name(device) or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"  # before anything touches the first GPU
     mine = _device(device)
     if mine.type == "cuda":

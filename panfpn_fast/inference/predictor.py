@@ -40,7 +40,8 @@ class Predictor:
             as `panfpn_fast.load` takes it. A module is put in evaluation mode and moved to `device` in place. The
             predictor shares its weights, except for a ResNet with batch norms, whose folded weights are copies. Create
             a new predictor after further training.
-        device: Device to run on, such as "cuda:0" or "cpu"; by default a CUDA GPU if there is one, else the CPU.
+        device: Device to run on, such as "cpu", "cuda:0" or its number 0; by default a CUDA GPU if there is one, else
+            the CPU.
         dtype: Dtype to convert the model's weights to, in place: torch.float32, torch.bfloat16 or torch.float16. None
             keeps the dtype.
         short_edge: Length of the resized shorter edge, in pixels; None for the network's own, which is in its
@@ -82,7 +83,7 @@ class Predictor:
     def __init__(
         self,
         model: nn.Module | str | os.PathLike[str],
-        device: str | torch.device | None = None,
+        device: str | int | torch.device | None = None,
         dtype: torch.dtype | None = None,
         short_edge: int | None = None,
         max_edge: int | None = None,
