@@ -108,7 +108,7 @@ def test_what_has_no_images(here: Path) -> None:
 
 
 def test_each_file_counts_once(here: Path) -> None:
-    same = ["p/a.png", here / "p" / "a.png", "p/*.png"]
+    same = ["p/a.png", f"{here}/p/a.png", "p/*.png"]
     found = find_sources([*same, "camera:1", "camera:1", "http://a/b", "q/only.txt"])
     assert names(found) == [
         "p/a.png",
@@ -167,10 +167,10 @@ def test_results_of_an_earlier_run_are_no_images(here: Path) -> None:
     assert names(find_sources(["out/a_overlay.png"], out=Path("out"))) == ["out/a_overlay.png"]  # it is named
 
 
-@pytest.mark.parametrize(("source", "number"), [("camera:0", 0), ("camera:12", 12), ("camera:", None), ("camera:²", None),
-                                               ("x:0", None), (Path("camera:0"), None), (b"camera:0", None)])  # fmt: skip
-def test_cameras(source: object, number: int | None) -> None:
-    assert camera_number(source) == number
+def test_cameras() -> None:
+    assert [camera_number(f"camera:{number}") for number in (0, 12)] == [0, 12]
+    others: list[object] = ["camera:", "camera:²", "camera:-1", "x:0", Path("camera:0"), b"camera:0", None]
+    assert [camera_number(source) for source in others] == [None] * len(others)
 
 
 def test_kinds_and_names() -> None:
