@@ -9,6 +9,7 @@ from panfpn_fast.inference.folder import predict_folder
 from panfpn_fast.inference.predictor import Predictor, predict
 from panfpn_fast.inference.result import Instances, PanopticResult
 from panfpn_fast.inference.segment import Segment
+from panfpn_fast.inference.sources import read_frames
 
 __all__ = [
     "CocoPanopticWriter",
@@ -21,6 +22,7 @@ __all__ = [
     "encode_panoptic",
     "predict",
     "predict_folder",
+    "read_frames",
     "read_image",
     "resize_shortest_edge",
 ]

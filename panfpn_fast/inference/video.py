@@ -38,6 +38,8 @@ VIDEO_SUFFIXES = frozenset(
     }
 )
 
+# Before, it crashes on some MPEG files, and writes BT.601 colors in files of BT.709.
+_OLDEST = 17
 # PyAV's wheels have the first one. All players play it as MP4, and mpeg4 in the others.
 _ENCODERS = ("libx264", "libopenh264", "mpeg4")
 # A denominator of MPEG-4's time base has at most 16 bits; 1/60000 s is exact for most rates.
@@ -65,14 +67,18 @@ def require_av() -> Any:
     """Imports PyAV.
 
     Raises:
-        ImportError: If it is not installed; the message has the command.
+        ImportError: If it is not installed or too old; the message has the command.
     """
     try:
-        return importlib.import_module("av")
+        av = importlib.import_module("av")
+        if int(av.__version__.partition(".")[0]) < _OLDEST:
+            raise ImportError(f"PyAV {av.__version__} is too old")
     except ImportError as error:
         raise ImportError(
-            f'videos and cameras need PyAV ({error}): pip install "panfpn_fast[video]", or pip install av'
+            f'videos and cameras need PyAV ({error}): pip install "panfpn_fast[video]", or '
+            f'pip install "av>={_OLDEST}"'
         ) from error
+    return av
 
 
 def read_video(path: str | os.PathLike[str], every: int = 1) -> Iterator[VideoFrame]:

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -145,10 +146,13 @@ def test_names_that_look_like_addresses(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_without_pyav(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, predictor: Predictor) -> None:
     (tmp_path / "a.mp4").touch()
-    monkeypatch.setitem(sys.modules, "av", None)
-    for source in (tmp_path / "a.mp4", "camera:0"):
-        with pytest.raises(ImportError, match=r'pip install "panfpn_fast\[video\]", or pip install av'):
-            predictor.stream(source)
+    for module in (None, SimpleNamespace(__version__="16.1.0")):
+        monkeypatch.setitem(sys.modules, "av", module)
+        for source in (tmp_path / "a.mp4", "camera:0"):
+            with pytest.raises(
+                ImportError, match=r'pip install "panfpn_fast\[video\]", or pip install "av>=17"'
+            ):
+                predictor.stream(source)
 
 
 def test_pyav_is_imported_only_when_it_is_needed() -> None:
