@@ -304,6 +304,16 @@ def test_no_picture_makes_no_file(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_pictures_that_are_too_large_for_a_video(tmp_path: Path) -> None:
+    pytest.importorskip("av", reason="av is not installed")
+    with (
+        pytest.raises(OSError, match=r"a\.mp4: a video of 70001 x 2 pixels cannot be encoded"),
+        VideoWriter(tmp_path / "a.mp4") as writer,
+    ):
+        writer.add(np.zeros((2, 70_001, 3), np.uint8), Fraction(0))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource", reason="this system limits no files")
     pytest.importorskip("av", reason="av is not installed")
