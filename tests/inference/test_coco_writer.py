@@ -104,6 +104,21 @@ def test_json_is_written_during_the_run(result: PanopticResult, tmp_path: Path) 
     assert [image["id"] for image in read_json(tmp_path)["images"]] == ["first"]
 
 
+def test_results_of_several_processes_are_in_the_order_of_their_positions(
+    result: PanopticResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first process has listed the other's result already, in the order of names."""
+    first, second = (CocoPanopticWriter(tmp_path, COCO, rank=rank) for rank in (0, 1))
+    second.add(result, "a", "a.jpg", (3, 0))
+    first.flush()
+    assert [image["id"] for image in read_json(tmp_path)["images"]] == ["a"]
+    first.add(result, "z", "z.jpg", (0, 2))
+    first.add(result, "b", "b.jpg", (0, 10))
+    monkeypatch.setattr("panfpn_fast.inference.coco_writer.gather", lambda own: [own, second._added])
+    first.gather()
+    assert [image["id"] for image in read_json(tmp_path)["images"]] == ["z", "b", "a"]
+
+
 def test_empty_run_writes_a_valid_file(tmp_path: Path) -> None:
     with CocoPanopticWriter(tmp_path, COCO):
         pass
