@@ -38,7 +38,7 @@ VIDEO_SUFFIXES = frozenset(
     }
 )
 
-# Before, it crashes on some MPEG files, and writes BT.601 colors in files of BT.709.
+# Before, pictures are converted with the colors of BT.601 although BT.709 is asked for.
 _OLDEST = 17
 # PyAV's wheels have the first one. All players play it as MP4, and mpeg4 in the others.
 _ENCODERS = ("libx264", "libopenh264", "mpeg4")
