@@ -1,4 +1,4 @@
-"""Downloads published checkpoints by name, checks them and keeps them in a cache directory."""
+"""Finds checkpoints by name: those in the package, and published ones, which are downloaded, checked and cached."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pooch
 from filelock import FileLock
 
 from panfpn_fast._errors import similar
-from panfpn_fast._files import cache_dir
+from panfpn_fast._files import builtin_folder, cache_dir
 from panfpn_fast.models.config import presets
 
 BASE_URLS = {
@@ -46,6 +46,9 @@ BACKBONES: dict[str, str] = {
 }
 """Maps names of ImageNet-trained ResNets, from which training starts, to paths. Their file names have no checksum."""
 
+SHIPPED = {"builtin://nuclei": "nuclei.pth"}
+"""Maps names of the networks in the package to files in `panfpn_fast/builtin`."""
+
 _CHUNK = 1 << 20
 _TIMEOUT_S = 30.0
 _RETRIES = 2
@@ -56,10 +59,10 @@ class DownloadError(OSError):
 
 
 def find(path_or_name: str | os.PathLike[str]) -> Path:
-    """Returns the file of a checkpoint; a name, which has "://", is passed to `fetch`.
+    """Returns the file of a checkpoint.
 
     Args:
-        path_or_name: A file, or a name for `fetch`. A leading `~` is the home directory.
+        path_or_name: A file, a key of `SHIPPED`, or a name for `fetch`. A leading `~` is the home directory.
 
     Raises:
         TypeError: If the argument is not a string or path.
@@ -70,6 +73,8 @@ def find(path_or_name: str | os.PathLike[str]) -> Path:
     name = os.fspath(path_or_name)
     if not isinstance(name, str):
         raise TypeError(f"path_or_name: expected a string or path, got {type(name).__name__}")
+    if name in SHIPPED:
+        return builtin_folder() / SHIPPED[name]
     if "://" in name:
         return fetch(name)
     path = Path(os.path.expanduser(name))
@@ -114,7 +119,9 @@ def fetch(name: str, cache: str | os.PathLike[str] | None = None, base_url: str 
     if name not in known:
         if name.startswith(("http://", "https://", "ftp://", "s3://", "file://")):
             raise ValueError(f"{name}: an address, not a name; download the file and pass its path")
-        raise ValueError(f"unknown checkpoint {name!r}; similar names: {similar(name, known, 2)}")
+        raise ValueError(
+            f"unknown checkpoint {name!r}; similar names: {similar(name, {*SHIPPED, *known}, 2)}"
+        )
     path = known[name]
     framework = name.partition("://")[0]
     base_url = base_url or os.environ.get(f"PANFPN_{framework.upper()}_URL") or BASE_URLS[framework]
