@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all, and the cache directory."""
+"""Files that appear complete or not at all, the files in the package, and the cache directory."""
 
 from __future__ import annotations
 
@@ -91,6 +91,11 @@ def prepare_file(path: Path, name: str) -> None:
 def _is_special(path: Path) -> bool:
     """Whether a path is a device or a pipe, which must not be replaced by a file."""
     return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def builtin_folder() -> Path:
+    """Returns the folder of the networks and samples that are part of the package."""
+    return Path(__file__).parent / "builtin"
 
 
 def cache_dir() -> Path:

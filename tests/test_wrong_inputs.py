@@ -87,7 +87,7 @@ CASES = [
             (f"{TRAIN} --out begun --resume", "cannot be read as a checkpoint"),
             ("demo --out photo.png", "out: expected a folder, got the file photo.png"),
             ("demo --out photo.png/x", "out: cannot write to the folder photo.png/x"),
-            ("demo --out taken", "out: expected the path of a file, got the folder taken/model.pth"),
+            ("demo --train --out taken", "out: expected the path of a file, got the folder taken/model.pth"),
             ("demo --out ''", "--out: expected a path, got nothing"),
             ("convert model.pth taken/model.pth", "OUT: expected the path of a file, got the folder taken/model.pth"),
             ("convert model.pth photo.png/x.pth", "OUT: expected a folder, got the file photo.png"),
@@ -165,7 +165,8 @@ CASES = [
     ),
     (f"{BENCH} --size 64 -1", "--size: expected 1 to 65536 pixels, got '-1'"),
     (f"{EVAL} --weights nope.pth --workers 257", "workers: expected 0 to 256, got 257"),
-    ("demo --workers 257", "workers: expected 0 to 256, got 257"),
+    ("demo --train --workers 257", "workers: expected 0 to 256, got 257"),
+    *((f"demo --{name} 2", f"--{name}: expected --train with it") for name in ("steps", "seed", "workers")),
     *((f"{PREDICT} --score-threshold {value!r}", f"expected a number from 0 to 1, got {value!r}") for value in
       ("2", "nan", "-0.1", "x", "")),
     *((f"{command} --dtype int8", "--dtype: invalid choice: 'int8'") for command in (PREDICT, EXPORT, BENCH)),

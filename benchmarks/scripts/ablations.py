@@ -37,8 +37,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def _config(steps: int, seed: int, changes: dict[str, Any]) -> Any:
-    from panfpn_fast.training.config import get_train_preset
     from panfpn_fast.training.demo import stretch
+
+    from panfpn_fast.training.config import get_train_preset
 
     config = stretch(get_train_preset("tiny"), steps)
     changes = changes | {"model": config.model | changes.get("model", {}), "seed": seed, "workers": 0}

@@ -29,7 +29,8 @@ def load(path_or_name: str | os.PathLike[str], **overrides: Any) -> PanopticFPN:
     code in the file is run.
 
     Args:
-        path_or_name: A file, also a `checkpoint_*.pth` of a training run, or the name of a published checkpoint such as
+        path_or_name: A file, also a `checkpoint_*.pth` of a training run; `"builtin://nuclei"`, the network in the
+            package, which segments nuclei in fluorescence microscopy; or the name of a published checkpoint such as
             `"detectron2://COCO-PanopticSegmentation/panoptic_fpn_R_50_3x"` or
             `"mmdetection://panoptic_fpn_r50_fpn_1x_coco"`, or its last part, such as `"panoptic_fpn_R_50_3x"`. It is
             downloaded once to `$PANFPN_CACHE`, else `$XDG_CACHE_HOME/panfpn_fast`, else `~/.cache/panfpn_fast`.

@@ -1,4 +1,4 @@
-"""Downloads published checkpoints by name, checks them and keeps them in a cache directory."""
+"""Finds checkpoints by name: those in the package, and published ones, which are downloaded, checked and cached."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pooch
 from filelock import FileLock
 
 from panfpn_fast._errors import similar
-from panfpn_fast._files import cache_dir
+from panfpn_fast._files import builtin_folder, cache_dir
 from panfpn_fast.models.config import presets
 
 BASE_URLS = {
@@ -49,6 +49,9 @@ BACKBONES: dict[str, str] = {
 SHORT: dict[str, str] = {name.rpartition("/")[2]: name for name in PUBLISHED}
 """Maps the last parts of the names of published checkpoints, such as "panoptic_fpn_R_50_3x", to the names."""
 
+SHIPPED = {"builtin://nuclei": "nuclei.pth"}
+"""Maps names of the networks in the package to files in `panfpn_fast/builtin`."""
+
 _CHUNK = 1 << 20
 _TIMEOUT_S = 30.0
 _RETRIES = 2
@@ -59,11 +62,11 @@ class DownloadError(OSError):
 
 
 def find(path_or_name: str | os.PathLike[str]) -> Path:
-    """Returns the file of a checkpoint; a name, which has "://" or is short, is passed to `fetch`.
+    """Returns the file of a checkpoint.
 
     Args:
-        path_or_name: A file, or a name for `fetch`, or its last part, such as "panoptic_fpn_R_50_3x". A file of that
-            name comes first. A leading `~` is the home directory.
+        path_or_name: A file, a key of `SHIPPED`, a name for `fetch`, or a key of `SHORT`, unless there is a file of that
+            name. A leading `~` is the home directory.
 
     Raises:
         TypeError: If the argument is not a string or path.
@@ -74,6 +77,8 @@ def find(path_or_name: str | os.PathLike[str]) -> Path:
     name = os.fspath(path_or_name)
     if not isinstance(name, str):
         raise TypeError(f"path_or_name: expected a string or path, got {type(name).__name__}")
+    if name in SHIPPED:
+        return builtin_folder() / SHIPPED[name]
     if "://" in name:
         return fetch(name)
     path = Path(os.path.expanduser(name))
@@ -120,7 +125,9 @@ def fetch(name: str, cache: str | os.PathLike[str] | None = None, base_url: str 
     if name not in known:
         if name.startswith(("http://", "https://", "ftp://", "s3://", "file://")):
             raise ValueError(f"{name}: an address, not a name; download the file and pass its path")
-        raise ValueError(f"unknown checkpoint {name!r}; similar names: {similar(name, known, 2)}")
+        raise ValueError(
+            f"unknown checkpoint {name!r}; similar names: {similar(name, {*SHIPPED, *known}, 2)}"
+        )
     path = known[name]
     framework = name.partition("://")[0]
     base_url = base_url or os.environ.get(f"PANFPN_{framework.upper()}_URL") or BASE_URLS[framework]

@@ -117,6 +117,26 @@ class Flip:
         return replace(sample, image=sample.image.flip(2), segments=sample.segments.flip(1), boxes=boxes)
 
 
+class QuarterTurn:
+    """Rotates by 0, 90, 180 or 270 degrees, each with the same probability."""
+
+    def __call__(self, sample: Sample, random: np.random.Generator) -> Sample:
+        """Rotates the image and the segments counterclockwise."""
+        turns = int(random.integers(4))
+        boxes, width = sample.boxes, sample.size[1]
+        for _ in range(turns if boxes is not None else 0):
+            assert boxes is not None
+            x1, y1, x2, y2 = boxes.unbind(1)
+            boxes = torch.stack([y1, width - x2, y2, width - x1], dim=1)
+            width = sum(sample.size) - width
+        return replace(
+            sample,
+            image=sample.image.rot90(turns, (1, 2)).contiguous(),
+            segments=sample.segments.rot90(turns, (0, 1)).contiguous(),
+            boxes=boxes,
+        )
+
+
 class Crop:
     """Crops a random window of a fixed size, or of the size of the image along axes where the image is smaller.
 
@@ -154,6 +174,25 @@ class Crop:
             segments=sample.segments[rows, columns].contiguous(),
             boxes=None,
         )
+
+
+class Exposure:
+    """Multiplies all values by a random factor, as a longer or shorter exposure does.
+
+    Dark backgrounds stay dark, unlike with `Photometric`, so it suits fluorescence microscopy.
+
+    Args:
+        most: Largest factor; the smallest is 1 / `most`. The logarithm of the factor is uniform.
+    """
+
+    def __init__(self, most: float = 2.0) -> None:
+        self.most = most
+
+    def __call__(self, sample: Sample, random: np.random.Generator) -> Sample:
+        """Changes the image; the segments stay the same."""
+        factor = self.most ** float(random.uniform(-1, 1))
+        image = (sample.image.float() * factor).round_().clamp_(0, 255).to(torch.uint8)
+        return replace(sample, image=image)
 
 
 class Photometric:

@@ -60,6 +60,8 @@ class DataConfig:
         crop: Height and width of random crops; empty for no cropping.
         crop_most_of_one_class: Largest share of one class in a crop; other crops are drawn again.
         flip: Probability of mirroring.
+        quarter_turns: Whether images are rotated by a random multiple of 90 degrees.
+        exposure: Largest factor by which the values of an image are multiplied or divided at random; 1 for none.
         photometric: Whether brightness, contrast and colors are changed at random.
         val_short_edge: Length of the shorter edge in evaluation; the network keeps it for its predictions.
         val_max_edge: Upper limit for the longer edge in evaluation; the network keeps it, too.
@@ -85,6 +87,8 @@ class DataConfig:
     crop: list[int] = field(default_factory=list)
     crop_most_of_one_class: float = 1.0
     flip: float = 0.5
+    quarter_turns: bool = False
+    exposure: float = 1.0
     photometric: bool = False
     val_short_edge: int = 800
     val_max_edge: int = 1333
@@ -238,6 +242,7 @@ class TrainConfig:
             ("data.synthetic_count", data.synthetic_count, 1),
             ("data.synthetic_val_count", data.synthetic_val_count, 0),
             ("data.max_edge", data.max_edge, 1),
+            ("data.exposure", data.exposure, 1),
             ("data.val_short_edge", data.val_short_edge, 1),
             ("data.val_max_edge", data.val_max_edge, 1),
             ("solver.steps", solver.steps, 1),
@@ -408,34 +413,42 @@ def _tiny() -> TrainConfig:
 def _nuclei() -> TrainConfig:
     return TrainConfig(
         model={
-            "backbone_norm": "gn",
-            "stride_in_1x1": False,
+            **_SMALL_MODEL,
             # The background of these images is black, like the padding.
             "pixel_mean": [0.0, 0.0, 0.0],
             "pixel_std": [50.0, 50.0, 50.0],
-            "anchor_sizes": [8, 16, 32, 64, 128],
+            # Most nuclei have 20 to 40 pixels after resizing, so P2, whose stride is 4, detects them.
+            "anchor_sizes": [20, 40, 80, 160, 320],
+            "mask_head_convs": 3,
             "detections_per_image": 400,
             "rpn_pre_nms_topk": 2000,
-            "stuff_area_threshold": 64,
+            "rpn_post_nms_topk": 1000,
         },
         data=DataConfig(
-            short_edges=[384, 768],
+            short_edges=[384, 640],
             continuous_edges=True,
             max_edge=1333,
-            crop=[384, 384],
+            crop=[256, 256],
+            quarter_turns=True,
+            exposure=2.0,
             val_short_edge=512,
-            photometric=True,
         ),
         solver=SolverConfig(
-            steps=6000,
-            batch_size=8,
-            learning_rate=0.02,
-            milestones=[4500, 5500],
-            warmup_steps=500,
+            steps=4200,
+            batch_size=4,
+            optimizer="adamw",
+            learning_rate=0.001,
+            weight_decay=0.05,
+            schedule="cosine",
+            warmup_steps=100,
             clip_gradients=5.0,
+            ema=0.995,
         ),
+        box_samples=128,
         freeze_at=0,
-        checkpoint_every=500,
+        workers=1,
+        checkpoint_every=300,
+        evaluate_every=600,
     )
 
 
@@ -463,7 +476,8 @@ def get_train_preset(name: str) -> TrainConfig:
 
     Args:
         name: "1x" and "3x" (detectron2's schedules for COCO), "finetune" (from a trained network to other classes),
-            "cityscapes" (the paper's schedule), "tiny" (synthetic scenes on a CPU) or "nuclei".
+            "cityscapes" (the paper's schedule), "tiny" (synthetic scenes on a CPU) or "nuclei" (many small things of
+            one class, on a CPU).
 
     Raises:
         ValueError: If there is no such preset; the message lists the presets.

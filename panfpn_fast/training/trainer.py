@@ -18,7 +18,17 @@ from panfpn_fast._errors import UserError, one_line
 from panfpn_fast._files import atomic_write, prepare_file
 from panfpn_fast.checkpoints import native, read_config
 from panfpn_fast.data.loader import Batch, PanopticDataset, TrainLoader
-from panfpn_fast.data.transforms import Compose, Crop, Flip, KeepBoxes, Photometric, Resize, Transform
+from panfpn_fast.data.transforms import (
+    Compose,
+    Crop,
+    Exposure,
+    Flip,
+    KeepBoxes,
+    Photometric,
+    QuarterTurn,
+    Resize,
+    Transform,
+)
 from panfpn_fast.distributed import Process, broadcast
 from panfpn_fast.models.backbone import ResNet
 from panfpn_fast.models.config import PanopticFPNConfig, get_preset
@@ -62,6 +72,10 @@ def make_transform(data: DataConfig, resize: str) -> Transform:
     if data.crop:
         steps.append(Crop((data.crop[0], data.crop[1]), data.crop_most_of_one_class))
     steps.append(Flip(data.flip))
+    if data.quarter_turns:
+        steps.append(QuarterTurn())
+    if data.exposure > 1:
+        steps.append(Exposure(data.exposure))
     if data.photometric:
         steps.append(Photometric())
     return Compose(steps)

@@ -15,7 +15,7 @@ from panfpn_fast.data.coco_panoptic import CocoPanopticDataset
 from panfpn_fast.data.files import DataError
 from panfpn_fast.data.sample import IGNORE, Sample, make_target, segment_boxes
 from panfpn_fast.data.synthetic import SyntheticDataset
-from panfpn_fast.data.transforms import Crop, Flip, KeepBoxes, Photometric, Resize
+from panfpn_fast.data.transforms import Crop, Exposure, Flip, KeepBoxes, Photometric, QuarterTurn, Resize
 from support.checkpoint_samples import shared_folder
 
 
@@ -150,6 +150,38 @@ def test_photometric_changes_the_image_only() -> None:
     assert changed.segments is sample.segments
     same = Photometric(0, 0, 0)(sample, np.random.default_rng(1))
     assert (same.image.int() - sample.image.int()).abs().max() <= 1
+
+
+def test_quarter_turns_rotate_boxes_with_the_maps() -> None:
+    sample = KeepBoxes()(small_sample(), np.random.default_rng(0))
+    found = {}
+    for seed in range(20):
+        turned = QuarterTurn()(sample, np.random.default_rng(seed))
+        turns = next(k for k in range(4) if torch.equal(turned.segments, sample.segments.rot90(k, (0, 1))))
+        assert torch.equal(turned.image, sample.image.rot90(turns, (1, 2)))
+        around, _ = segment_boxes(turned.segments, len(turned.label))
+        assert turned.boxes is not None
+        assert torch.equal(turned.boxes[:4], around[:4].double())  # the fifth has no pixels
+        found[turns] = turned.size
+    assert found == {0: (3, 4), 1: (4, 3), 2: (3, 4), 3: (4, 3)}
+
+
+def test_exposure_scales_all_values() -> None:
+    sample = small_sample()
+    sample.image = torch.full_like(sample.image, 40)
+    sample.image[:, 0] = 0
+    seen = set()
+    for seed in range(40):
+        changed = Exposure(2.0)(sample, np.random.default_rng(seed))
+        assert changed.image[:, 0].eq(0).all()
+        assert changed.segments is sample.segments
+        seen |= set(changed.image[:, 1:].unique().tolist())
+    assert min(seen) < 25
+    assert 70 < max(seen) <= 80
+    assert min(seen) >= 20
+    sample.image = torch.full_like(sample.image, 250)
+    brightest = max(int(Exposure(2.0)(sample, np.random.default_rng(i)).image.max()) for i in range(40))
+    assert brightest == 255
 
 
 def test_scenes_depend_only_on_seed_and_index() -> None:

@@ -132,7 +132,7 @@ def _arguments(case: Case, out: Path) -> list[str]:
     if case.command == "train":
         return ["train", "--out", str(out), *TINY, f"workers={case.workers}"]
     if case.command == "demo":
-        return ["demo", "--out", str(out), "--steps", "3"]
+        return ["demo", "--train", "--out", str(out), "--steps", "3"]
     weights = str(out.parent / "weights.pth")
     return ["eval", "--kind", "synthetic", "--weights", weights, "--short-edge", "64", "--no-ap",
             "--device", "cpu"]  # fmt: skip

@@ -17,7 +17,6 @@ from panfpn_fast.cli.main import main
 from panfpn_fast.data.sample import make_target, segment_boxes
 from panfpn_fast.inference import Predictor
 from panfpn_fast.training.config import DataConfig, TrainConfig, get_train_preset
-from panfpn_fast.training.demo import run_demo
 from panfpn_fast.training.settings import read_settings
 from panfpn_fast.training.setup import make_datasets
 from panfpn_fast.training.trainer import make_transform
@@ -282,12 +281,3 @@ def test_without_omegaconf(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "omegaconf", None)
     with pytest.raises(UserError, match=r'pip install "\.\[train\]"'):
         read_settings("tiny", None, [])
-
-
-def test_demo_writes_metrics_and_images(tmp_path: Path) -> None:
-    metrics = run_demo(tmp_path, steps=2, quiet=True)
-    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
-    assert metrics.keys() == {"PQ", "SQ", "RQ", "things", "stuff", "seconds"}
-    with Image.open(tmp_path / "gallery.png") as gallery:
-        assert gallery.size[0] == 3 * 2 * 192
-    assert (tmp_path / "model.pth").exists()

@@ -25,7 +25,7 @@ from panfpn_fast.training.trainer import Trainer, make_model
 _PICTURES = 8
 
 
-def run_demo(
+def train_on_scenes(
     out: Path, steps: int | None = None, seed: int = 0, quiet: bool = False, workers: int | None = None
 ) -> dict[str, Any]:
     """Trains the tiny preset, evaluates it on unseen scenes, and draws some of them.
