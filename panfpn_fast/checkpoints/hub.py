@@ -65,7 +65,7 @@ def find(path_or_name: str | os.PathLike[str]) -> Path:
     """Returns the file of a checkpoint.
 
     Args:
-        path_or_name: A file, a key of `SHIPPED`, a name for `fetch`, or a key of `SHORT`, unless there is a file of that
+        path_or_name: A file, a key of `SHIPPED`, a name for `fetch`, or a key of `SHORT` if there is no file of that
             name. A leading `~` is the home directory.
 
     Raises:
