@@ -48,17 +48,22 @@ def write_map(
     """
     ids = panoptic.cpu().numpy()
     save(Image.fromarray(encode_panoptic(ids)), folder / f"{name}.png")
-    segments_info = []
-    for segment in segments:
-        info = {
+    height, width = ids.shape
+    return Entry(name, source, height, width, info_of(segments))
+
+
+def info_of(segments: Sequence[Segment]) -> list[dict[str, Any]]:
+    """Returns the field `segments_info` of an image."""
+    return [
+        {
             "id": segment.id,
             "category_id": segment.category_id,
             "isthing": int(segment.isthing),
             "area": segment.area,
+            **score_field(segment),
         }
-        segments_info.append(info | score_field(segment))
-    height, width = ids.shape
-    return Entry(name, source, height, width, segments_info)
+        for segment in segments
+    ]
 
 
 def panoptic_content(entries: Sequence[Entry], categories: Categories) -> dict[str, Any]:

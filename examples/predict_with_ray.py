@@ -1,0 +1,157 @@
+"""Predicts a folder of images or a Parquet data set on all machines of a Ray cluster, and can be stopped and restarted.
+
+    pip install "panfpn_fast[ray]"
+    python examples/predict_with_ray.py photos/ --weights model.pth --out out/             # on this machine
+    python examples/predict_with_ray.py photos.parquet --weights model.pth --out out/ --address auto  # on a cluster
+
+Writes `predictions/NAME.png`, the panoptic maps, and `predictions.json`, the segments of all images in COCO's format. A
+Parquet data set has a column with the bytes of image files and one with their unique names. The images, the weights and
+`--out` must be on storage that all machines share under the same path.
+
+Ray repeats the work of a process or a machine that is lost. Each result is one file that appears complete or not at
+all, so a repetition changes nothing. A second run with the same arguments predicts the images that have no result yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.dataset
+import ray
+import ray.data
+
+from panfpn_fast.checkpoints import read_config
+from panfpn_fast.data.images import find_images
+from panfpn_fast.data.own_png import plain_name
+from panfpn_fast.inference import PredictToFolder, find_maps, write_json
+
+
+def list_images(source: Path, names: str) -> dict[str, str]:
+    """Returns the name of the result and the source of each image: its path, or its value in the column `names`."""
+    if is_parquet(source):
+        column = pyarrow.dataset.dataset(source).to_table(columns=[names])[names].to_pylist()
+        found = [(plain_name(name), str(name)) for name in column]
+    else:
+        paths, problems = find_images([source])
+        if problems:
+            raise SystemExit(problems[0])
+        found = [(path.stem, str(path)) for path in paths]
+    taken: dict[str, str] = {}
+    for name, origin in found:
+        key = name.casefold()  # some file systems do not distinguish upper from lower case
+        if key in taken:
+            raise SystemExit(
+                f"{taken[key]} and {origin} have the same result, {name}.png; rename one of them"
+            )
+        taken[key] = origin
+    return dict(found)
+
+
+def is_parquet(source: Path) -> bool:
+    """Whether the source is a Parquet file, or a folder with such files."""
+    return source.suffix == ".parquet" or any(source.glob("*.parquet"))
+
+
+def open_images(args: argparse.Namespace, sources: dict[str, str]) -> ray.data.Dataset:
+    """Returns a data set with the columns `name` and `image` (a path, or the bytes of a file)."""
+    if not is_parquet(args.source):
+        return ray.data.from_items([{"name": name, "image": path} for name, path in sources.items()])
+
+    def select(batch: dict[str, Any]) -> dict[str, list[Any]]:
+        rows = zip(map(plain_name, batch[args.names]), batch[args.images], strict=True)
+        chosen = [(name, image) for name, image in rows if name in sources]
+        return {"name": [name for name, _ in chosen], "image": [image for _, image in chosen]}
+
+    columns = [args.names, args.images]
+    return ray.data.read_parquet(str(args.source), columns=columns).map_batches(select)
+
+
+def check_settings(args: argparse.Namespace) -> None:
+    """Ends the program if the results in the folder are those of other weights or sizes."""
+    settings = {"weights": args.weights, "short_edge": args.short_edge, "max_edge": args.max_edge}
+    if Path(args.weights).is_file():
+        settings["weights"] = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()
+    path = args.out / "settings.json"
+    if path.exists() and json.loads(path.read_text()) != settings:
+        raise SystemExit(f"{args.out} has the results of other weights or sizes; give another --out")
+    args.out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings))
+
+
+def count_actors(args: argparse.Namespace) -> int:
+    """Returns the number of processes that predict: by default one for each GPU, or else one."""
+    resources = ray.cluster_resources()
+    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+    count = args.actors or (1 if args.device == "cpu" else max(gpus, 1))
+    if count >= cpus or (args.device != "cpu" and count > gpus):
+        raise SystemExit(
+            f"{count} processes that predict need as many GPUs (unless --device is cpu) and {count + 1} CPUs; the "
+            f"cluster has {gpus} GPUs and {cpus} CPUs; give another --actors or --device"
+        )
+    return count
+
+
+def main(arguments: list[str] | None = None, predictor: type[PredictToFolder] = PredictToFolder) -> int:
+    """Returns the exit status: 1 if images failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", type=Path, help="folder of image files, or Parquet file or folder")
+    parser.add_argument("--weights", default="detectron2://COCO-PanopticSegmentation/panoptic_fpn_R_50_3x")
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument("--images", default="bytes", help="Parquet column with the bytes of image files")
+    parser.add_argument("--names", default="path", help="Parquet column with unique names")
+    parser.add_argument("--short-edge", type=int, help="default: the network's own")
+    parser.add_argument("--max-edge", type=int, help="default: the network's own")
+    parser.add_argument("--device", help="cpu, or by default a GPU for each process")
+    parser.add_argument("--actors", type=int, help="processes that predict (default: one for each GPU)")
+    parser.add_argument("--rows", type=int, default=8, help="images in a batch, which is repeated as a whole")
+    parser.add_argument("--address", help="of a Ray cluster; by default Ray starts on this machine")
+    args = parser.parse_args(arguments)
+    args.source, args.out = args.source.absolute(), args.out.absolute()
+
+    check_settings(args)
+    categories = read_config(args.weights).categories
+    if not ray.is_initialized():
+        ray.init(address=args.address)
+    actors = count_actors(args)
+    sources = list_images(args.source, args.names)
+    done = find_maps(args.out, sources)
+    missing = {name: source for name, source in sources.items() if name not in done}
+    print(f"{len(sources)} images, {len(done)} of them done before")
+    failed: dict[str, str] = {}
+    if missing:
+        results = open_images(args, missing).map_batches(
+            predictor,
+            fn_constructor_kwargs={
+                "out": args.out,
+                "model": args.weights,
+                "images": "image",
+                "short_edge": args.short_edge,
+                "max_edge": args.max_edge,
+                "device": args.device,
+            },
+            batch_size=args.rows,
+            compute=ray.data.ActorPoolStrategy(size=actors),
+            num_cpus=1,
+            num_gpus=0 if args.device == "cpu" else 1,
+        )
+        for row in results.iter_rows():
+            if row["error"]:
+                failed[row["name"]] = row["error"]
+                print(f"{sources[row['name']]}: {row['error']}", file=sys.stderr)
+    # The files, not Ray's messages, say what is done.
+    done |= find_maps(args.out, missing)
+    path = write_json(args.out, [done[name] for name in sources if name in done], categories)
+    lost = len(sources) - len(done) - len(failed.keys() - done.keys())
+    print(f"{len(done)} images in {path}, {len(failed)} failed")
+    if lost:
+        print(f"{lost} images have no result; run the command again", file=sys.stderr)
+    return 1 if failed or lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
