@@ -19,37 +19,40 @@ import hashlib
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.dataset
 import ray
 import ray.data
 
 from panfpn_fast.checkpoints import read_config
-from panfpn_fast.data.images import find_images
 from panfpn_fast.data.own_png import plain_name
-from panfpn_fast.inference import PredictToFolder, find_maps, write_json
+from panfpn_fast.inference import CocoPanopticWriter, PredictToFolder, find_maps
+from panfpn_fast.inference.finding import find_source, is_video
+from panfpn_fast.inference.naming import Names
 
 
-def list_images(source: Path, names: str) -> dict[str, str]:
-    """Returns the name of the result and the source of each image: its path, or its value in the column `names`."""
-    if is_parquet(source):
-        column = pyarrow.dataset.dataset(source).to_table(columns=[names])[names].to_pylist()
-        found = [(plain_name(name), str(name)) for name in column]
-    else:
-        paths, problems = find_images([source])
-        if problems:
-            raise SystemExit(problems[0])
-        found = [(path.stem, str(path)) for path in paths]
+class Listed(NamedTuple):
+    """The name of an image's result, and where the image is: its path, or its value in a column of the Parquet data."""
+
+    name: str
+    place: str
+
+
+def list_images(source: Path, out: Path, column: str) -> list[Listed]:
+    """Returns all images. A name depends on the image and on the results in the folder, so a restart repeats it."""
+    if not is_parquet(source):
+        places = [place for place in find_source(source) if not is_video(place)]
+        return [Listed(job.name, str(job.place)) for job in Names(places, out, "none").jobs]
+    values = pyarrow.dataset.dataset(source).to_table(columns=[column])[column].to_pylist()
+    images = [Listed(plain_name(value), str(value)) for value in values]
     taken: dict[str, str] = {}
-    for name, origin in found:
+    for name, place in images:
         key = name.casefold()  # some file systems do not distinguish upper from lower case
         if key in taken:
-            raise SystemExit(
-                f"{taken[key]} and {origin} have the same result, {name}.png; rename one of them"
-            )
-        taken[key] = origin
-    return dict(found)
+            raise SystemExit(f"{taken[key]} and {place} have the same result, {name}.png; rename one of them")
+        taken[key] = place
+    return images
 
 
 def is_parquet(source: Path) -> bool:
@@ -57,15 +60,21 @@ def is_parquet(source: Path) -> bool:
     return source.suffix == ".parquet" or any(source.glob("*.parquet"))
 
 
-def open_images(args: argparse.Namespace, sources: dict[str, str]) -> ray.data.Dataset:
-    """Returns a data set with the columns `name` and `image` (a path, or the bytes of a file)."""
+def open_images(args: argparse.Namespace, images: list[Listed]) -> ray.data.Dataset:
+    """Returns a data set with the columns `name`, `source` (the file name) and `image` (a path, or a file's bytes)."""
     if not is_parquet(args.source):
-        return ray.data.from_items([{"name": name, "image": path} for name, path in sources.items()])
+        return ray.data.from_items(
+            [{"name": one.name, "source": Path(one.place).name, "image": one.place} for one in images]
+        )
+    names = {one.name for one in images}
 
     def select(batch: dict[str, Any]) -> dict[str, list[Any]]:
-        rows = zip(map(plain_name, batch[args.names]), batch[args.images], strict=True)
-        chosen = [(name, image) for name, image in rows if name in sources]
-        return {"name": [name for name, _ in chosen], "image": [image for _, image in chosen]}
+        found = [
+            (plain_name(place), str(place), image)
+            for place, image in zip(batch[args.names], batch[args.images], strict=True)
+        ]
+        kept = [row for row in found if row[0] in names]
+        return {column: [row[i] for row in kept] for i, column in enumerate(("name", "source", "image"))}
 
     columns = [args.names, args.images]
     return ray.data.read_parquet(str(args.source), columns=columns).map_batches(select)
@@ -118,11 +127,11 @@ def main(arguments: list[str] | None = None, predictor: type[PredictToFolder] = 
     if not ray.is_initialized():
         ray.init(address=args.address)
     actors = count_actors(args)
-    sources = list_images(args.source, args.names)
-    done = find_maps(args.out, sources)
-    missing = {name: source for name, source in sources.items() if name not in done}
-    print(f"{len(sources)} images, {len(done)} of them done before")
-    failed: dict[str, str] = {}
+    images = list_images(args.source, args.out, args.names)
+    done = find_maps(args.out, [one.name for one in images])
+    missing = [one for one in images if one.name not in done]
+    print(f"{len(images)} images, {len(done)} of them done before")
+    failed: set[str] = set()
     if missing:
         results = open_images(args, missing).map_batches(
             predictor,
@@ -141,13 +150,13 @@ def main(arguments: list[str] | None = None, predictor: type[PredictToFolder] = 
         )
         for row in results.iter_rows():
             if row["error"]:
-                failed[row["name"]] = row["error"]
-                print(f"{sources[row['name']]}: {row['error']}", file=sys.stderr)
+                failed.add(row["name"])
+                print(f"{row['source']}: {row['error']}", file=sys.stderr)
     # The files, not Ray's messages, say what is done.
-    done |= find_maps(args.out, missing)
-    path = write_json(args.out, [done[name] for name in sources if name in done], categories)
-    lost = len(sources) - len(done) - len(failed.keys() - done.keys())
-    print(f"{len(done)} images in {path}, {len(failed)} failed")
+    done |= find_maps(args.out, [one.name for one in missing])
+    with CocoPanopticWriter(args.out, categories) as writer:  # writes the JSON of all maps in the folder
+        print(f"{len(done)} of {len(images)} images are in {writer.json_path}")
+    lost = len(images) - len(done | failed)
     if lost:
         print(f"{lost} images have no result; run the command again", file=sys.stderr)
     return 1 if failed or lost else 0

@@ -8,28 +8,37 @@ import torch
 
 
 def resolve_device(device: Any) -> torch.device:
-    """Returns a device by its name; None chooses a GPU if there is one, else the CPU.
+    """Returns a device by its name; a number is that of a GPU; None chooses a GPU if there is one, else the CPU.
 
     Raises:
-        TypeError: If `device` is not a string, a torch.device or None.
+        TypeError: If `device` is not a string, a torch.device, an integer or None.
         ValueError: If this machine does not have the device.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not isinstance(device, (str, torch.device)):
-        raise TypeError(f"device: expected a string, a torch.device or None, got {type(device).__name__}")
+    if isinstance(device, bool) or not isinstance(device, (str, torch.device, int)):
+        raise TypeError(
+            f"device: expected a string, a torch.device, an integer or None, got {type(device).__name__}"
+        )
+    name = device_name(device)
     try:
-        checked = torch.device(device)
+        checked = torch.device(name)
         if checked.type == "meta" or (checked.type == "cpu" and checked.index):
             raise RuntimeError(f"{checked} has no memory")
         torch.empty(0, device=checked)
     # RuntimeError, or AssertionError from a torch that was built without the device. Their messages can fill a page.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = "" if torch.cuda.is_available() else _missing_cuda(str(device))
+        reason = "" if torch.cuda.is_available() else _missing_cuda(str(name))
         raise ValueError(
             f"device: expected a device of this machine, got {str(device)!r}; it has {_devices()}{reason}"
         ) from error
     return checked
+
+
+def device_name(device: Any) -> Any:
+    """Returns "cuda:N" for the number N of a GPU, as text or as an integer; anything else stays as it is."""
+    text = str(device)
+    return f"cuda:{text}" if text.isascii() and text.isdecimal() else device
 
 
 def _devices() -> str:

@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from panfpn_fast._device import resolve_device
+from panfpn_fast._device import device_name, resolve_device
 from panfpn_fast._errors import UserError, one_line
 
 T = TypeVar("T")
@@ -54,7 +54,7 @@ def process_group(device: str | None = None, patience: timedelta | None = PATIEN
     if launched_rank() is None:
         yield Process(0, 1, _device(device))
         return
-    if (device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda"):
+    if (device_name(device) or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"  # before anything touches the first GPU
     mine = _device(device)
     if mine.type == "cuda":

@@ -3,9 +3,8 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,84 +19,16 @@ from panfpn_fast import DEFAULT_WEIGHTS, PanopticFPN
 from panfpn_fast.checkpoints.native import content_of
 from panfpn_fast.cli._annotations import KINDS
 from panfpn_fast.cli.main import main
-from panfpn_fast.data import get_categories
-from panfpn_fast.inference import Instances, Predictor, decode_panoptic
+from panfpn_fast.inference import Predictor, decode_panoptic
 from panfpn_fast.training.config import get_train_preset
+from support.predict_runs import Loaded, OneDogModel, photo, predict, read_annotations, replace_load, written
 from support.processes import run
 from support.ranks import run_ranks
-
-Loaded = dict[str, Any]
-
-
-class OneDogModel(nn.Module):
-    """Stands in for a network that finds one dog in every image, as large as the image."""
-
-    def __init__(self, failure: Callable[[Sequence[Tensor]], None] = lambda images: None) -> None:
-        super().__init__()
-        self.config = SimpleNamespace(categories=get_categories("coco_panoptic"), score_threshold=0.05)
-        self.failure = failure
-
-    def forward(
-        self, images: Sequence[Tensor], output_sizes: Sequence[tuple[int, int]], instances: str
-    ) -> list[Any]:
-        assert instances == "panoptic"  # nobody looks at the others
-        self.failure(images)
-        return [_one_dog(*size) for size in output_sizes]
-
-
-def _one_dog(height: int, width: int) -> SimpleNamespace:
-    segments = SimpleNamespace(
-        id=torch.tensor([1]),
-        isthing=torch.tensor([True]),
-        label=torch.tensor([16]),
-        score=torch.tensor([0.9]),
-        area=torch.tensor([height * width]),
-        instance=torch.tensor([0]),
-    )
-    found = Instances(
-        torch.tensor([[0.0, 0.0, width, height]]),
-        torch.tensor([0.9]),
-        torch.tensor([16]),
-        torch.ones(1, 28, 28),
-    )
-    everywhere = torch.ones(height, width, dtype=torch.int32)
-    return SimpleNamespace(
-        panoptic=everywhere, segments=segments, semantic=everywhere.to(torch.uint8) * 0, **vars(found)
-    )
 
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> Loaded:
-    """Replaces `panfpn_fast.load`, and records its arguments. Tests may set `model` to another network."""
-    seen: Loaded = {"model": OneDogModel()}
-
-    def load(weights: str, **overrides: Any) -> nn.Module:
-        seen.update(weights=weights, overrides=overrides)
-        model: nn.Module = seen["model"]
-        return model
-
-    monkeypatch.setattr(panfpn_fast, "load", load)
-    return seen
-
-
-def photo(path: Path, height: int = 40, width: int = 60) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-    return path
-
-
-def predict(*arguments: str | Path, out: Path) -> int:
-    return main(["predict", *map(str, arguments), "--out", str(out), "--device", "cpu", "--short-edge", "32"])
-
-
-def written(out: Path) -> set[str]:
-    return {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
-
-
-def read_annotations(out: Path) -> list[Any]:
-    content: dict[str, list[Any]] = json.loads((out / "predictions.json").read_text())
-    return content["annotations"]
+    return replace_load(monkeypatch)
 
 
 def test_one_image(loaded: Loaded, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,7 +80,7 @@ def test_unreadable_image_among_good_ones(
         captured = capsys.readouterr()
         assert "cannot be decoded" in captured.err
         assert str(broken) in captured.err
-        assert "1 of 3 images failed" in captured.err
+        assert "1 of 3 files failed" in captured.err
         assert "Traceback" not in captured.err
 
 
@@ -158,7 +89,7 @@ def test_missing_image_among_good_ones(
 ) -> None:
     assert predict(tmp_path / "nowhere.jpg", photo(tmp_path / "here.png"), out=tmp_path / "out") == 1
     assert [a["image_id"] for a in read_annotations(tmp_path / "out")] == ["here"]
-    assert "nowhere.jpg: No such file" in capsys.readouterr().err
+    assert "nowhere.jpg: no such file" in capsys.readouterr().err
 
 
 def test_nothing_to_do_stops_before_loading(
@@ -167,7 +98,7 @@ def test_nothing_to_do_stops_before_loading(
     (tmp_path / "empty").mkdir()
     assert predict(tmp_path / "nowhere.jpg", tmp_path / "empty", out=tmp_path / "out") == 2
     captured = capsys.readouterr()
-    assert "nowhere.jpg: No such file" in captured.err
+    assert "nowhere.jpg: no such file" in captured.err
     assert "empty: no images in this folder" in captured.err
     assert "weights" not in loaded
     assert not (tmp_path / "out").exists()
@@ -420,8 +351,6 @@ def test_two_processes_write_the_same_as_one(loaded: Loaded, tmp_path: Path) -> 
     (tmp_path / "in" / "broken.png").write_text("not an image")
     images.insert(1, tmp_path / "in" / "broken.png")
     assert predict(*images, out=tmp_path / "one") == 1
-    (tmp_path / "two").mkdir()
-    (tmp_path / "two" / "predictions.rank5.json").write_text("left by an interrupted run")
 
     run_ranks(2, lambda rank: sys.exit(predict(*images, out=tmp_path / "two") - (rank == 0)))
     assert written(tmp_path / "two") == written(tmp_path / "one")
@@ -447,8 +376,11 @@ def test_one_of_two_processes_is_interrupted(loaded: Loaded, tmp_path: Path) -> 
     # The first process that is seen to end can be rank 1, or rank 0, which fails because it lost rank 1.
     with pytest.raises((ProcessExitedException, ProcessRaisedException)):
         run_ranks(2, run)
-    content = json.loads((tmp_path / "out" / "predictions.rank1.json").read_text())
-    assert [image["id"] for image in content["images"]] == ["b"]
+    left = {path.stem for path in (tmp_path / "out" / "predictions").glob("*.png")}
+    assert "b" in left
+    # Rank 0 may have been killed before it could list the other's results. The next run lists them.
+    assert predict(photo(tmp_path / "e.png"), out=tmp_path / "out") == 0
+    assert {annotation["image_id"] for annotation in read_annotations(tmp_path / "out")} == {*left, "e"}
 
 
 def test_torchrun(tmp_path: Path) -> None:
@@ -480,4 +412,4 @@ def test_output_that_cannot_be_written() -> None:
 
 def test_module_can_be_run() -> None:
     done = run([sys.executable, "-m", "panfpn_fast.cli", "predict", "--help"])
-    assert "IMAGE_OR_FOLDER" in done.stdout
+    assert "SOURCE" in done.stdout

@@ -9,8 +9,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
+from panfpn_fast._device import resolve_device
 from panfpn_fast._errors import UserError
 from panfpn_fast.distributed import PATIENCE, gather, launched_rank, process_group
 from support.processes import environment, run
@@ -82,6 +84,24 @@ def test_errors(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], mess
 def test_an_unknown_device() -> None:
     with pytest.raises(UserError, match="device: expected a device of this machine"), process_group("tape"):
         pass
+
+
+@pytest.mark.parametrize("number", ["2", 2])
+def test_the_number_of_a_gpu(monkeypatch: pytest.MonkeyPatch, number: str | int) -> None:
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)  # as on a machine that has it
+    assert resolve_device(number) == torch.device("cuda:2")
+    monkeypatch.undo()
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"got '2'; it has cpu.* (built without CUDA|no NVIDIA driver)"):
+            resolve_device(number)
+
+
+@pytest.mark.parametrize("wrong", [True, 1.5, [0]])
+def test_what_is_no_device(wrong: object) -> None:
+    with pytest.raises(
+        TypeError, match=r"device: expected a string, a torch\.device, an integer or None, got"
+    ):
+        resolve_device(wrong)
 
 
 def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,8 +31,8 @@ def load(path_or_name: str | os.PathLike[str], **overrides: Any) -> PanopticFPN:
     Args:
         path_or_name: A file, also a `checkpoint_*.pth` of a training run, or the name of a published checkpoint such as
             `"detectron2://COCO-PanopticSegmentation/panoptic_fpn_R_50_3x"` or
-            `"mmdetection://panoptic_fpn_r50_fpn_1x_coco"`, which is downloaded once to `$PANFPN_CACHE`, else
-            `$XDG_CACHE_HOME/panfpn_fast`, else `~/.cache/panfpn_fast`.
+            `"mmdetection://panoptic_fpn_r50_fpn_1x_coco"`, or its last part, such as `"panoptic_fpn_R_50_3x"`. It is
+            downloaded once to `$PANFPN_CACHE`, else `$XDG_CACHE_HOME/panfpn_fast`, else `~/.cache/panfpn_fast`.
         **overrides: Fields of `PanopticFPNConfig`, for example `score_threshold=0.2`, or `stride_in_1x1=False`, which
             the tensors of other frameworks do not show. `tasks=("instance",)` loads only one branch. `categories` names
             the classes of a checkpoint that has no names.

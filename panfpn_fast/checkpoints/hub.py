@@ -46,6 +46,9 @@ BACKBONES: dict[str, str] = {
 }
 """Maps names of ImageNet-trained ResNets, from which training starts, to paths. Their file names have no checksum."""
 
+SHORT: dict[str, str] = {name.rpartition("/")[2]: name for name in PUBLISHED}
+"""Maps the last parts of the names of published checkpoints, such as "panoptic_fpn_R_50_3x", to the names."""
+
 _CHUNK = 1 << 20
 _TIMEOUT_S = 30.0
 _RETRIES = 2
@@ -56,10 +59,11 @@ class DownloadError(OSError):
 
 
 def find(path_or_name: str | os.PathLike[str]) -> Path:
-    """Returns the file of a checkpoint; a name, which has "://", is passed to `fetch`.
+    """Returns the file of a checkpoint; a name, which has "://" or is short, is passed to `fetch`.
 
     Args:
-        path_or_name: A file, or a name for `fetch`. A leading `~` is the home directory.
+        path_or_name: A file, or a name for `fetch`, or its last part, such as "panoptic_fpn_R_50_3x". A file of that
+            name comes first. A leading `~` is the home directory.
 
     Raises:
         TypeError: If the argument is not a string or path.
@@ -78,6 +82,8 @@ def find(path_or_name: str | os.PathLike[str]) -> Path:
         raise IsADirectoryError(f"{name or '.'}: expected a checkpoint file, such as {inside}, got a folder")
     if path.exists():
         return path
+    if name in SHORT:
+        return fetch(SHORT[name])
     if name in presets:
         raise FileNotFoundError(
             f"{name}: no such file. This is the name of a preset, which has no trained weights; "

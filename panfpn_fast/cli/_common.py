@@ -193,7 +193,8 @@ def _is_same(first: Path, second: Path) -> bool:
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Adds `--device`."""
     parser.add_argument(
-        "--device", help="such as cpu or cuda:0 (default: a CUDA GPU if there is one, else cpu)"
+        "--device",
+        help="such as cpu, cuda:0 or 0 for that GPU (default: a CUDA GPU if there is one, else cpu)",
     )
 
 

@@ -32,13 +32,21 @@ if TYPE_CHECKING:
     from panfpn_fast.inference import Predictor
 
 _PREDICT_DESCRIPTION = """\
-Segments images and writes, in the folder given by --out:
+Segments images and videos and writes, in the folder given by --out, for images:
   NAME_overlay.png      the image with its segments colored, outlined and named
   predictions/NAME.png  the panoptic map: segment id = R + 256 G + 65536 B, 0 = void
   predictions.json      the segments of all images, in COCO's panoptic result format
+for videos:
+  NAME_overlay.mp4      the video with its segments colored, outlined and named
+  NAME_segments.jsonl   a line of JSON about the video, and one for each frame with its segments
 
-NAME is the image's name without its suffix; images of the same name get NAME_2, NAME_3 and so on.
-Several processes share the images: torchrun --nproc-per-node 8 -m panfpn_fast.cli predict ...
+A SOURCE is an image or a video, a folder of images, a pattern such as 'photos/**/*.jpg', an address that begins
+with http:// or https://, a camera such as camera:0, or - for paths in the standard input, one a line.
+The frames of a GIF, TIFF, APNG, WebP or AVIF with several are images called NAME_0001, NAME_0002 and so on.
+
+NAME is the file's name without its suffix; files of the same name get NAME_2, NAME_3 and so on. A second run adds
+its results to those in the folder, and replaces those of the same images.
+Several processes share the files: torchrun --nproc-per-node 8 -m panfpn_fast.cli predict ...
 """
 
 # Not in the option's help, where argparse would break the name at its hyphen.
@@ -47,8 +55,8 @@ default weights:
   {DEFAULT_WEIGHTS} (downloaded once)
 
 exit status:
-  0    all images were predicted
-  1    some images failed; each is named on stderr, and the others were predicted
+  0    all images and videos were predicted
+  1    some failed; each is named on stderr, and the others were predicted
   2    nothing was predicted, for instance because the weights could not be loaded
   130  interrupted; finished results are kept
 """
@@ -64,11 +72,14 @@ def add_predict(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     predict.add_argument(
-        "images",
+        "sources",
         nargs="+",
-        type=path,
-        metavar="IMAGE_OR_FOLDER",
-        help="image files, and folders of image files",
+        type=_source,
+        metavar="SOURCE",
+        help="images, videos, folders of images, and the other sources above",
+    )
+    predict.add_argument(
+        "--recursive", action="store_true", help="search the folders in folders, too (links are not followed)"
     )
     predict.add_argument(
         "--weights",
@@ -92,40 +103,78 @@ def add_predict(commands: Any) -> None:
     predict.add_argument(
         "--batch-size", type=positive, default=1, metavar="N", help="images per pass (default: %(default)s)"
     )
+    predict.add_argument(
+        "--overlay",
+        choices=("png", "jpg", "none"),
+        default="png",
+        help="format of the overlays of images; none also leaves out those of videos (default: %(default)s)",
+    )
+    predict.add_argument(
+        "--frame-maps",
+        action="store_true",
+        help="write the panoptic maps of the frames of videos, as for images called NAME_000001 and so on",
+    )
+    predict.add_argument(
+        "--every",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="predict each N-th frame of videos and cameras (default: %(default)s)",
+    )
+    predict.add_argument(
+        "--max-frames", type=positive, metavar="N", help="stop each video or camera after N predicted frames"
+    )
+    predict.add_argument("--quiet", action="store_true", help="print errors only, and show no progress bar")
     predict.set_defaults(run=_predict)
+
+
+def _source(text: str) -> str:
+    """Parses a source; an argparse type."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected an image, a video or a folder, got nothing")
+    if "://" in text and not text.lower().startswith(("http://", "https://")):
+        raise argparse.ArgumentTypeError(
+            f"expected a path on this machine, or an address that begins with http:// or https://, got {text!r}"
+        )
+    return text
 
 
 def _predict(args: argparse.Namespace) -> int:
     from panfpn_fast._files import prepare_file, prepare_folder
-    from panfpn_fast.data.images import find_images
-    from panfpn_fast.distributed import launched_rank, process_group
-
-    paths, missing = find_images(args.images)
-    if not launched_rank():  # only one process complains
-        for problem in missing:
-            report(problem)
-    if not paths:
-        return EXIT_USAGE
-    # Before the weights, which may take minutes to download.
-    prepare_folder(args.out / "predictions", "--out")
-    prepare_file(args.out / "predictions.json", "--out")
-    from tqdm import tqdm
-
-    from panfpn_fast.inference import predict_folder
+    from panfpn_fast.distributed import broadcast, process_group
+    from panfpn_fast.inference.finding import is_video
 
     with ExitStack() as stack:
         process = stack.enter_context(process_group(args.device))
+        # The first process finds the sources for all: it alone reads the standard input.
+        found: Any = broadcast(_find(args) if process.is_first else None)
+        if not found.places:
+            return EXIT_USAGE
+        # Before the weights, which may take minutes to download.
+        if args.frame_maps or not all(map(is_video, found.places)):
+            prepare_folder(args.out / "predictions", "--out")
+            prepare_file(args.out / "predictions.json", "--out")
+        prepare_folder(args.out, "--out")
+        from tqdm import tqdm
+
+        from panfpn_fast.inference import predict_folder
+
         predictor = _make_predictor(args, process.device)
-        if process.is_first:
+        if process.is_first and not args.quiet:
             print(describe(args.weights, predictor))
         try:
             failed = predict_folder(
                 predictor,
-                paths,
+                found.places,
                 args.out,
                 batch_size=args.batch_size,
-                on_result=tqdm.write,  # above the progress bar
+                overlay=args.overlay,
+                frame_maps=args.frame_maps,
+                every=args.every,
+                max_frames=args.max_frames,
+                on_result=None if args.quiet else tqdm.write,  # above the progress bar
                 on_failure=report,
+                progress=not args.quiet,
             )
         except BrokenPipeError:
             raise
@@ -136,8 +185,21 @@ def _predict(args: argparse.Namespace) -> int:
     if not process.is_first:  # a failure would make torchrun end the first process too
         return EXIT_OK
     if failed:
-        report(f"{failed} of {len(paths)} images failed")
-    return EXIT_SOME_FAILED if failed or missing else EXIT_OK
+        report(f"{failed} of {len(found.places)} files failed")
+    return EXIT_SOME_FAILED if failed or found.problems else EXIT_OK
+
+
+def _find(args: argparse.Namespace) -> Any:
+    """Finds the images and videos, and reports what is wrong or left out."""
+    from panfpn_fast.inference.finding import find_sources
+
+    try:
+        found = find_sources(args.sources, args.recursive, args.out)
+    except ImportError as error:  # a video needs a package; the message has the remedy
+        raise UserError(one_line(error)) from error
+    for message in [*found.problems, *([] if args.quiet else found.skipped)]:
+        report(message)
+    return found
 
 
 def _make_predictor(args: argparse.Namespace, device: torch.device) -> Predictor:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import io
 import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from panfpn_fast._errors import UserError, one_line
 
 T = TypeVar("T")
 
 _PIXEL_LIMIT = "PANFPN_MAX_IMAGE_PIXELS"
+# The brands in the first box of the files.
+_AVIF = {b"avif", b"avis"}
+_HEIF = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"}
 
 
 class DataError(UserError):
@@ -59,7 +65,7 @@ def open_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
 
 
 @contextmanager
-def decode_image(file: IO[bytes], name: str) -> Iterator[Image.Image]:
+def decode_image(file: io.BufferedReader, name: str) -> Iterator[Image.Image]:
     """Opens an image in an open file, and puts a name before the errors of decoding it.
 
     Decoding can be completed in the body of the `with` statement.
@@ -69,6 +75,8 @@ def decode_image(file: IO[bytes], name: str) -> Iterator[Image.Image]:
     """
     _set_pixel_limit()
     try:
+        if missing := _missing_plugin(file.peek(64)[:64]):
+            raise ValueError(missing)
         with Image.open(file, formats=_formats()) as image:
             yield image
     except Image.DecompressionBombError:
@@ -80,6 +88,32 @@ def decode_image(file: IO[bytes], name: str) -> Iterator[Image.Image]:
     except Exception as error:
         reason = "not an image in a known format" if isinstance(error, UnidentifiedImageError) else error
         raise ImageReadError(f"{name}: cannot be decoded: {reason}") from error
+
+
+def missing_plugin(suffix: str) -> str:
+    """Returns how to read image files of a suffix such as ".heic"; an empty text if Pillow reads them already."""
+    brand = {".heic": b"heic", ".heif": b"heic", ".hif": b"heic", ".avif": b"avif"}.get(suffix.lower(), b"")
+    return _missing_plugin(b"\0\0\0\x0cftyp" + brand)
+
+
+def _missing_plugin(head: bytes) -> str:
+    """Loads Pillow's plugin for a file that begins with these bytes; returns how to install it if it is missing."""
+    box = head[8 : int.from_bytes(head[:4], "big")] if head[4:8] == b"ftyp" else b""
+    brands = {box[start : start + 4] for start in range(0, len(box), 4)}
+    if brands & _AVIF:
+        if not features.check("avif"):
+            return "this Pillow reads no AVIF; a newer one does: pip install --upgrade pillow"
+    elif brands & _HEIF:
+        try:
+            _register_heif()
+        except ImportError:
+            return "HEIC images need another package: pip install pillow-heif"
+    return ""
+
+
+@functools.cache
+def _register_heif() -> None:
+    importlib.import_module("pillow_heif").register_heif_opener()
 
 
 def _set_pixel_limit() -> None:

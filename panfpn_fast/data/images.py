@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
+from PIL.TiffImagePlugin import TiffImageFile
 
 from panfpn_fast._files import atomic_write
 from panfpn_fast.data.files import ImageReadError, decode_image, open_image
@@ -24,8 +25,11 @@ ImageSource = ImageArray | Image.Image | str | os.PathLike[str]
 
 # Suffixes of the files that are read from a folder. A file that is named explicitly may have any suffix.
 IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".jp2"}
+    {".jpg", ".jpeg", ".jfif", ".png", ".apng", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".jp2"}
+    | {".avif", ".heic", ".heif", ".hif"}
 )
+# Pillow's formats whose frames are images. Those of other formats are layers (PSD), sizes (ICO) or previews (MPO).
+_FORMATS_OF_FRAMES = ("AVIF", "GIF", "PNG", "TIFF", "WEBP")
 
 # Photographs hardly compress. This level takes a quarter of the default level's time and makes files a seventh larger.
 PHOTO_COMPRESS_LEVEL = 2
@@ -39,7 +43,9 @@ __all__ = [
     "ImageArray",
     "ImageReadError",
     "ImageSource",
+    "has_frames",
     "is_image_path",
+    "read_frames",
     "read_image",
     "resize_shortest_edge",
     "resized_shape",
@@ -171,7 +177,7 @@ def read_image(path: str | os.PathLike[str]) -> ImageArray:
     """Reads an image file as an upright RGB array. Prediction, training and evaluation read images with this function.
 
     The EXIF orientation is applied. Palette, grey, CMYK and 1-bit images are converted to RGB. 16-bit grey is scaled to
-    8 bits. An alpha channel is dropped without blending, as in detectron2. Of an animation, the first frame is read.
+    8 bits. An alpha channel is dropped without blending, as in detectron2. Of several frames, the first one is read.
 
     Args:
         path: Path of a file that Pillow can decode.
@@ -206,8 +212,55 @@ def read_image_bytes(content: bytes, name: str) -> ImageArray:
         ImageReadError: If the content is not an image, is truncated or damaged, has too many pixels, or cannot be
             converted to 8-bit RGB.
     """
-    with decode_image(io.BytesIO(content), name) as image:
+    with decode_image(io.BufferedReader(io.BytesIO(content)), name) as image:
         return _pil_to_rgb(image)
+
+
+def read_frames(path: str | os.PathLike[str]) -> Iterator[tuple[int | None, ImageArray]]:
+    """Reads the frames of an image file one by one, each as `read_image` reads one.
+
+    Args:
+        path: Path of a file that Pillow can decode. GIF, TIFF, APNG, WebP and AVIF files may have several frames.
+
+    Yields:
+        Pairs of the frame's number, from 1, and uint8 RGB [H, W, 3]. A file of one frame yields None as its number.
+        Reduced copies in a TIFF file are left out.
+
+    Raises:
+        FileNotFoundError, ImageReadError: As `read_image`, at the frame that cannot be read.
+    """
+    with open_image(path) as image:
+        if not (count := _frame_count(image)):
+            yield None, _pil_to_rgb(image)
+        for number in range(count):
+            image.seek(number)
+            if not _is_reduced(image):
+                yield number + 1, _pil_to_rgb(image)
+
+
+def has_frames(path: str | os.PathLike[str]) -> bool:
+    """Whether `read_frames` reads several frames; the errors are the same."""
+    with open_image(path) as image:
+        return _frame_count(image) > 0
+
+
+def _frame_count(image: Image.Image) -> int:
+    """Returns the number of frames with the reduced ones, or 0 if there is only one to read."""
+    count = int(getattr(image, "n_frames", 1)) if image.format in _FORMATS_OF_FRAMES else 1
+    if count == 1:
+        return 0
+    whole = 0
+    for number in range(count):
+        if image.format == "TIFF":
+            image.seek(number)
+        whole += not _is_reduced(image)
+    image.seek(0)
+    return count if whole > 1 else 0
+
+
+def _is_reduced(image: Image.Image) -> bool:
+    """Whether a frame of a TIFF file is a copy of another one with fewer pixels, by bit 0 of the tag NewSubfileType."""
+    return isinstance(image, TiffImageFile) and bool(int(image.tag_v2.get(254, 0)) & 1)
 
 
 def to_rgb_array(image: ImageSource, name: str = "image") -> ImageArray:
@@ -310,31 +363,3 @@ def save_png(image: Image.Image, path: Path, compress_level: int = 6, info: PngI
     """Writes a PNG atomically; `compress_level` is the level of zlib, 0..9, and `info` has texts for the file."""
     with atomic_write(path) as file:
         image.save(file, format="PNG", compress_level=compress_level, pnginfo=info)
-
-
-def find_images(arguments: Iterable[Path]) -> tuple[list[Path], list[str]]:
-    """Finds the image files in files and folders.
-
-    Args:
-        arguments: Paths of image files and of folders, whose subfolders are not searched.
-
-    Returns:
-        The image files, each once, and one message for each argument that cannot be read or has no images.
-    """
-    paths: dict[Path, Path] = {}
-    problems = []
-    for argument in arguments:
-        found = [argument]
-        try:
-            if argument.is_dir():
-                found = sorted(path for path in argument.iterdir() if is_image_path(path) and path.is_file())
-                if not found:
-                    problems.append(f"{argument}: no images in this folder (its subfolders are not searched)")
-            else:
-                argument.stat()
-        except OSError as error:
-            found = []
-            problems.append(f"{argument}: {error.strerror or error}")
-        for path in found:
-            paths.setdefault(path.resolve(), path)
-    return list(paths.values()), problems

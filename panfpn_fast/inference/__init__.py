@@ -7,7 +7,7 @@ from panfpn_fast.data.images import ImageReadError, read_image, resize_shortest_
 from panfpn_fast.inference.batch_predictor import BatchPredictor
 from panfpn_fast.inference.coco_writer import CocoPanopticWriter
 from panfpn_fast.inference.folder import predict_folder
-from panfpn_fast.inference.map_files import find_maps, write_json, write_maps
+from panfpn_fast.inference.map_files import find_maps, write_maps
 from panfpn_fast.inference.predict_to_folder import PredictToFolder
 from panfpn_fast.inference.predictor import Predictor, predict
 from panfpn_fast.inference.result import Instances, PanopticResult
@@ -29,6 +29,5 @@ __all__ = [
     "predict_folder",
     "read_image",
     "resize_shortest_edge",
-    "write_json",
     "write_maps",
 ]

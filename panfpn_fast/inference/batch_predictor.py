@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +15,7 @@ from torch import nn
 from panfpn_fast._device import is_out_of_memory
 from panfpn_fast._errors import one_line
 from panfpn_fast.data.images import ImageArray, read_image_bytes
-from panfpn_fast.inference.map_files import encode_map
+from panfpn_fast.inference.coco_writer import MapPng, origin_of
 from panfpn_fast.inference.predictor import Predictor
 from panfpn_fast.inference.result import PanopticResult
 from panfpn_fast.inference.sources import read_source
@@ -71,13 +73,14 @@ class BatchPredictor:
         """Predicts the images of a batch.
 
         Args:
-            batch: Columns of equal length by name: arrays or lists.
+            batch: Columns of equal length by name: arrays or lists. `name` (unique among all images) and `source` (file
+                name of the image) go into the PNG, if they are there, and from there into the JSON.
 
         Returns:
             The other columns of the batch, those with paths of images too, and three more. None of them has nulls.
 
-            - `panoptic_png`: bytes of a PNG in COCO's panoptic format, which also contains the segments, see
-              `write_maps`; empty after an error.
+            - `panoptic_png`: bytes of a PNG in COCO's panoptic format, which also contains the segments, as those of
+              `CocoPanopticWriter`; empty after an error.
             - `segments`: the field `segments_info` of COCO's panoptic format as JSON; "[]" after an error.
             - `error`: why the image could not be read or did not fit in memory; empty if it was predicted.
 
@@ -112,7 +115,10 @@ class BatchPredictor:
         self, batch: Mapping[str, Any], found: Sequence[PanopticResult | str]
     ) -> dict[str, npt.NDArray[Any]]:
         images = batch[self._column]
-        encoded = [(b"", "[]") if isinstance(one, str) else encode_map(one) for one in found]
+        encoded = [
+            (b"", "[]") if isinstance(one, str) else _encode(one, batch, images[place], place)
+            for place, one in enumerate(found)
+        ]
         kept = {
             name: column if isinstance(column, np.ndarray) else _objects(column)
             for name, column in batch.items()
@@ -135,6 +141,17 @@ class BatchPredictor:
             if len(images) == 1:
                 return [f"not enough memory on {self.predictor.device}; try a smaller short_edge"]
         return [found for image in images for found in self._predict([image])]
+
+
+def _encode(result: PanopticResult, batch: Mapping[str, Any], image: Any, place: int) -> tuple[bytes, str]:
+    """Returns the PNG of a result with the segments in it, and the segments as JSON."""
+    path = image if isinstance(image, str) else None
+    name = str(batch["name"][place]) if "name" in batch else ""
+    source = str(batch["source"][place]) if "source" in batch else os.path.basename(path or name)
+    png = MapPng(result, name, source, origin_of(path))
+    with io.BytesIO() as file:
+        png.picture.save(file, format="PNG", pnginfo=png.info)
+        return file.getvalue(), json.dumps(png.entry.segments_info)
 
 
 def _read(value: Any, name: str) -> ImageArray | str:

@@ -6,6 +6,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,34 @@ def is_address(source: object) -> bool:
     return isinstance(source, str) and source[:8].lower().startswith(("http://", "https://"))
 
 
+@contextmanager
+def downloaded(address: str) -> Iterator[Path]:
+    """Downloads a file to a folder of temporary files, and removes it at the end of the `with` block.
+
+    An `ImageReadError` in the block names the address instead of the file.
+
+    Raises:
+        ImageReadError: If the download fails, is too large or too slow; the message names the address.
+        OutputError: If the folder of temporary files cannot be written to.
+    """
+    with ExitStack() as stack:
+        try:
+            path = Path(stack.enter_context(tempfile.TemporaryDirectory()), "download")
+            with open(path, "wb") as file:
+                file.writelines(_chunks(address))
+        except ImageReadError:
+            raise
+        except OSError as error:
+            raise OutputError(
+                f"{address}: the download cannot be kept in the folder of temporary files ({error.strerror or error}); "
+                "set TMPDIR to a folder with free space"
+            ) from error
+        try:
+            yield path
+        except ImageReadError as error:
+            raise ImageReadError(str(error).replace(str(path), address)) from None
+
+
 def download_image(address: str) -> ImageArray:
     """Reads the image at an address.
 
@@ -41,22 +70,8 @@ def download_image(address: str) -> ImageArray:
             address.
         OutputError: If the folder of temporary files cannot be written to.
     """
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "download")
-            with open(path, "wb") as file:
-                file.writelines(_chunks(address))
-            try:
-                return read_image(path)
-            except ImageReadError as error:
-                raise ImageReadError(str(error).replace(str(path), address)) from None
-    except ImageReadError:
-        raise
-    except OSError as error:
-        raise OutputError(
-            f"{address}: the download cannot be kept in the folder of temporary files ({error.strerror or error}); "
-            "set TMPDIR to a folder with free space"
-        ) from error
+    with downloaded(address) as path:
+        return read_image(path)
 
 
 def _chunks(address: str) -> Iterator[bytes]:

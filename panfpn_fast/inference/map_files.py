@@ -1,53 +1,29 @@
-"""Panoptic maps in PNGs that also contain their segments, so that one file is the whole result of an image.
+"""Panoptic maps in one folder, which any number of processes on any number of machines may write.
 
-Any number of processes can write such files to one folder, and the folder alone states what is done. The PNGs are those
-of COCO's panoptic format (segment id = R + 256 G + 65536 B, 0 = void) with one more text chunk, which other readers
-ignore.
+The PNGs are those of `CocoPanopticWriter`: each contains the segments too, so the folder alone states what is done.
 """
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-
 from panfpn_fast._files import atomic_write
-from panfpn_fast.data import Categories
-from panfpn_fast.data.coco_ids import encode_panoptic
-from panfpn_fast.data.files import DataError, open_image
-from panfpn_fast.inference.coco_format import Entry, info_of, panoptic_content
-from panfpn_fast.inference.result import PanopticResult
+from panfpn_fast.inference.coco_writer import read_written
 
-__all__ = ["find_maps", "write_json", "write_maps"]
-
-_KEYWORD = "panfpn_fast segments"
+__all__ = ["find_maps", "write_maps"]
 
 # On a shared folder, most of the time for a file is waiting.
 _READERS = 16
-
-
-def encode_map(result: PanopticResult) -> tuple[bytes, str]:
-    """Returns a result as a PNG that contains the segments, and the segments as JSON."""
-    segments = json.dumps(info_of(result.segments))
-    info = PngInfo()
-    info.add_text(_KEYWORD, segments)
-    with io.BytesIO() as file:
-        pixels = encode_panoptic(result.panoptic.cpu().numpy())
-        Image.fromarray(pixels).save(file, format="PNG", pnginfo=info)
-        return file.getvalue(), segments
 
 
 def write_maps(batch: Mapping[str, Any], out: Path) -> dict[str, Any]:
     """Writes the maps in the columns of `BatchPredictor` to `<out>/predictions/<name>.png`.
 
     Each file appears complete or not at all. Writing a row again replaces the file by an equal one, so an engine may
-    repeat a batch, also while an earlier attempt still runs on another machine.
+    repeat a batch, also while an earlier attempt still runs on another machine. `CocoPanopticWriter` makes the JSON.
 
     Args:
         batch: The columns `name` (the stem of the file, unique among all images), `panoptic_png`, and `error`. A row
@@ -70,9 +46,10 @@ def write_maps(batch: Mapping[str, Any], out: Path) -> dict[str, Any]:
         >>> found = predict({"name": ["zero"], "image": [np.zeros((48, 64, 3), np.uint8)]})
         >>> with tempfile.TemporaryDirectory() as out:
         ...     rest = write_maps(found, Path(out))
-        ...     [entry] = find_maps(Path(out), {"zero": "zero.jpg"}).values()
-        >>> sorted(rest), entry.source, entry.height
-        (['error', 'name', 'segments'], 'zero.jpg', 48)
+        ...     find_maps(Path(out), ["zero", "one"])
+        {'zero'}
+        >>> sorted(rest)
+        ['error', 'name', 'segments']
     """
     for column in ("name", "panoptic_png", "error"):
         if column not in batch:
@@ -93,47 +70,14 @@ def check_name(name: Any) -> None:
         raise ValueError(f"name: expected the name of a file without folders, got {name!r}")
 
 
-def find_maps(out: Path, sources: Mapping[str, str]) -> dict[str, Entry]:
-    """Finds the images whose maps `write_maps` has written.
+def find_maps(out: Path, names: Iterable[str]) -> set[str]:
+    """Returns the names whose maps are in a folder, whole and written by `write_maps` or `CocoPanopticWriter`.
 
     Args:
-        out: The folder that `write_maps` wrote to; it may be missing.
-        sources: The name and the source (such as the file name) of each image.
-
-    Returns:
-        The name and the result of each image that is done, in the order of `sources`.
+        out: The folder of `predictions/<name>.png`; it may be missing.
+        names: The names to look for.
     """
-    folder = out / "predictions"
     with ThreadPoolExecutor(_READERS) as pool:
-        found = pool.map(lambda name: _read_entry(folder / f"{name}.png", name, sources[name]), sources)
-        return {entry.name: entry for entry in found if entry is not None}
-
-
-def _read_entry(path: Path, name: str, source: str) -> Entry | None:
-    """Reads the size and the segments, not the pixels; None if `write_maps` did not write the file."""
-    try:
-        with open_image(path) as image:
-            return Entry(name, source, image.height, image.width, json.loads(image.info[_KEYWORD]))
-    except DataError:
-        return None
-
-
-def write_json(out: Path, entries: Sequence[Entry], categories: Categories) -> Path:
-    """Writes the results of images to `<out>/predictions.json`, in COCO's panoptic format.
-
-    Args:
-        out: The folder that `write_maps` wrote to.
-        entries: Results that `find_maps` has found.
-        categories: The classes of the network.
-
-    Returns:
-        The path of the JSON, which is replaced if it exists.
-
-    Raises:
-        OSError: If the file cannot be written.
-    """
-    path = out / "predictions.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.write(json.dumps(panoptic_content(entries, categories)).encode())
-    return path
+        known = list(names)
+        found = pool.map(lambda name: read_written(out / "predictions" / f"{name}.png"), known)
+        return {name for name, written in zip(known, found, strict=True) if written is not None}

@@ -16,9 +16,10 @@ from panfpn_fast import DEFAULT_WEIGHTS
 from panfpn_fast._device import resolve_device
 from panfpn_fast.data import Categories
 from panfpn_fast.data.images import resize_shortest_edge, resized_shape
+from panfpn_fast.inference.finding import camera_number
 from panfpn_fast.inference.result import Instances, PanopticResult
 from panfpn_fast.inference.segment import Segment
-from panfpn_fast.inference.sources import Photograph, Source, images_of, is_one_image, read_source
+from panfpn_fast.inference.sources import Photograph, Source, is_one_image, photographs_of, read_source
 from panfpn_fast.ops._checks import int_pair
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ class Predictor:
             as `panfpn_fast.load` takes it. A module is put in evaluation mode and moved to `device` in place. The
             predictor shares its weights, except for a ResNet with batch norms, whose folded weights are copies. Create
             a new predictor after further training.
-        device: Device to run on, such as "cuda:0" or "cpu"; by default a CUDA GPU if there is one, else the CPU.
+        device: Device to run on, such as "cpu", "cuda:0" or its number 0; by default a CUDA GPU if there is one, else
+            the CPU.
         dtype: Dtype to convert the model's weights to, in place: torch.float32, torch.bfloat16 or torch.float16. None
             keeps the dtype.
         short_edge: Length of the resized shorter edge, in pixels; None for the network's own, which is in its
@@ -82,7 +84,7 @@ class Predictor:
     def __init__(
         self,
         model: nn.Module | str | os.PathLike[str],
-        device: str | torch.device | None = None,
+        device: str | int | torch.device | None = None,
         dtype: torch.dtype | None = None,
         short_edge: int | None = None,
         max_edge: int | None = None,
@@ -150,18 +152,23 @@ class Predictor:
 
     # A str is also a sequence of str, so the overloads overlap. Type checkers use the first one that fits.
     @overload
-    def __call__(self, image: Source) -> PanopticResult: ...  # type: ignore[overload-overlap]
+    def __call__(self, image: Source, *, bgr: bool = False) -> PanopticResult: ...  # type: ignore[overload-overlap]
 
     @overload
-    def __call__(self, image: Sequence[Source]) -> list[PanopticResult]: ...
+    def __call__(self, image: Sequence[Source], *, bgr: bool = False) -> list[PanopticResult]: ...
 
-    def __call__(self, image: Source | Sequence[Source]) -> PanopticResult | list[PanopticResult]:
+    def __call__(
+        self, image: Source | Sequence[Source], *, bgr: bool = False
+    ) -> PanopticResult | list[PanopticResult]:
         """Predicts one image, or several in one pass through the network.
 
         Args:
             image: A uint8 RGB array [H, W, 3], a uint8 RGB tensor [3, H, W], a PIL image, a path, or an address that
                 begins with http:// or https://; or a list or tuple of these, or an array [N, H, W, 3] or a tensor
-                [N, 3, H, W]. The EXIF orientation of files and PIL images is applied.
+                [N, 3, H, W]. The EXIF orientation of files and PIL images is applied. Of a file with several frames,
+                such as a GIF, the first one is predicted; `stream` predicts all.
+            bgr: Whether arrays and tensors have the channels blue, green, red, as those that OpenCV reads. The result's
+                image is RGB.
 
         Returns:
             A `PanopticResult` with the size of the upright image; a list of them, in order, for several images.
@@ -180,18 +187,23 @@ class Predictor:
             isinstance(image, np.ndarray | Tensor) and not is_one_image(image)
         )
         if several:
-            return self._predict([read_source(one, f"image[{i}]") for i, one in enumerate(image)])  # type: ignore[arg-type]
+            return self._predict([read_source(one, f"image[{i}]", bgr=bgr) for i, one in enumerate(image)])  # type: ignore[arg-type]
         # Raises the error for an unsupported type, with the same message as for an element of a list.
-        return self._predict([read_source(image)])[0]  # type: ignore[arg-type]
+        return self._predict([read_source(image, bgr=bgr)])[0]  # type: ignore[arg-type]
 
-    def stream(self, sources: Source | Iterable[Source], batch_size: int = 1) -> Iterator[PanopticResult]:
+    def stream(
+        self, sources: Source | Iterable[Source | Photograph], batch_size: int = 1, *, bgr: bool = False
+    ) -> Iterator[PanopticResult]:
         """Predicts any number of images one after the other, and holds only a few of them.
 
         Args:
-            sources: Images as in a call, in any iterable, such as a list of paths or a generator of video frames; or
-                one image, or a folder, whose image files are predicted in the order of their names. An image is read
-                when its result is needed.
+            sources: One image as in a call, or what has a name and holds several: a folder, whose image files are
+                predicted in the order of their names; a pattern such as "photos/**/*.jpg"; a GIF, TIFF, APNG, WebP or
+                AVIF with several frames; a video; a camera, such as "camera:0"; or "-" for the paths in the standard
+                input, one a line. Or any iterable of these, such as a list of paths, a generator of arrays, or
+                `read_frames`. An image is read when its result is needed.
             batch_size: Images per pass through the network. 1 gives the same results as single calls.
+            bgr: As in a call.
 
         Returns:
             An iterator over the results, in order. It holds the images of at most two batches. Each result has an image
@@ -199,8 +211,9 @@ class Predictor:
 
         Raises:
             TypeError, ValueError, OSError: As in a call, when the image's batch is reached; the iteration then ends.
-            ValueError: If `batch_size` is below 1 or a folder has no images; at once.
+            ValueError: If `batch_size` is below 1, or a folder or a pattern has no images; at once.
             OSError: If `sources` is a path that does not exist; at once.
+            ImportError: If a video or a camera needs PyAV and it is not installed; the message has the command.
 
         Example:
             >>> from panfpn_fast import PanopticFPN
@@ -213,19 +226,16 @@ class Predictor:
             raise TypeError(f"batch_size: expected an integer, got {type(batch_size).__name__}")
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-        return self._stream(images_of(sources), batch_size)
+        return self._stream(photographs_of(sources, bgr), batch_size)
 
-    def _stream(self, sources: Iterable[Source], batch_size: int) -> Iterator[PanopticResult]:
-        numbered = enumerate(sources)
-        while batch := [
-            read_source(one, f"sources[{i}]", copy=True) for i, one in itertools.islice(numbered, batch_size)
-        ]:
+    def _stream(self, photographs: Iterator[Photograph], batch_size: int) -> Iterator[PanopticResult]:
+        while batch := list(itertools.islice(photographs, batch_size)):
             yield from self._predict(batch)
 
     def _predict(self, photographs: list[Photograph]) -> list[PanopticResult]:
         if not photographs:
             return []
-        images = [image for image, _ in photographs]
+        images = [photograph.image for photograph in photographs]
         inputs = [
             torch.from_numpy(resize_shortest_edge(image, self.short_edge, self.max_edge, self._resize))
             .permute(2, 0, 1)
@@ -246,49 +256,55 @@ class Predictor:
 
 @overload
 def predict(
-    source: Source | Iterable[Source],
+    source: Source | Iterable[Source | Photograph],
     weights: nn.Module | str | os.PathLike[str] = ...,
     *,
     stream: Literal[True],
+    bgr: bool = ...,
     **predictor_arguments: Any,
 ) -> Iterator[PanopticResult]: ...
 
 
 @overload
 def predict(
-    source: Source | Iterable[Source],
+    source: Source | Iterable[Source | Photograph],
     weights: nn.Module | str | os.PathLike[str] = ...,
     stream: Literal[False] = False,
+    bgr: bool = ...,
     **predictor_arguments: Any,
 ) -> PanopticResult | list[PanopticResult]: ...
 
 
 def predict(
-    source: Source | Iterable[Source],
+    source: Source | Iterable[Source | Photograph],
     weights: nn.Module | str | os.PathLike[str] = DEFAULT_WEIGHTS,
     stream: bool = False,
+    bgr: bool = False,
     **predictor_arguments: Any,
 ) -> PanopticResult | list[PanopticResult] | Iterator[PanopticResult]:
     """Predicts an image, or several, in one call.
 
     Args:
-        source: An image as `Predictor` takes it (array, tensor, PIL image, path, address), a folder of image files, or
-            any iterable of images.
+        source: What `Predictor.stream` takes: an image (array, tensor, PIL image, path, address), a folder, a pattern,
+            a video, a camera, the standard input, or any iterable of these.
         weights: Path or name of a checkpoint, as `panfpn_fast.load` takes it, or a network. By default detectron2's
             published COCO network, which is downloaded once.
         stream: Whether to return an iterator, which predicts an image when its result is needed.
+        bgr: Whether arrays and tensors have the channels blue, green, red, as those that OpenCV reads.
         **predictor_arguments: Other arguments of `Predictor`, such as `device="cuda"`.
 
     Returns:
-        A `PanopticResult` for one image, or a list of them, in order, for a folder or an iterable. With `stream`, an
+        A `PanopticResult` for one image, or a list of them, in order, for a source of several. With `stream`, an
         iterator over the results in each case.
 
     Raises:
-        TypeError, ValueError, OSError: As `Predictor` and its call, if a path does not exist, or if a folder has
-            no images.
+        TypeError, ValueError, OSError, ImportError: As `Predictor`, its call and `stream`; before the network is loaded
+            if a path does not exist, or a folder or a pattern has no images.
+        ValueError: If `source` is a camera without `stream`, which would never end.
 
     Note:
-        Each call loads the network. Make a `Predictor` to predict more than once.
+        Each call loads the network. Make a `Predictor` to predict more than once. A list of results holds all images; a
+        long video needs `stream`.
 
     Example:
         >>> from panfpn_fast import PanopticFPN, predict
@@ -297,11 +313,15 @@ def predict(
         >>> result.panoptic.shape
         torch.Size([48, 64])
     """
-    images = images_of(source)  # reports a wrong path before the network is loaded
-    results = Predictor(weights, **predictor_arguments).stream(images)
+    # Reports a wrong path before the network is loaded.
+    photographs = photographs_of(source, bgr)
+    one = is_one_image(source)
+    if camera_number(source) is not None and not stream:
+        raise ValueError(f"source: {source} never ends, so it has no list of results; pass stream=True")
+    results = Predictor(weights, **predictor_arguments)._stream(photographs, 1)
     if stream:
         return results
-    return next(results) if is_one_image(source) else list(results)
+    return next(results) if one else list(results)
 
 
 def _to_result(output: PanopticOutput, categories: Categories, photograph: Photograph) -> PanopticResult:

@@ -26,9 +26,10 @@ from panfpn_fast.data.own_png import OwnPngs
 from panfpn_fast.inference.coco_format import (
     category_rows,
     image_ids,
+    make_entry,
+    map_picture,
     panoptic_content,
     score_field,
-    write_map,
 )
 from panfpn_fast.inference.drawing import MAX_LABELS, ColorBy, draw_panoptic
 from panfpn_fast.inference.segment import Segment, regions
@@ -81,7 +82,9 @@ class PanopticResult:
         categories: The classes of the network. Printing and drawing need nothing else, so they work in any process.
         image: uint8 RGB [H, W, 3], the upright image that was predicted; None if a result is made without it. An array
             that was passed in a call of the predictor is not copied; `stream` copies it.
-        source: Path or URL of the image; None if it has none.
+        source: Path, address or camera of the image; None if it has none.
+        frame: Number of the image among the frames of a video or an image file, from 1; None if there are no others.
+        time: Seconds after the first frame of the video; None for other images.
 
     Note:
         A result keeps the image, the maps and the instances, and nothing per segment: masks are computed when they are
@@ -101,6 +104,8 @@ class PanopticResult:
     categories: Categories
     image: ImageArray | None = None
     source: str | None = None
+    frame: int | None = None
+    time: float | None = None
 
     def __post_init__(self) -> None:
         bound = [segment._bound_to(self.panoptic) for segment in self.segments]
@@ -222,7 +227,8 @@ class PanopticResult:
         folder.mkdir(exist_ok=True)
         # The name of the PNG is that of the image, and the folder may be the image's own.
         pngs = OwnPngs("save", f"that `save` did not make; give another name than {target}")
-        entry = write_map(self.panoptic, self.segments, folder, self._name(), self._file_name(), pngs.save)
+        entry = make_entry(self.panoptic, self.segments, self._name(), self._file_name(), self.frame)
+        pngs.save(map_picture(self.panoptic), folder / f"{entry.name}.png")
         with atomic_write(target) as file:
             file.write(json.dumps(panoptic_content([entry], self.categories)).encode())
 

@@ -16,6 +16,7 @@ import torch
 
 from panfpn_fast._files import cache_dir
 from panfpn_fast.checkpoints import DownloadError, hub, load
+from panfpn_fast.models.config import presets
 from support.checkpoint_samples import (
     save_mmdetection,
     save_pickle,
@@ -99,6 +100,17 @@ def test_load_by_name(publisher: Publisher, monkeypatch: pytest.MonkeyPatch, tmp
         state = load(NAME).state_dict()
         assert all(torch.equal(value, state[name]) for name, value in small_network().state_dict().items())
     assert len(publisher.requests) == 1  # the second call uses the cache
+
+
+def test_short_names(publisher: Publisher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    content = {"model": small_weights(), "__author__": "Detectron2 Model Zoo"}
+    publisher.publish(save_pickle(tmp_path / "a.pkl", content).read_bytes(), monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    found = hub.find("panoptic_fpn_R_50_3x")
+    assert found == hub.find(NAME)
+    assert not hub.SHORT.keys() & presets.keys()
+    Path("panoptic_fpn_R_50_3x").touch()  # a file of that name comes first
+    assert hub.find("panoptic_fpn_R_50_3x") == Path("panoptic_fpn_R_50_3x")
 
 
 def test_load_mmdetection_by_name(

@@ -17,12 +17,13 @@ from PIL import Image
 from panfpn_fast.data import get_categories
 from panfpn_fast.inference import (
     BatchPredictor,
+    CocoPanopticWriter,
     PredictToFolder,
     decode_panoptic,
     find_maps,
-    write_json,
     write_maps,
 )
+from panfpn_fast.inference.coco_writer import read_written
 from support.training_samples import small_model
 
 MakeModel = Callable[..., Any]
@@ -163,28 +164,46 @@ def test_masks_are_computed_for_the_map_only() -> None:
 
 
 def test_written_maps_are_found(make: Callable[..., BatchPredictor], tmp_path: Path) -> None:
-    sources = {"a": "x/a.jpg", "b": "x/b.jpg", "7": "x/7.jpg", "never": "x/never.jpg"}
-    batch = {"name": ["a", "b", "7"], "bytes": [file_of(PHOTO), b"", file_of(PHOTO[:20])]}
+    names = ["a", "b", "7", "never"]
+    batch = {
+        "name": names[:3],
+        "source": ["x.jpg", "y.jpg", "z.jpg"],
+        "bytes": [file_of(PHOTO), b"", file_of(PHOTO[:20])],
+    }
     rest = write_maps(make()(batch), tmp_path)
-    assert sorted(rest) == ["error", "name", "segments"]
+    assert sorted(rest) == ["error", "name", "segments", "source"]
     assert sorted(path.name for path in (tmp_path / "predictions").iterdir()) == ["7.png", "a.png"]
-    found = find_maps(tmp_path, sources)
-    assert list(found) == ["a", "7"]
-    assert found["7"][1:4] == ("x/7.jpg", 20, 50)
-    content = json.loads(
-        write_json(tmp_path, list(found.values()), get_categories("coco_panoptic")).read_text()
-    )
-    assert [image["id"] for image in content["images"]] == ["a", 7]
-    assert content["annotations"][0] == {"image_id": "a", "file_name": "a.png", "segments_info": SEGMENTS}
+    assert find_maps(tmp_path, names) == {"a", "7"}
+    with CocoPanopticWriter(tmp_path, get_categories("coco_panoptic")) as writer:
+        pass
+    content = json.loads(writer.json_path.read_text())
+    assert content["images"] == [
+        {"id": 7, "file_name": "z.jpg", "width": 50, "height": 20},
+        {"id": "a", "file_name": "x.jpg", "width": 50, "height": 30},
+    ]
+    assert content["annotations"][1] == {"image_id": "a", "file_name": "a.png", "segments_info": SEGMENTS}
+
+
+def test_the_png_of_a_path_is_that_of_the_writer(halves_model: MakeModel, tmp_path: Path) -> None:
+    """A later run of `predict` in the folder finds the result of the same image."""
+    path = tmp_path / "photo.png"
+    path.write_bytes(file_of(PHOTO))
+    predict = BatchPredictor(halves_model(), "image", device="cpu", short_edge=30, instances="all")
+    write_maps(predict({"name": ["photo"], "image": [str(path)]}), tmp_path / "table")
+    with CocoPanopticWriter(tmp_path / "one", predict.predictor.categories) as writer:
+        writer.add(predict.predictor(path), "photo", "photo.png")
+    one, table = (tmp_path / out / "predictions" / "photo.png" for out in ("one", "table"))
+    assert read_written(one) == read_written(table)
+    assert one.read_bytes() == table.read_bytes()
 
 
 def test_other_files_are_not_results(tmp_path: Path) -> None:
-    assert find_maps(tmp_path / "missing", {"a": "a.jpg"}) == {}
+    assert find_maps(tmp_path / "missing", ["a"]) == set()
     (tmp_path / "predictions").mkdir()
     (tmp_path / "predictions" / "a.png").write_bytes(file_of(PHOTO))
     (tmp_path / "predictions" / "b.png").write_bytes(b"")
     (tmp_path / "predictions" / "c.png").mkdir()
-    assert find_maps(tmp_path, {name: name for name in "abc"}) == {}
+    assert find_maps(tmp_path, "abc") == set()
 
 
 @pytest.mark.parametrize("name", ["", "..", "../a", "a/b", "/a", ".", 7, None])
@@ -229,7 +248,7 @@ def test_an_image_that_ends_its_process_becomes_an_error(
         "ended its process 2 times; its size may exceed the memory",
         "",
     ]
-    assert list(find_maps(tmp_path, {name: name for name in batch["name"]})) == ["a", "b"]
+    assert find_maps(tmp_path, ["a", "poison", "b"]) == {"a", "b"}
     assert list((tmp_path / "attempts").iterdir()) == []
     monkeypatch.setattr(predict, "predictor", inner)  # a later run has more memory
     assert predict(batch)["error"].tolist() == ["", "", ""]

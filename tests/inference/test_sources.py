@@ -242,7 +242,7 @@ def test_predict_in_one_call(halves_model: MakeModel, predictor: Predictor, fold
 
 def test_an_empty_folder_is_reported_before_the_weights(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"source: .*empty: no images in this folder"):
+    with pytest.raises(ValueError, match=r"empty: no images in this folder"):
         predict(tmp_path / "empty", weights="nope.pth")
 
 
