@@ -84,6 +84,7 @@ def check_settings(args: argparse.Namespace) -> None:
     """Ends the program if the results in the folder are those of other weights or sizes."""
     settings = {"weights": args.weights, "short_edge": args.short_edge, "max_edge": args.max_edge}
     if Path(args.weights).is_file():
+        args.weights = str(Path(args.weights).absolute())  # processes may have other working directories
         settings["weights"] = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()
     path = args.out / "settings.json"
     if path.exists() and json.loads(path.read_text()) != settings:
@@ -93,14 +94,19 @@ def check_settings(args: argparse.Namespace) -> None:
 
 
 def count_actors(args: argparse.Namespace) -> int:
-    """Returns the number of processes that predict: by default one for each GPU, or else one."""
+    """Returns the number of processes that predict: by default one for each GPU, or else one on the CPU."""
     resources = ray.cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
-    count = args.actors or (1 if args.device == "cpu" else max(gpus, 1))
-    if count >= cpus or (args.device != "cpu" and count > gpus):
+    if gpus == 0 and args.device is None:
+        args.device = "cpu"
+    on_gpus = args.device != "cpu"
+    count: int = args.actors or (gpus if on_gpus else 1)
+    # Ray would wait for what the cluster does not have.
+    if count >= cpus or (on_gpus and count > gpus):
         raise SystemExit(
-            f"{count} processes that predict need as many GPUs (unless --device is cpu) and {count + 1} CPUs; the "
-            f"cluster has {gpus} GPUs and {cpus} CPUs; give another --actors or --device"
+            f"--actors: {count} processes need {count + 1} CPUs, one of them to read"
+            + (f", and {count} GPUs" if on_gpus else "")
+            + f"; the cluster has {cpus} CPUs and {gpus} GPUs; give a smaller number"
         )
     return count
 
@@ -115,7 +121,7 @@ def main(arguments: list[str] | None = None, predictor: type[PredictToFolder] = 
     parser.add_argument("--names", default="path", help="Parquet column with unique names")
     parser.add_argument("--short-edge", type=int, help="default: the network's own")
     parser.add_argument("--max-edge", type=int, help="default: the network's own")
-    parser.add_argument("--device", help="cpu, or by default a GPU for each process")
+    parser.add_argument("--device", help="cpu or cuda (default: the GPUs of the cluster)")
     parser.add_argument("--actors", type=int, help="processes that predict (default: one for each GPU)")
     parser.add_argument("--rows", type=int, default=8, help="images in a batch, which is repeated as a whole")
     parser.add_argument("--address", help="of a Ray cluster; by default Ray starts on this machine")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from panfpn_fast import save
 from panfpn_fast.data import get_categories
 from panfpn_fast.inference import (
     BatchPredictor,
@@ -24,6 +25,7 @@ from panfpn_fast.inference import (
     write_maps,
 )
 from panfpn_fast.inference.coco_writer import read_written
+from support.repository import repository
 from support.training_samples import small_model
 
 MakeModel = Callable[..., Any]
@@ -252,3 +254,16 @@ def test_an_image_that_ends_its_process_becomes_an_error(
     assert list((tmp_path / "attempts").iterdir()) == []
     monkeypatch.setattr(predict, "predictor", inner)  # a later run has more memory
     assert predict(batch)["error"].tolist() == ["", "", ""]
+
+
+def test_the_page_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Runs the block of docs/batch.md that needs no Ray."""
+    page = repository(monkeypatch) / "docs" / "batch.md"
+    monkeypatch.chdir(tmp_path)
+    save(small_model(), "model.pth")
+    Image.fromarray(PHOTO).save("a.jpg")
+    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    [block] = [block for block in blocks if "import ray" not in block]
+    names: dict[str, Any] = {}
+    exec(compile(block, page.name, "exec"), names)
+    assert names["columns"]["error"].tolist() == [""]

@@ -374,7 +374,7 @@ def _loading(run: Run) -> list[str]:
         "DataLoader. The time includes the start and the end of the workers. MB is the memory of the process that "
         "trains.",
         "",
-        *table((*header, "ours, MB", "peer, MB"), lines, left=1),
+        *table(header, lines, left=1),
         *_caption(run),
     ]
 
