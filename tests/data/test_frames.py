@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from panfpn_fast import Predictor, predict
 from panfpn_fast.data import files, read_image
 from panfpn_fast.data.files import ImageReadError
 from panfpn_fast.data.images import has_frames, read_frames
@@ -69,22 +67,6 @@ def test_a_damaged_frame_is_named(tmp_path: Path) -> None:
         list(read_frames(path))
 
 
-def test_frames_are_predicted(
-    halves_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = save_frames(tmp_path / "a.gif")
-    predictor = Predictor(halves_model(), device="cpu", short_edge=8)
-    assert [(result.frame, result.time) for result in predictor.stream(path)] == [
-        (1, None),
-        (2, None),
-        (3, None),
-    ]
-    assert predictor(path).frame is None  # a call predicts one image
-    found = predict(path, halves_model(), device="cpu", short_edge=8)
-    assert isinstance(found, list)
-    assert [result.frame for result in found] == [1, 2, 3]
-
-
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64)
 
 
@@ -124,5 +106,5 @@ def test_heic_with_the_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_avif_without_the_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.avif").write_bytes(b"\0\0\0\x18ftypmif1\0\0\0\0mif1avif" + bytes(64))
     monkeypatch.setattr(features, "check", lambda name: False)
-    with pytest.raises(ImageReadError, match="this Pillow reads no AVIF.* pip install --upgrade pillow"):
+    with pytest.raises(ImageReadError, match=r"this Pillow reads no AVIF.* pip install --upgrade pillow"):
         read_image(tmp_path / "a.avif")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +16,8 @@ from panfpn_fast.inference.finding import Found, camera_number, file_name, find_
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Fills the working directory with empty files, which nothing opens."""
-    names = "p/b.JPG p/a.png p/c.heic p/notes.txt p/more.txt p/README p/.hidden.png p/clip.mp4 p/two/d.webp p/two/e.pdf "
-    names += "p/.git/f.png q/only.txt q/clip.mov empty/x/g.tif [1]/h.png"
+    names = "p/b.JPG p/a.png p/c.heic p/notes.txt p/more.txt p/README p/.hidden.png p/clip.mp4 p/two/d.webp "
+    names += "p/two/e.pdf p/.git/f.png q/only.txt q/clip.mov empty/x/g.tif [1]/h.png"
     for name in names.split():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,6 +90,7 @@ def test_what_has_no_images(here: Path) -> None:
     given = ["nope.png", "empty", "q", "q/*.txt", "*.jpg", "x" * 300, "a\0b"]
     found = find_sources(given)
     assert not found.places
+    assert found.problems.pop().startswith("a\0b: ")
     assert found.problems == [
         "nope.png: no such file",
         "empty: no images in this folder (its subfolders are not searched); it has 1 folder",
@@ -98,7 +98,6 @@ def test_what_has_no_images(here: Path) -> None:
         "q/*.txt: no image or video has such a name; it has 1 .txt file",
         "*.jpg: no image or video has such a name",
         f"{'x' * 300}: File name too long",
-        "a\0b: stat: embedded null character in path" if sys.version_info < (3, 13) else found.problems[-1],
     ]
     assert find_sources(["q"], recursive=True).problems == [
         "q: no images in this folder; it has 1 .txt file, 1 video (.mov)"
@@ -109,9 +108,8 @@ def test_what_has_no_images(here: Path) -> None:
 
 
 def test_each_file_counts_once(here: Path) -> None:
-    found = find_sources(
-        ["p/a.png", here / "p" / "a.png", "p/*.png", "camera:1", "camera:1", "http://a/b", "q/only.txt"]
-    )
+    same = ["p/a.png", f"{here}/p/a.png", "p/*.png"]
+    found = find_sources([*same, "camera:1", "camera:1", "http://a/b", "q/only.txt"])
     assert names(found) == [
         "p/a.png",
         "camera:1",
@@ -120,14 +118,12 @@ def test_each_file_counts_once(here: Path) -> None:
     ]  # a named file may have any suffix
 
 
-def test_a_folder_that_cannot_be_read(here: Path) -> None:
-    if os.geteuid() == 0:
-        pytest.skip("the super-user reads every folder")
-    (here / "p").chmod(0)
-    try:
-        assert find_sources(["p"]).problems == ["p: Permission denied"]
-    finally:
-        (here / "p").chmod(0o700)
+def test_a_folder_that_cannot_be_read(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert find_sources(["p"]).problems == ["p: Permission denied"]
 
 
 def stdin(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
@@ -171,19 +167,10 @@ def test_results_of_an_earlier_run_are_no_images(here: Path) -> None:
     assert names(find_sources(["out/a_overlay.png"], out=Path("out"))) == ["out/a_overlay.png"]  # it is named
 
 
-@pytest.mark.parametrize(
-    ("source", "number"),
-    [
-        ("camera:0", 0),
-        ("camera:12", 12),
-        ("camera:", None),
-        ("camera:²", None),
-        ("x:0", None),
-        (Path("camera:0"), None),
-    ],
-)
-def test_cameras(source: object, number: int | None) -> None:
-    assert camera_number(source) == number
+def test_cameras() -> None:
+    assert [camera_number(f"camera:{number}") for number in (0, 12)] == [0, 12]
+    others: list[object] = ["camera:", "camera:²", "camera:-1", "x:0", Path("camera:0"), b"camera:0", None]
+    assert [camera_number(source) for source in others] == [None] * len(others)
 
 
 def test_kinds_and_names() -> None:

@@ -240,6 +240,51 @@ def test_predict_in_one_call(halves_model: MakeModel, predictor: Predictor, fold
         assert torch.equal(result.panoptic, predictor(PHOTO).panoptic)
 
 
+def test_frames_of_an_image_file(halves_model: MakeModel, predictor: Predictor, tmp_path: Path) -> None:
+    path = tmp_path / "a.gif"
+    others = [Image.fromarray(PHOTO[::-1]), Image.fromarray(PHOTO[:, ::-1])]
+    Image.fromarray(PHOTO).save(path, save_all=True, append_images=others)
+    assert [(result.frame, result.time) for result in predictor.stream(path)] == [
+        (n, None) for n in (1, 2, 3)
+    ]
+    assert [result.frame for result in predictor.stream([path, PHOTO], batch_size=3)] == [1, 2, 3, None]
+    assert predictor(path).frame is None  # a call predicts one image
+    found = predict(path, halves_model(), device="cpu", short_edge=30)
+    assert isinstance(found, list)
+    assert [result.frame for result in found] == [1, 2, 3]
+
+
+def test_patterns_and_the_standard_input(
+    predictor: Predictor, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [str(folder / "1.png"), str(folder / "2.png")]
+    pattern = f"{folder}/[12].*"
+    sources: list[Any] = [pattern, Path(pattern), [pattern]]
+    for source in sources:
+        assert [result.source for result in predictor.stream(source)] == expected
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\n".join(expected).encode())))
+    assert [result.source for result in predictor.stream("-")] == expected
+    with pytest.raises(ValueError, match=r"9\*: no image or video has such a name"):
+        predictor.stream(f"{folder}/9*")
+
+
+def test_arrays_of_opencv(halves_model: MakeModel, predictor: Predictor, tmp_path: Path) -> None:
+    """Arrays and tensors are turned to RGB; files and PIL images, which are RGB already, are not."""
+    bgr = PHOTO[..., ::-1]
+    path = tmp_path / "a.png"
+    Image.fromarray(PHOTO).save(path)
+    given: list[Any] = [bgr, torch.from_numpy(bgr.copy()).permute(2, 0, 1), Image.fromarray(PHOTO), path]
+    called = [*(predictor(one, bgr=True) for one in given), *predictor(given, bgr=True)]
+    found = [*called, *predictor.stream(given, bgr=True), *predictor.stream(np.stack([bgr] * 2), bgr=True)]
+    last = predict(given, halves_model(), bgr=True, device="cpu", short_edge=30)
+    assert isinstance(last, list)
+    assert len(found + last) == 18
+    for result in found + last:
+        assert result.image is not None
+        np.testing.assert_array_equal(result.image, PHOTO)
+        assert result.image.flags.c_contiguous
+
+
 def test_an_empty_folder_is_reported_before_the_weights(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty: no images in this folder"):
