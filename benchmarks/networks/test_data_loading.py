@@ -15,8 +15,8 @@ from . import loading
 from .loading import Loaded
 
 # The short edge, the images of a call and of a batch. A call lasts much longer than the start of the workers.
-_PHOTOGRAPHS = (inputs.IMAGE[0], 16, 2)
-_SCENES = (128, 128, 4)  # as the preset `tiny` trains
+_PHOTOGRAPHS = (inputs.IMAGE[0], 24, 2)
+_SCENES = (128, 256, 4)  # as the preset `tiny` trains
 
 
 def _ours(kind: str, workers: int) -> list[Loaded]:
