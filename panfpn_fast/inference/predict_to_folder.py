@@ -93,7 +93,7 @@ class PredictToFolder(BatchPredictor):
         check_name(row["name"][0])
         tries = self._out / "attempts" / row["name"][0]
         tries.parent.mkdir(parents=True, exist_ok=True)
-        begun = tries.stat().st_size if tries.exists() else 0
+        begun = _size_of(tries)
         if begun >= self._attempts:
             tries.unlink(missing_ok=True)  # a later run may have more memory
             failed = self.without_results(
@@ -105,3 +105,11 @@ class PredictToFolder(BatchPredictor):
         found = write_maps(super().__call__(row), self._out)
         tries.unlink(missing_ok=True)
         return found
+
+
+def _size_of(path: Path) -> int:
+    """Returns the size of a file in bytes; 0 if it does not exist, or no more: another process may finish the image."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
