@@ -1,6 +1,6 @@
 """Predicts a folder of images or a Parquet data set on all machines of a Ray cluster, and can be stopped and restarted.
 
-    pip install "panfpn_fast[ray]"
+    pip install ".[ray]"
     python examples/predict_with_ray.py photos/ --weights model.pth --out out/             # on this machine
     python examples/predict_with_ray.py photos.parquet --weights model.pth --out out/ --address auto  # on a cluster
 
