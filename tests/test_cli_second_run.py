@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from panfpn_fast.data import get_categories
-from panfpn_fast.inference import CocoPanopticWriter, Predictor, decode_panoptic
+from panfpn_fast.inference import CocoPanopticWriter, Predictor, decode_panoptic, video
 from support.predict_runs import Loaded, OneDogModel, photo, predict, replace_load, written
 from support.ranks import forked, run_ranks
 from support.video_samples import frames, write_video
@@ -212,6 +212,17 @@ def test_videos(loaded: Loaded, tmp_path: Path) -> None:
         assert predict(write_video(tmp_path / f"{name}.mp4", frames(1)), out=out) == 0
     assert (out / "own_overlay.mp4").read_text() == (out / "mine_segments.jsonl").read_text() == "of the user"
     assert {"own_2_overlay.mp4", "mine_2_segments.jsonl"} <= written(out)
+
+
+def test_recordings_of_a_camera_are_not_replaced(
+    loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip, out = write_video(tmp_path / "clip.mp4", frames(2)), tmp_path / "out"
+    monkeypatch.setattr(video, "_open_camera", lambda av, number: av.open(str(clip)))
+    for _ in range(2):
+        assert predict("camera:0", "--frame-maps", out=out) == 0
+    assert {"camera_0_overlay.mp4", "camera_0_2_overlay.mp4"} <= written(out)
+    assert list(listed(out)) == [f"{name}_00000{n}" for name in ("camera_0", "camera_0_2") for n in (1, 2)]
 
 
 def test_a_killed_video_leaves_the_earlier_result(loaded: Loaded, tmp_path: Path) -> None:

@@ -207,6 +207,13 @@ def test_overlays_and_quiet(loaded: Loaded, tmp_path: Path, capsys: Printed) -> 
     assert capsys.readouterr() == ("", f"panfpn-fast: {tmp_path}/nope.png: no such file\n")
 
 
+def test_an_overlay_that_is_too_large_for_a_jpeg(loaded: Loaded, tmp_path: Path, capsys: Printed) -> None:
+    image, out = photo(tmp_path / "long.png", 1, 65_501), tmp_path / "out"
+    assert predict(image, photo(tmp_path / "b.png"), "--overlay", "jpg", out=out) == 1
+    assert f"{image}: path: Pillow cannot write" in capsys.readouterr().err
+    assert written(out) == {"predictions.json", "predictions/long.png", "predictions/b.png", "b_overlay.jpg"}
+
+
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Serves the files of a folder, by the last part of the address."""

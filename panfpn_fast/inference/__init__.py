@@ -12,6 +12,7 @@ from panfpn_fast.inference.predict_to_folder import PredictToFolder
 from panfpn_fast.inference.predictor import Predictor, predict
 from panfpn_fast.inference.result import Instances, PanopticResult
 from panfpn_fast.inference.segment import Segment
+from panfpn_fast.inference.sources import read_frames
 
 __all__ = [
     "BatchPredictor",
@@ -27,6 +28,7 @@ __all__ = [
     "find_maps",
     "predict",
     "predict_folder",
+    "read_frames",
     "read_image",
     "resize_shortest_edge",
     "write_maps",

@@ -219,11 +219,16 @@ class _Run:
     def _write_image(self, job: Job, result: PanopticResult, writer: CocoPanopticWriter) -> Path:
         """Writes the map and the overlay of an image; returns the path of the overlay, or of the map without one."""
         name = self._write_map(job, result, writer)
-        if self.overlay == "none":
-            return writer.png_folder / f"{name}.png"
-        path = overlay_path(self.out, name, self.overlay)
-        result.save(path)
-        return path
+        if self.overlay != "none":
+            path = overlay_path(self.out, name, self.overlay)
+            try:
+                result.save(path)
+                return path
+            except OSError:
+                raise
+            except ValueError as error:  # a format with a limit of size
+                self._fail(job, f"{job.place}: {error}")
+        return writer.png_folder / f"{name}.png"
 
     def _write_map(self, job: Job, result: PanopticResult, writer: CocoPanopticWriter) -> str:
         name = job.name if result.frame is None else self.names.frame(job, result.frame)

@@ -94,8 +94,9 @@ class Names:
         overlay, segments = overlay_path(self._out, name, "mp4"), segments_path(self._out, name)
         if {overlay.resolve(), segments.resolve()} & self._inputs:
             return False
+        # What a camera showed in an earlier run cannot be predicted again.
         if os.path.lexists(segments):
-            return read_origin(segments) == origin_of(source)
+            return camera_number(source) is None and read_origin(segments) == origin_of(source)
         return not os.path.lexists(overlay)
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from panfpn_fast._errors import one_line
+from panfpn_fast._errors import OutputError, one_line
 from panfpn_fast._files import atomic_write
 from panfpn_fast.data.files import MissingFileError
 from panfpn_fast.data.images import ImageArray, ImageReadError
@@ -38,6 +38,8 @@ VIDEO_SUFFIXES = frozenset(
     }
 )
 
+# Before, it crashes on some MPEG files, and writes BT.601 colors in files of BT.709.
+_OLDEST = 17
 # PyAV's wheels have the first one. All players play it as MP4, and mpeg4 in the others.
 _ENCODERS = ("libx264", "libopenh264", "mpeg4")
 # A denominator of MPEG-4's time base has at most 16 bits; 1/60000 s is exact for most rates.
@@ -65,14 +67,18 @@ def require_av() -> Any:
     """Imports PyAV.
 
     Raises:
-        ImportError: If it is not installed; the message has the command.
+        ImportError: If it is not installed or too old; the message has the command.
     """
     try:
-        return importlib.import_module("av")
+        av = importlib.import_module("av")
+        if int(av.__version__.partition(".")[0]) < _OLDEST:
+            raise ImportError(f"PyAV {av.__version__} is too old")
     except ImportError as error:
         raise ImportError(
-            f'videos and cameras need PyAV ({error}): pip install "panfpn_fast[video]", or pip install av'
+            f'videos and cameras need PyAV ({error}): pip install "panfpn_fast[video]", or '
+            f'pip install "av>={_OLDEST}"'
         ) from error
+    return av
 
 
 def read_video(path: str | os.PathLike[str], every: int = 1) -> Iterator[VideoFrame]:
@@ -200,7 +206,7 @@ class VideoWriter:
 
     Raises:
         ImportError: If PyAV is not installed.
-        OSError: If the file cannot be written.
+        OSError: If the file cannot be written, or the pictures are too large for a video.
     """
 
     def __init__(self, path: Path, rate: Fraction | None = None) -> None:
@@ -219,6 +225,17 @@ class VideoWriter:
             picture: uint8 RGB [H, W, 3].
             time: When it is shown, in seconds after the start; later than the picture before.
         """
+        try:
+            self._add(picture, time)
+        except self._av.error.FFmpegError as error:
+            if isinstance(error, OSError):
+                raise
+            size = f"{picture.shape[1]} x {picture.shape[0]}"
+            raise OutputError(
+                f"{self.path}: a video of {size} pixels cannot be encoded ({_reason(error)})"
+            ) from error
+
+    def _add(self, picture: ImageArray, time: Fraction) -> None:
         height, width = picture.shape[:2]
         if height % 2 or width % 2:  # 4:2:0 has one color for 2 x 2 pixels
             picture = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
@@ -238,17 +255,19 @@ class VideoWriter:
         self._container.mux(self._stream.encode(frame))
 
     def _open(self, height: int, width: int) -> None:
-        file = self._file.enter_context(atomic_write(self.path))
-        self._container = self._av.open(file, "w", format="mp4")
-        encoder = next(name for name in _ENCODERS if name in self._av.codecs_available)
-        options = {"crf": "20", "preset": "veryfast"} if encoder == "libx264" else {}
-        stream = self._container.add_stream(encoder, rate=self._rate.limit_denominator(1001), options=options)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        context = stream.codec_context
-        context.time_base = Fraction(1, _TICKS)
-        context.color_range, context.colorspace = _LIMITED, _BT709
-        context.color_primaries = context.color_trc = _BT709
-        self._stream = stream
+        with ExitStack() as opening:
+            file = opening.enter_context(atomic_write(self.path))
+            container = self._av.open(file, "w", format="mp4")
+            encoder = next((name for name in _ENCODERS if name in self._av.codecs_available), _ENCODERS[-1])
+            options = {"crf": "20", "preset": "veryfast"} if encoder == "libx264" else {}
+            stream = container.add_stream(encoder, rate=self._rate.limit_denominator(1001), options=options)
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            context = stream.codec_context
+            context.time_base = Fraction(1, _TICKS)
+            context.color_range, context.colorspace = _LIMITED, _BT709
+            context.color_primaries = context.color_trc = _BT709
+            context.open()  # an encoder that refuses the size leaves no file
+            self._container, self._stream, self._file = container, stream, opening.pop_all()
 
     def __enter__(self) -> VideoWriter:
         """Returns itself."""

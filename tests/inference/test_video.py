@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -145,10 +146,13 @@ def test_names_that_look_like_addresses(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_without_pyav(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, predictor: Predictor) -> None:
     (tmp_path / "a.mp4").touch()
-    monkeypatch.setitem(sys.modules, "av", None)
-    for source in (tmp_path / "a.mp4", "camera:0"):
-        with pytest.raises(ImportError, match=r'pip install "panfpn_fast\[video\]", or pip install av'):
-            predictor.stream(source)
+    for module in (None, SimpleNamespace(__version__="16.1.0")):
+        monkeypatch.setitem(sys.modules, "av", module)
+        for source in (tmp_path / "a.mp4", "camera:0"):
+            with pytest.raises(
+                ImportError, match=r'pip install "panfpn_fast\[video\]", or pip install "av>=17"'
+            ):
+                predictor.stream(source)
 
 
 def test_pyav_is_imported_only_when_it_is_needed() -> None:
@@ -297,6 +301,16 @@ def test_no_picture_makes_no_file(tmp_path: Path) -> None:
     pytest.importorskip("av", reason="av is not installed")
     with VideoWriter(tmp_path / "a.mp4"):
         pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_pictures_that_are_too_large_for_a_video(tmp_path: Path) -> None:
+    pytest.importorskip("av", reason="av is not installed")
+    with (
+        pytest.raises(OSError, match=r"a\.mp4: a video of 70001 x 2 pixels cannot be encoded"),
+        VideoWriter(tmp_path / "a.mp4") as writer,
+    ):
+        writer.add(np.zeros((2, 70_001, 3), np.uint8), Fraction(0))
     assert not list(tmp_path.iterdir())
 
 
