@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +32,8 @@ def atomic_write(path: Path, *, durable: bool = False) -> Iterator[IO[bytes]]:
         with open(path, "wb") as file:
             yield file
         return
-    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.tmp")
+    # Processes on several machines may write to one folder, and their numbers may be equal.
+    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file

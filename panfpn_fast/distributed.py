@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -29,8 +30,12 @@ class Process(NamedTuple):
         return self.rank == 0
 
 
+PATIENCE = timedelta(hours=12)
+"""How long a process waits for the others by default: those on slower machines need longer for their images."""
+
+
 @contextmanager
-def process_group(device: str | None = None) -> Iterator[Process]:
+def process_group(device: str | None = None, patience: timedelta | None = PATIENCE) -> Iterator[Process]:
     """Joins the process group that torchrun started; outside of torchrun, yields a group of one.
 
     A `WORLD_SIZE` of 1 without the other variables of torchrun, which some clusters set, counts as outside.
@@ -38,6 +43,9 @@ def process_group(device: str | None = None) -> Iterator[Process]:
     Args:
         device: For example "cpu"; None chooses a GPU if there is one. With several processes each takes the GPU of its
             local rank.
+        patience: How long a process waits for the others in a collective operation before it fails; None for torch's
+            own limit, which is 10 minutes on GPUs and 30 minutes on CPUs. The end of another process is noticed
+            earlier as a rule, because its connections close.
 
     Raises:
         UserError: If this machine does not have the device, the variables of torchrun are incomplete or invalid, or the
@@ -52,7 +60,7 @@ def process_group(device: str | None = None) -> Iterator[Process]:
     if mine.type == "cuda":
         torch.cuda.set_device(mine)
     try:
-        torch.distributed.init_process_group("nccl" if mine.type == "cuda" else "gloo")
+        torch.distributed.init_process_group("nccl" if mine.type == "cuda" else "gloo", timeout=patience)
     except (RuntimeError, OSError, ValueError) as error:  # torch's messages can fill a page
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(

@@ -144,6 +144,34 @@ def test_page_shows_everything_and_losses_first(root: Path, results: Path) -> No
     assert plot_names(run) == ["highlights", "ratios", "roofline", "shared", "stages"]
 
 
+def test_training_has_its_own_tables(root: Path, tmp_path: Path) -> None:
+    from benchmarks.scripts.report.pages import performance_page
+    from benchmarks.scripts.report.results import read_runs
+
+    loading = {"workers": 2, "images": 16}
+    rows = [
+        make_row("data loading", "photographs, 2 workers", "ours", 400.0, images_per_s=40.0, **loading),
+        make_row(
+            "data loading", "photographs, 2 workers", "torchvision", 800.0, images_per_s=20.0, **loading
+        ),
+        make_row(
+            "training step", "R-50", "ours", 900.0, parameters=10**6, step_ms={"load": 30, "forward": 300}
+        ),
+        make_row("training step", "R-50", "eager", 1800.0, parameters=10**6, step_ms={"forward": 700.0}),
+    ]
+    path = tmp_path / "cpu.json"
+    path.write_text(json.dumps(make_results(rows)))
+    [run] = read_runs(path)
+    assert run.ops == run.metered == []
+    assert [group.op for group in run.networks] == ["training step"]
+    text = performance_page([run])
+    assert "| photographs, 2 workers | 16 | 40.0 | torchvision | 20.0 | 2.00 | 2.00 | 2.00 |" in text
+    steps = text.split("### Where a training step's time goes")[1].splitlines()
+    assert "| benchmark | case | network | load, ms | forward, ms |" in steps
+    assert "| training step | R-50 | ours | 30.0 | 300 |" in steps
+    assert "| training step | R-50 | eager |  | 700 |" in steps
+
+
 @pytest.fixture
 def interleaved(tmp_path: Path) -> Path:
     """Results in which the medians of all rounds suggest other ratios than the rounds."""

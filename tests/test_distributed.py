@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import socket
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from panfpn_fast._device import resolve_device
 from panfpn_fast._errors import UserError
-from panfpn_fast.distributed import launched_rank, process_group
+from panfpn_fast.distributed import PATIENCE, gather, launched_rank, process_group
 from support.processes import environment, run
+from support.ranks import run_ranks
 
 COMPLETE = {
     "WORLD_SIZE": "4",
@@ -111,6 +115,17 @@ def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
             pass
     assert len(str(info.value)) < 200
     assert "\n" not in str(info.value)
+
+
+def test_processes_wait_for_slower_ones() -> None:
+    def meet(rank: int, patience: timedelta) -> None:
+        with process_group("cpu", patience):
+            time.sleep(2 * rank)
+            assert gather(rank) == ([0, 1] if rank == 0 else [])
+
+    run_ranks(2, lambda rank: meet(rank, PATIENCE))
+    with pytest.raises((ProcessExitedException, ProcessRaisedException)):
+        run_ranks(2, lambda rank: meet(rank, timedelta(seconds=1)))
 
 
 def test_commands_report_it_in_one_line(tmp_path: Path) -> None:

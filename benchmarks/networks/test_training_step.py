@@ -1,21 +1,31 @@
-"""A training step: the losses of an image and the gradients of all weights, without the optimizer, which is torch's."""
+"""A training step: the losses of an image and the gradients of all weights, without the optimizer, which is torch's.
+
+The parts of a whole step, with the loading of an image and the optimizer, are timed too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from panfpn_fast.data.loader import Batch
 from panfpn_fast.data.sample import Target
+from panfpn_fast.training import losses
+from panfpn_fast.training import network as training_network
 from panfpn_fast.training.network import TrainingNetwork, total
 
 from ..harness import inputs, peers
 from ..harness.activations import saved_bytes
 from ..harness.comparison import OURS, Arguments, Case, Comparison, Cost, Peer, Row, nbytes, to_device
 from ..harness.flops import count_flops
+from ..harness.stages import Part, stage_seconds
+from . import loading
 from .eager_network import EagerPanopticFPN
 from .eager_training import EagerTrainingNetwork
 from .stand_in import stand_in
@@ -85,6 +95,82 @@ COMPARISON = Comparison(
 )
 
 
+def load(batches: Iterator[Batch]) -> None:
+    next(batches)
+
+
+def upload(image: Tensor, target: Target, device: torch.device) -> tuple[Tensor, Target]:
+    return image.to(device, non_blocking=True), target.to(device, non_blocking=True)
+
+
+def backward(loss: Tensor) -> None:
+    loss.backward()
+
+
+def update(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _parts(network: TrainingNetwork) -> list[Part]:
+    """Returns the functions of a step in the order of the table; the order of their calls is another one."""
+    model, here = network.model, sys.modules[__name__]
+    loads = [] if loading.sample_problem(torch.device("cpu")) else [Part(here, "load", "load")]
+    return [
+        *loads,
+        Part(here, "upload", "upload"),
+        Part(model, "prepare", "forward"),
+        Part(model, "features", "forward"),
+        *(Part(head, "forward", "forward") for head in (model.rpn, model.box_head, model.mask_head)),
+        Part(model.semantic_head, "forward", "forward"),
+        Part(model.rpn, "anchors", "targets"),
+        *(
+            Part(training_network, name, "targets")
+            for name in ("propose", "sample_anchors", "sample_boxes", "mask_targets", "semantic_labels")
+        ),
+        *(Part(losses, name, "loss") for name in ("rpn_losses", "box_losses", "mask_loss", "semantic_loss")),
+        Part(here, "backward", "backward"),
+        Part(here, "update", "optimizer"),
+    ]
+
+
+def step_seconds(contender: str, arguments: Arguments, device: torch.device) -> dict[str, float]:
+    """Times the parts of a whole step: seconds of each, and under "rest" the time outside.
+
+    Args:
+        contender: Name of the row.
+        arguments: The image and the annotation of the case, on the CPU.
+        device: Device of the network.
+
+    Returns:
+        "load" is one of the photographs of `loading`, resized to the size of the case in this process; it is absent
+        without them. "targets" are proposals, sampled anchors and boxes, and their targets. The optimizer is SGD with
+        momentum, with a learning rate of 0, so that the weights stay.
+    """
+    image, target = arguments
+    network = _network(contender, device)
+    weights = [weight for weight in network.parameters() if weight.requires_grad]
+    optimizer = torch.optim.SGD(weights, lr=0.0, momentum=0.9)
+    parts = _parts(network)
+    with_photograph = parts[0].stage == "load"
+    dataset = loading.open_photographs() if with_photograph else loading.open_scenes(1)
+    loader = loading.train_loader(dataset, min(image.shape[1:]), 1, workers=0)
+
+    def step() -> None:
+        here = sys.modules[__name__]  # its functions are replaced by timed ones
+        if with_photograph:
+            here.load(batches)
+        there = here.upload(image, target, device)
+        found = network([there[0]], [there[1]], [0])
+        here.backward(total(found))
+        here.update(optimizer)
+
+    with closing(loader):
+        batches = iter(loader)
+        step()
+        return stage_seconds(step, parts, device)
+
+
 @COMPARISON.rows()
 def test_training_step(row: Row, time_row: Callable[[Row], None], benchmark: Any) -> None:
     time_row(row)
@@ -94,3 +180,5 @@ def test_training_step(row: Row, time_row: Callable[[Row], None], benchmark: Any
         parameters=sum(weight.numel() for weight in network.parameters()),
         saved_for_backward_bytes=saved_bytes([network], lambda: total(network([image], [target], [0]))),
     )
+    seconds = step_seconds(row.contender, row.case.arguments(), row.device)
+    benchmark.extra_info["step_ms"] = {part: 1e3 * each for part, each in seconds.items()}

@@ -78,7 +78,8 @@ def _train(args: argparse.Namespace) -> int:
     from panfpn_fast.training.trainer import RESULT, SETTINGS, Stopped
 
     less_memory = "Try a lower solver.batch_size, smaller images or workers=0"
-    with reporting_user_errors(less_memory), process_group(args.device) as process:
+    # Without patience: the processes take the same steps at the same time.
+    with reporting_user_errors(less_memory), process_group(args.device, patience=None) as process:
         try:
             of_run = args.out / SETTINGS
             if args.resume and not (args.preset or args.config or args.settings or of_run.exists()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import io
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -52,7 +53,6 @@ def open_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
         The environment variable `PANFPN_MAX_IMAGE_PIXELS` replaces this limit.
     """
     name = os.fspath(path)
-    _set_pixel_limit()
     # The file is opened here, not by Pillow, so that all other errors are known to be decoding errors.
     try:
         file = open(path, "rb")  # noqa: SIM115  # closed below
@@ -60,21 +60,34 @@ def open_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
         raise MissingFileError(f"{name}: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte or a lone surrogate in the name
         raise ImageReadError(f"{name}: cannot be opened: {getattr(error, 'strerror', '') or error}") from None
-    with file:
-        try:
-            if missing := _missing_plugin(file.peek(64)[:64]):
-                raise ValueError(missing)
-            with Image.open(file, formats=_formats()) as image:
-                yield image
-        except Image.DecompressionBombError:
-            raise ImageReadError(
-                f"{name}: has more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels, twice Pillow's limit; for a file "
-                f"that you trust, set PIL.Image.MAX_IMAGE_PIXELS or the environment variable {_PIXEL_LIMIT}"
-            ) from None
-        # Decoders raise many exception types for damaged data (SyntaxError, struct.error, IndexError, zlib.error ...).
-        except Exception as error:
-            reason = "not an image in a known format" if isinstance(error, UnidentifiedImageError) else error
-            raise ImageReadError(f"{name}: cannot be decoded: {reason}") from error
+    with file, decode_image(file, name) as image:
+        yield image
+
+
+@contextmanager
+def decode_image(file: io.BufferedReader, name: str) -> Iterator[Image.Image]:
+    """Opens an image in an open file, and puts a name before the errors of decoding it.
+
+    Decoding can be completed in the body of the `with` statement.
+
+    Raises:
+        ImageReadError: If the content is not an image, is damaged, or has too many pixels.
+    """
+    _set_pixel_limit()
+    try:
+        if missing := _missing_plugin(file.peek(64)[:64]):
+            raise ValueError(missing)
+        with Image.open(file, formats=_formats()) as image:
+            yield image
+    except Image.DecompressionBombError:
+        raise ImageReadError(
+            f"{name}: has more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels, twice Pillow's limit; for a file "
+            f"that you trust, set PIL.Image.MAX_IMAGE_PIXELS or the environment variable {_PIXEL_LIMIT}"
+        ) from None
+    # Decoders raise many exception types for damaged data (SyntaxError, struct.error, IndexError, zlib.error ...).
+    except Exception as error:
+        reason = "not an image in a known format" if isinstance(error, UnidentifiedImageError) else error
+        raise ImageReadError(f"{name}: cannot be decoded: {reason}") from error
 
 
 def missing_plugin(suffix: str) -> str:

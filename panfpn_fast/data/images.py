@@ -5,6 +5,7 @@ This module does not import torch, so that data tools can import it quickly.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import TiffImageFile
 
 from panfpn_fast._files import atomic_write
-from panfpn_fast.data.files import ImageReadError, open_image
+from panfpn_fast.data.files import ImageReadError, decode_image, open_image
 
 ImageArray = npt.NDArray[np.uint8]
 ImageSource = ImageArray | Image.Image | str | os.PathLike[str]
@@ -194,6 +195,24 @@ def read_image(path: str | os.PathLike[str]) -> ImageArray:
         Set that attribute or the environment variable `PANFPN_MAX_IMAGE_PIXELS` to read larger images.
     """
     with open_image(path) as image:
+        return _pil_to_rgb(image)
+
+
+def read_image_bytes(content: bytes, name: str) -> ImageArray:
+    """Reads the content of an image file, as `read_image` reads the file.
+
+    Args:
+        content: The bytes of the file.
+        name: What error messages call the image.
+
+    Returns:
+        uint8 [H, W, 3].
+
+    Raises:
+        ImageReadError: If the content is not an image, is truncated or damaged, has too many pixels, or cannot be
+            converted to 8-bit RGB.
+    """
+    with decode_image(io.BufferedReader(io.BytesIO(content)), name) as image:
         return _pil_to_rgb(image)
 
 

@@ -114,12 +114,9 @@ class CocoPanopticWriter:
             position: Place among this run's results in the JSON, such as the numbers of the file and of the frame; by
                 default the order of calls.
         """
-        entry = make_entry(result.panoptic, result.segments, name, source, result.frame)
-        text = json.dumps({"origin": origin_of(result.source, result.frame), **entry._asdict()})
-        info = PngInfo()
-        info.add_itxt(_KEYWORD, text, zip=True)
-        save_png(map_picture(result.panoptic), self.png_folder / f"{name}.png", info=info)
-        self._added[name] = position or (len(self._added), 0), entry
+        png = MapPng(result, name, source, origin_of(result.source, result.frame))
+        save_png(png.picture, self.png_folder / f"{name}.png", info=png.info)
+        self._added[name] = position or (len(self._added), 0), png.entry
         if self._is_first and time.monotonic() > self._next_flush:
             self.flush()
 
@@ -202,6 +199,23 @@ class CocoPanopticWriter:
         """Writes the JSON, also after an exception."""
         if self._is_first and not self._gathered:
             self.flush()
+
+
+class MapPng:
+    """The PNG of a result: the map as a picture, and the result's part of the JSON as a text in it.
+
+    Args:
+        result: The prediction.
+        name: Stem of the PNG's file name.
+        source: File name of the image.
+        origin: What `origin_of` returns for the image.
+    """
+
+    def __init__(self, result: PanopticResult, name: str, source: str, origin: str) -> None:
+        self.entry = make_entry(result.panoptic, result.segments, name, source, result.frame)
+        self.picture = map_picture(result.panoptic)
+        self.info = PngInfo()
+        self.info.add_itxt(_KEYWORD, json.dumps({"origin": origin, **self.entry._asdict()}), zip=True)
 
 
 def origin_of(source: str | None, frame: int | None = None) -> str:

@@ -325,6 +325,60 @@ def _stages(run: Run) -> list[str]:
     ]
 
 
+def _steps(run: Run) -> list[str]:
+    return [
+        "### Where a training step's time goes",
+        "",
+        "One image, each part by itself; in a training run, processes load images during the steps. **load** reads a "
+        "photograph of COCO and its annotation, resizes and flips them, and makes the target, in one process. "
+        "**targets** are the proposals, the sampled anchors and boxes and their targets. **optimizer** is SGD with "
+        "momentum.",
+        "",
+        *_stage_table([(group, row, row.step) for group, row in run.steps], "ms"),
+        *_caption(run),
+    ]
+
+
+def _loading(run: Run) -> list[str]:
+    lines = [
+        (
+            group.case,
+            f"{group.ours.info['images']}",
+            _scaled(group.ours, "images_per_s", 1),
+            peer.contender if peer else "none",
+            _scaled(peer, "images_per_s", 1) if peer else "",
+            ratio_text(group.ratio(peer)) if peer else "",
+            _range_text(group, peer) if peer else "",
+            _scaled(group.ours, "peak_memory_bytes", 1e6),
+            _scaled(peer, "peak_memory_bytes", 1e6) if peer else "",
+        )
+        for group in run.loading
+        for peer in group.peers or (None,)
+    ]
+    header = (
+        "case",
+        "images",
+        "ours, images/s",
+        "peer",
+        "peer, images/s",
+        "ratio",
+        "20 to 80 %",
+        "ours, MB",
+        "peer, MB",
+    )
+    return [
+        "### Loading of training data",
+        "",
+        "Images and targets of a training run: read, resized, flipped, and handed to the process that trains. The peer "
+        "is a data set as in torchvision's tutorials, with a mask for each instance and its transforms, in torch's "
+        "DataLoader. The time includes the start and the end of the workers. MB is the memory of the process that "
+        "trains.",
+        "",
+        *table(header, lines, left=1),
+        *_caption(run),
+    ]
+
+
 def plot_names(run: Run) -> list[str]:
     """Returns the names of the plots of a run that the pages show."""
     parts = {
@@ -348,7 +402,8 @@ def performance_page(runs: Sequence[Run]) -> str:
             (run.shared, _shared),
             (run.networks, _networks),
         )
-        for shown, write in (*parts, (run.staged, _stages)):
+        last = ((run.staged, _stages), (run.steps, _steps), (run.loading, _loading))
+        for shown, write in (*parts, *last):
             if shown:
                 lines += write(run)
     text = "\n".join(lines)

@@ -39,6 +39,11 @@ class Row:
         return self.info.get("stages_ms") or {}
 
     @property
+    def step(self) -> dict[str, float]:
+        """Milliseconds of each part of a whole training step; empty if they were not measured."""
+        return self.info.get("step_ms") or {}
+
+    @property
     def is_ours(self) -> bool:
         """Whether this is our implementation, possibly in another layout or compiled."""
         return self.contender.partition(",")[0] == _OURS
@@ -93,6 +98,11 @@ class Group:
         """Whether the group compares whole networks or backbones instead of an op."""
         return self.is_shared or "parameters" in self.ours.info or bool(self.ours.stages)
 
+    @property
+    def is_loading(self) -> bool:
+        """Whether the group compares loaders of training data."""
+        return "workers" in self.ours.info
+
 
 @dataclass(frozen=True)
 class Run:
@@ -125,7 +135,7 @@ class Run:
     @property
     def ops(self) -> list[Group]:
         """The groups of single ops and heads."""
-        return [group for group in self.groups if not group.is_network]
+        return [group for group in self.groups if not group.is_network and not group.is_loading]
 
     @property
     def metered(self) -> list[Group]:
@@ -154,6 +164,16 @@ class Run:
     def staged(self) -> list[tuple[Group, Row]]:
         """The rows whose time is split into stages."""
         return [(group, row) for group in self.groups for row in group.rows if row.stages]
+
+    @property
+    def steps(self) -> list[tuple[Group, Row]]:
+        """The rows of training steps whose time is split into parts."""
+        return [(group, row) for group in self.groups for row in group.rows if row.step]
+
+    @property
+    def loading(self) -> list[Group]:
+        """The groups that compare loaders of training data."""
+        return [group for group in self.groups if group.is_loading]
 
     @property
     def losses(self) -> list[tuple[Group, Row]]:
