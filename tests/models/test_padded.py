@@ -15,6 +15,7 @@ from panfpn_fast import _load
 from panfpn_fast.models import PanopticFPN, PanopticFPNConfig, PanopticOutput
 from panfpn_fast.models.padded import PaddedPanopticFPN, unpad
 from panfpn_fast.models.roi_heads import BoxHead
+from support.same_outputs import assert_same
 from support.training_samples import make_sample, small_model
 
 FEW: dict[str, Any] = {
@@ -36,20 +37,6 @@ MMDETECTION: dict[str, Any] = {
 
 def images(height: int = 50, width: int = 70) -> Tensor:
     return torch.stack([make_sample(height, width, seed).image for seed in (1, 2)])
-
-
-def assert_same(found: PanopticOutput, expected: PanopticOutput) -> None:
-    """Requires equal integers, and equal boxes and probabilities up to rounding.
-
-    Boxes and probabilities come from matrix products with more rows, whose sums may have a different order. The error
-    is a few units in the last place of numbers up to 100, times a factor of up to 10 from there to the output.
-    """
-    pairs = list(zip(found._replace(segments=None), expected._replace(segments=None), strict=True))  # type: ignore[arg-type]
-    pairs += zip(found.segments, expected.segments, strict=True)
-    for one, other in pairs:
-        if isinstance(one, Tensor):
-            tolerance = 1e-4 if one.is_floating_point() else 0
-            torch.testing.assert_close(one, other, atol=tolerance, rtol=0)
 
 
 def check(
