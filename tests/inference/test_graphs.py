@@ -19,12 +19,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from panfpn_fast.data.images import ImageArray
 from panfpn_fast.inference import PanopticResult, Predictor, resize_shortest_edge
 from panfpn_fast.inference import graphs as module
-from panfpn_fast.inference.graphs import CudaGraphs, GraphPredictor, pack, unpack
+from panfpn_fast.inference.graphs import CudaGraphs, GraphPredictor, make_graph_predictor, pack, unpack
 from panfpn_fast.models import PanopticFPN
 from panfpn_fast.models.padded import unpad
 from support.host_gpu import HostGpu
 from support.same_outputs import assert_same
-from support.training_samples import make_sample, small_model
+from support.training_samples import SMALL, make_sample, small_model
 
 EDGES = (64, 96)
 FEW: dict[str, Any] = {
@@ -272,7 +272,7 @@ def test_packing() -> None:
     assert not unpack(packed, fields)["bytes"].any()
 
 
-def test_arguments(halves_model: Callable[..., Any]) -> None:
+def test_arguments() -> None:
     model = small_model(**FEW)
     assert Predictor(model, "cpu")._graphs is None
     assert Predictor(model, "cpu", graphs=False)._graphs is None
@@ -350,6 +350,23 @@ def test_order_of_the_calls_of_cuda(cuda_calls: list[str]) -> None:
     cuda_calls.clear()
     gpu.wait()
     assert cuda_calls == ["record", "synchronize"]
+
+
+def test_networks_that_have_graphs(cuda_calls: list[str], halves_model: Callable[..., Any]) -> None:
+    class Changed(PanopticFPN):
+        """Could predict in another way."""
+
+    ours, changed = small_model(**FEW).eval(), Changed(**SMALL).eval()
+    for model, by_default in ((ours, True), (changed, False)):
+        for wanted, expected in ((None, by_default), (True, True), (False, False)):
+            found = make_graph_predictor(model, wanted, torch.device("cuda"), *EDGES, "all")
+            assert isinstance(found, GraphPredictor) == expected
+    other = halves_model()
+    assert make_graph_predictor(other, None, torch.device("cuda"), *EDGES, "all") is None
+    with pytest.raises(
+        ValueError, match="graphs: True needs a PanopticFPN, got a HalvesModel; use None or False"
+    ):
+        make_graph_predictor(other, True, torch.device("cuda"), *EDGES, "all")
 
 
 def test_a_network_that_cannot_be_captured(cuda_calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
