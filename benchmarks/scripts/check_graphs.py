@@ -30,7 +30,7 @@ from .report.results import ROOT
 
 # The last photograph has the padded shape of the first.
 SIZES = ((480, 640), (640, 480), (427, 640), (1200, 1600))
-_SMALL_SIZES = ((48, 64), (64, 48), (40, 64), (120, 160))
+_SMALL_SIZES = ((48, 64), (120, 160))
 _ROUNDS = 20
 # TF32 rounds to ten bits, and the padded shapes of the heads sum in another order.
 _LEAST = {"cuda": 0.98, "cpu": 0.999}
