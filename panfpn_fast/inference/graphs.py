@@ -259,11 +259,10 @@ class GraphPredictor:
         arrays: dict[str, npt.NDArray[Any]] = {"sizes": np.array([[size], [old]], np.int64)}
         if plan is not None:
             arrays |= {"rows": plan.rows, "columns": plan.columns, "pixels": image}
+        elif size == old:
+            arrays["pixels"] = image
         else:
-            same = size == old
-            arrays["pixels"] = (
-                image if same else resize_shortest_edge(image, *self._edges, resize=config.resize)
-            )
+            arrays["pixels"] = resize_shortest_edge(image, *self._edges, resize=config.resize)
         inputs = self._upload(arrays)
         pixels = inputs["pixels"]
         if plan is not None:
