@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -31,6 +32,24 @@ def test_every_stage_runs(script: ModuleType, tmp_path: Path) -> None:
     assert [(one["stage"], one["result"]) for one in summary] == [(name, "passed") for name in names]
     assert all((tmp_path / f"{name}.log").stat().st_size > 0 for name in names)
     assert json.loads((tmp_path / "benchmarks-of-ops.json").read_text())["benchmarks"]
+
+
+def test_graphs_that_differ_fail(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check = importlib.import_module("benchmarks.scripts.check_graphs")
+    pair = check.predictors("cpu")
+    graphs = pair[0]._graphs
+
+    def mirrored(image: Any) -> Any:
+        output = graphs(image)
+        return output._replace(panoptic=output.panoptic.flip(1))
+
+    for changed, code in ((graphs, 0), (mirrored, 1)):
+        pair[0]._graphs = changed
+        monkeypatch.setattr(check, "predictors", lambda device: pair)
+        assert check.main(["--device", "cpu"]) == code
+    assert "2 sizes differ" in capsys.readouterr().out
 
 
 def test_the_selection_of_the_sanitizer_has_a_test_of_each_op(script: ModuleType) -> None:

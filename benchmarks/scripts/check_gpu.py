@@ -65,20 +65,29 @@ class Stage:
 
 
 def stages() -> list[Stage]:
-    """Returns the stages in order. The first six take seven minutes at most."""
+    """Returns the stages in order. All but the benchmarks take seven minutes at most."""
     # Under the sanitizer, a kernel takes up to a hundred times as long.
     small = ("tests/ops", "-m", "cuda", "-k", "test_checks and float32")
     op = ("tests/ops/test_nms.py", "-k", "drops_above_the_threshold and cpu")
     row = ("benchmarks/ops/test_nms.py", "-k", "cpu and 1000_boxes")
     network = ("benchmarks/networks/test_semantic_head.py", "-k", "cpu", "--collect-only")
     of_ops, of_networks = ((f"benchmarks/{kind}", "-m", "cuda") for kind in ("ops", "networks"))
-    tests = ("tests/kernels", "tests/models", "tests/inference", "tests/integrations", "-m", "cuda")
+    tests = (
+        "tests/kernels",
+        "tests/models",
+        "tests/data",
+        "tests/inference",
+        "tests/integrations",
+        "-m",
+        "cuda",
+    )
     timed = (*_PYTEST, "--benchmark-only", "--benchmark-max-time=0.3", "--benchmark-json={out}/{name}.json")
     return [
-        Stage("load", ("-c", _LOAD), ("cuda",), ("cpu",), 60),
-        Stage("one-call-per-op", (*_PYTEST, "--benchmark-disable"), of_ops, row, 90),
-        Stage("ops", _PYTEST, ("tests/ops", "-m", "cuda"), op, 100),
-        Stage("networks", _PYTEST, tests, op, 70),
+        Stage("load", ("-c", _LOAD), ("cuda",), ("cpu",), 50),
+        Stage("one-call-per-op", (*_PYTEST, "--benchmark-disable"), of_ops, row, 80),
+        Stage("ops", _PYTEST, ("tests/ops", "-m", "cuda"), op, 80),
+        Stage("networks", _PYTEST, tests, op, 60),
+        Stage("graphs", ("-m", "benchmarks.scripts.check_graphs"), (), ("--device", "cpu"), 50),
         Stage("memcheck", _PYTEST, small, op, 50, "memcheck"),
         Stage("racecheck", _PYTEST, small, op, 50, "racecheck"),
         Stage("benchmarks-of-ops", timed, of_ops, row, 150),

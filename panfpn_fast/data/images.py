@@ -9,7 +9,7 @@ import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -147,30 +147,33 @@ def _resize_as_opencv(image: ImageArray, height: int, width: int) -> ImageArray:
     if image.shape[:2] == (2 * height, 2 * width):  # for exact halving OpenCV uses means of 2 x 2 pixels
         blocks = image.reshape(height, 2, width, 2, 3).astype(np.uint16)
         return ((blocks.sum(axis=(1, 3), dtype=np.uint16) + 2) >> 2).astype(np.uint8)
-    left, right, left_weight, right_weight = _opencv_samples(image.shape[1], width)
-    # Outside the centre of the outermost column, OpenCV uses that column alone. At the outermost row it uses the row
-    # twice, with both weights. These are rounded separately, so the result can differ by one grey level.
-    outside = (left < 0) | (left >= image.shape[1] - 1)
-    left_weight[outside], right_weight[outside] = 2048, 0
-    left, right = left.clip(0, image.shape[1] - 1), right.clip(0, image.shape[1] - 1)
+    (left, right), (left_weight, right_weight) = opencv_table(image.shape[1], width, "columns")
     pixels = image.astype(np.int32)
     rows = pixels[:, left] * left_weight[:, None]
     rows += pixels[:, right] * right_weight[:, None]
     rows >>= 4
-    top, bottom, top_weight, bottom_weight = _opencv_samples(image.shape[0], height)
-    top, bottom = top.clip(0, image.shape[0] - 1), bottom.clip(0, image.shape[0] - 1)
+    (top, bottom), (top_weight, bottom_weight) = opencv_table(image.shape[0], height, "rows")
     result = (rows[top] * top_weight[:, None, None]) >> 16
     result += (rows[bottom] * bottom_weight[:, None, None]) >> 16
     return np.clip((result + 2) >> 2, 0, 255).astype(np.uint8)
 
 
-def _opencv_samples(old: int, new: int) -> tuple[npt.NDArray[np.int32], ...]:
-    """Returns, for each new pixel along an axis, its two old neighbours and their weights, which sum to about 2048."""
+def opencv_table(old: int, new: int, axis: Literal["rows", "columns"]) -> npt.NDArray[np.int32]:
+    """Returns the two samples of OpenCV's bilinear filter for each new pixel along an axis.
+
+    Returns:
+        int32 [2, 2, new]: the positions of the two old pixels, then their weights, which sum to about 2048.
+    """
     place = ((np.arange(new) + 0.5) * (1.0 / (new / old)) - 0.5).astype(np.float32)
     first = np.floor(place)
     fraction = place - first
-    weights = [np.rint(share * np.float32(2048)) for share in (np.float32(1) - fraction, fraction)]
-    return tuple(array.astype(np.int32) for array in (first, first + 1, *weights))
+    weights = np.rint(np.stack((np.float32(1) - fraction, fraction)) * np.float32(2048))
+    if axis == "columns":
+        # Outside the centre of the outermost column, OpenCV uses that column alone. At the outermost row it uses the
+        # row twice, with both weights. These are rounded separately, so the result can differ by one grey level.
+        outside = (first < 0) | (first >= old - 1)
+        weights[:, outside] = [[2048], [0]]
+    return np.stack((np.stack((first, first + 1)).clip(0, old - 1), weights)).astype(np.int32)
 
 
 def read_image(path: str | os.PathLike[str]) -> ImageArray:

@@ -51,16 +51,19 @@ class Predictor:
         instances: The content of `PanopticResult.instances`: "all" for all detections, or "panoptic" for those that
             can get pixels of the panoptic map, whose score is at least `model.config.instance_score_threshold`. No
             masks are computed for the others, which saves time. The panoptic map and the segments are bit-identical.
+        graphs: Whether to replay CUDA graphs for single images, which makes the host wait once per image. None does so
+            on CUDA for a `PanopticFPN` with a ResNet of this package.
 
     Attributes:
         short_edge: The length in use.
         max_edge: The limit in use.
 
     Raises:
-        TypeError: If `model` is not such a module, `device` or `dtype` is of another kind, or `instances` is
+        TypeError: If `model` is not such a module, `device`, `dtype` or `graphs` is of another kind, or `instances` is
             "panoptic" and `model.forward` has no parameter `instances`.
         ValueError: If the device is not available, the dtype is not one of the three, an edge is not positive,
-            `instances` is another word, or a checkpoint has an unknown name or cannot be loaded.
+            `instances` is another word, `graphs` is True without CUDA or for another network than a `PanopticFPN`, or
+            a checkpoint has an unknown name or cannot be loaded.
         OSError: If a checkpoint cannot be read or downloaded.
 
     Note:
@@ -69,7 +72,11 @@ class Predictor:
 
         bfloat16 halves the memory of weights and features. On a CPU it is faster than float32 where the processor
         multiplies it (`lscpu` lists avx512_bf16 or amx_bf16), and slower elsewhere, since PyTorch then emulates all but
-        the 3x3 convolutions.
+        the 3x3 convolutions. A GPU of compute capability 8.0 or newer has tensor cores for bfloat16, with twice the
+        rate of TF32. The default, None, does not choose bfloat16 there: published checkpoints are predicted in float32.
+
+        A CUDA graph is captured at the first image of a padded shape, or by `warm_up`. Graphs keep memory; docs/gpu.md
+        says how much. Forward hooks on modules of the network run during a capture only.
 
         Weights that change later, by training or `load_state_dict`, reach a predictor only where it shares them. Its
         folded weights are a snapshot.
@@ -89,6 +96,7 @@ class Predictor:
         short_edge: int | None = None,
         max_edge: int | None = None,
         instances: Literal["all", "panoptic"] = "all",
+        graphs: bool | None = None,
     ) -> None:
         self.device = resolve_device(device)
         if dtype is not None and not isinstance(dtype, torch.dtype):
@@ -106,6 +114,7 @@ class Predictor:
         resized_shape(1, 1, self.short_edge, self.max_edge)
         self._resize = getattr(model.config, "resize", "detectron2")
         # Imported here, so that results can be read and drawn without the networks.
+        from panfpn_fast.inference.graphs import make_graph_predictor
         from panfpn_fast.models.conv_fusion import fold_norms, prepare_convolutions
         from panfpn_fast.models.panoptic_fpn import check_wanted
 
@@ -122,6 +131,9 @@ class Predictor:
         for network in (model, folded):
             network.to(device=self.device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model = prepare_convolutions(folded)
+        self._graphs = make_graph_predictor(
+            self.model, graphs, self.device, self.short_edge, self.max_edge, instances
+        )
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -133,7 +145,7 @@ class Predictor:
 
         On a GPU the first image of a process compiles the Triton kernels of the semantic head and loads all kernels,
         which takes several seconds, or less if an earlier process left them in Triton's cache on disk. Images of other
-        sizes use the same kernels; cuDNN chooses its algorithms for each size.
+        sizes use the same kernels; cuDNN chooses its algorithms, and a CUDA graph is captured, for each padded shape.
 
         Args:
             sizes: Heights and widths of images, before resizing.
@@ -236,6 +248,10 @@ class Predictor:
         if not photographs:
             return []
         images = [photograph.image for photograph in photographs]
+        if self._graphs is not None and len(images) == 1:
+            output = self._graphs(images[0])
+            if output is not None:
+                return [_to_result(output, self.categories, photographs[0])]
         inputs = [
             torch.from_numpy(resize_shortest_edge(image, self.short_edge, self.max_edge, self._resize))
             .permute(2, 0, 1)

@@ -11,6 +11,9 @@ from torch import Tensor
 MAX_LOG_SIZE = math.log(1000.0 / 16)
 """Upper limit of dw and dh (Detectron's constant); above it, exp() makes boxes too large."""
 
+Size = tuple[int, int] | Tensor
+"""Height and width: two integers, or an integer tensor [..., 2] that broadcasts against boxes [..., 4]."""
+
 
 def decode_boxes(
     deltas: Tensor, boxes: Tensor, weights: Sequence[float], clamp_shrinking: bool = False
@@ -65,11 +68,13 @@ def encode_boxes(targets: Tensor, boxes: Tensor, weights: Sequence[float]) -> Te
     )
 
 
-def clip_boxes(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+def clip_boxes(boxes: Tensor, size: Size) -> Tensor:
     """Clips boxes [..., 4] to an image of `size` (height, width); NaN stays NaN."""
-    height, width = size
-    x = boxes[..., 0::2].clamp(min=0, max=width)
-    y = boxes[..., 1::2].clamp(min=0, max=height)
+    x, y = boxes[..., 0::2], boxes[..., 1::2]
+    if isinstance(size, Tensor):
+        x, y = x.clamp(min=0).minimum(size[..., 1:]), y.clamp(min=0).minimum(size[..., :1])
+    else:
+        x, y = x.clamp(min=0, max=size[1]), y.clamp(min=0, max=size[0])
     return torch.stack((x, y), dim=-1).flatten(-2)
 
 
@@ -78,7 +83,19 @@ def nonempty(boxes: Tensor) -> Tensor:
     return (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
 
 
-def scale_boxes(boxes: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Scales boxes [..., 4] from an image of size `old` (height, width) to its copy resized to `new`."""
-    scale_y, scale_x = new[0] / old[0], new[1] / old[1]
+def scale_boxes(boxes: Tensor, old: Size, new: Size) -> Tensor:
+    """Scales boxes [..., 4] from an image of size `old` (height, width) to its copy resized to `new`.
+
+    Both sizes are pairs, or both are tensors.
+    """
+    scale_y: Tensor | float
+    scale_x: Tensor | float
+    if isinstance(old, Tensor):
+        assert isinstance(new, Tensor)
+        # Divided in float64 and rounded once, like the quotient of two Python integers in the product below.
+        scale = (new.double() / old.double()).to(boxes.dtype)
+        scale_y, scale_x = scale[..., :1], scale[..., 1:]
+    else:
+        assert not isinstance(new, Tensor)
+        scale_y, scale_x = new[0] / old[0], new[1] / old[1]
     return torch.stack((boxes[..., 0::2] * scale_x, boxes[..., 1::2] * scale_y), dim=-1).flatten(-2)

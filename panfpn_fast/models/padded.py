@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from panfpn_fast import ops
-from panfpn_fast.models.boxes import clip_boxes, nonempty, scale_boxes
+from panfpn_fast.models.boxes import Size, clip_boxes, nonempty, scale_boxes
+from panfpn_fast.models.config import FPN_STRIDES
 from panfpn_fast.models.layers import at_least_float32
 from panfpn_fast.models.outputs import InstanceOutput, PanopticOutput
 from panfpn_fast.models.panoptic_fpn import PanopticFPN, merge_settings
@@ -18,6 +20,13 @@ from panfpn_fast.ops._checks import int_pair
 
 SEGMENT = "segment_"
 """Prefix of the names of the segment table's columns."""
+
+RunBoth = Callable[[Callable[[], Any], Callable[[], Any]], tuple[Any, Any]]
+"""Runs two functions that do not depend on each other, and returns both results."""
+
+
+def _in_turn(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[Any, Any]:
+    return first(), second()
 
 
 class PaddedPanopticFPN(nn.Module):
@@ -101,34 +110,106 @@ class PaddedPanopticFPN(nn.Module):
             ValueError: If `images` has the wrong shape or no pixels.
         """
         _check_images(images)
-        config = self.model.config
         size = (images.shape[2], images.shape[3])
         output_size = self.output_size or size
-        bottom, right = (-side % config.size_divisibility for side in size)
-        batch = F.pad(self.model.normalize(images).to(self.model.dtype), (0, right, 0, bottom))
+        return self.merge(*self.branches(images, size, output_size), size, output_size)
+
+    @torch.no_grad()
+    def branches(
+        self,
+        images: Tensor,
+        size: Size,
+        output_size: Size,
+        anchors: Sequence[Tensor] | None = None,
+        run_both: RunBoth = _in_turn,
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Computes the part of `forward` before the maps, whose shapes do not depend on the output size.
+
+        With sizes in tensors, it can be captured in a CUDA graph that serves all images of one padded shape.
+
+        Args:
+            images: RGB images as in `forward`. If `size` is a tensor, they are padded to a multiple of
+                `config.size_divisibility`, with any values.
+            size: Height and width of all images, or an int64 tensor [N, 2] with those of each image without padding.
+            output_size: Height and width of the results, or an int64 tensor [N, 2] if `size` is a tensor.
+            anchors: The anchors of each level, see `anchors`; None to compute them.
+            run_both: Runs two functions, the semantic and the instance branch, and returns both results. A GPU can run
+                them at the same time.
+
+        Returns:
+            The outputs of `forward` from `boxes` to `count` and `overflow`, and the logits of the semantic branch, None
+            without it.
+        """
+        batch = self._prepare(images, size)
         features = self.model.features(batch)
-        found = self._instances(features, batch, size, output_size)
-        every = [size] * len(images), [output_size] * len(images)
-        semantic = torch.stack(self.model.labels(features, *every))
-        merged = [self._merge(found, semantic, i) for i in range(len(images))]
+        logits, found = run_both(
+            lambda: self.model.semantic_logits(features),
+            lambda: self._instances(features, batch, size, output_size, anchors),
+        )
+        return found, logits
+
+    def anchors(self, height: int, width: int) -> list[Tensor]:
+        """Returns the anchors [M, 4] of each level for images of a padded size; empty without the instance branch."""
+        if "instance" not in self.model.config.tasks:
+            return []
+        shapes = [(-(-height // stride), -(-width // stride)) for stride in FPN_STRIDES]
+        return self.model.rpn.anchors([torch.empty(shape, device="meta") for shape in shapes])
+
+    @torch.no_grad()
+    def merge(
+        self,
+        found: Mapping[str, Tensor],
+        logits: Tensor | None,
+        size: tuple[int, int],
+        output_size: tuple[int, int],
+    ) -> dict[str, Tensor]:
+        """Labels the pixels and merges both branches.
+
+        Args:
+            found: The first result of `branches`.
+            logits: The second one.
+            size: Height and width of all images without padding.
+            output_size: Height and width of the results.
+
+        Returns:
+            The outputs of `forward`.
+        """
+        images = len(found["count"])
+        semantic = torch.stack(self.model.label(logits, [size] * images, [output_size] * images))
+        merged = [self._merge(found, semantic, i) for i in range(images)]
         tables = {name: torch.stack([one[name] for one in merged]) for name in merged[0]}
         return {**tables, **found, "semantic": semantic}
+
+    def _prepare(self, images: Tensor, size: Size) -> Tensor:
+        """Normalises images and sets their padding to zero."""
+        x = self.model.normalize(images).to(self.model.dtype)
+        if not isinstance(size, Tensor):
+            bottom, right = (-side % self.model.config.size_divisibility for side in size)
+            return F.pad(x, (0, right, 0, bottom))
+        rows, columns = (torch.arange(side, device=x.device) for side in x.shape[2:])
+        outside = (rows >= size[:, :1])[:, None, :, None] | (columns >= size[:, 1:])[:, None, None]
+        return x.masked_fill(outside, 0).contiguous(memory_format=self.model.memory_format)
 
     def _instances(
         self,
         features: Mapping[str, Sequence[Tensor]],
         batch: Tensor,
-        size: tuple[int, int],
-        output_size: tuple[int, int],
+        size: Size,
+        output_size: Size,
+        anchors: Sequence[Tensor] | None,
     ) -> dict[str, Tensor]:
         """Runs the instance branch; returns its outputs at the output size."""
         model = self.model
         if "instance" not in model.config.tasks:
             return _no_instances(batch, 2 * model.config.mask_pool_size)
         pyramid = features["instance"]
-        sizes = [size] * len(batch)
+        sizes = size if isinstance(size, Tensor) else [size] * len(batch)
+        # The boxes of an image are along the second axis.
+        size, output_size = (
+            side[:, None] if isinstance(side, Tensor) else side for side in (size, output_size)
+        )
         objectness, moves = model.rpn(pyramid)
-        anchors = model.rpn.anchors(pyramid)
+        anchors = model.rpn.anchors(pyramid) if anchors is None else anchors
         proposals, proposed = model.rpn.propose_padded(anchors, objectness, moves, sizes)
         class_logits, deltas = model.box_head(pyramid, list(proposals.unbind()))
         found = model.box_head.detect_padded(

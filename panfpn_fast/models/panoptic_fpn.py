@@ -238,7 +238,7 @@ class PanopticFPN(ExactConstants):
         class_logits, deltas = self.box_head(pyramid, proposals)
         detections = self.box_head.detect(class_logits, deltas, proposals, sizes)
         counts = [
-            len(found.boxes) if wanted == "all" else _enough_score(self.config, found.scores)
+            len(found.boxes) if wanted == "all" else enough_score(self.config, found.scores)
             for found in detections
         ]
         masks = self.mask_head.predict(pyramid, detections, counts)
@@ -271,9 +271,22 @@ class PanopticFPN(ExactConstants):
             The labels [H, W] of each image: 0 is things, stuff starts at 1. A network without the semantic branch
             returns zeros.
         """
-        if "semantic" not in self.config.tasks:
+        return self.label(self.semantic_logits(features), sizes, output_sizes)
+
+    def semantic_logits(self, features: Mapping[str, Sequence[Tensor]]) -> Tensor | None:
+        """Returns the semantic branch's logits [N, K, H/4, W/4]; None for a network without this branch."""
+        return self.semantic_head(features["semantic"]) if "semantic" in self.config.tasks else None
+
+    def label(
+        self,
+        logits: Tensor | None,
+        sizes: Sequence[tuple[int, int]],
+        output_sizes: Sequence[tuple[int, int]],
+    ) -> list[Tensor]:
+        """Converts the result of `semantic_logits` to that of `labels`."""
+        if logits is None:
             return [torch.zeros(size, dtype=torch.uint8, device=self.device) for size in output_sizes]
-        return self.semantic_head.label(self.semantic_head(features["semantic"]), sizes, output_sizes)
+        return self.semantic_head.label(logits, sizes, output_sizes)
 
 
 def _resize(
@@ -291,7 +304,7 @@ def check_wanted(instances: object) -> None:
         raise ValueError(f"instances: expected 'all' or 'panoptic', got {instances!r}")
 
 
-def _enough_score(config: PanopticFPNConfig, scores: Tensor) -> int:
+def enough_score(config: PanopticFPNConfig, scores: Tensor) -> int:
     """Counts the instances that merging does not drop for their score; the others follow them, with lower scores."""
     # `ops.panoptic_merge` compares float32 scores with a float64 threshold.
     return int((scores.float().double() >= config.instance_score_threshold).sum())

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from panfpn_fast import ops
-from panfpn_fast.models.boxes import clip_boxes, decode_boxes
+from panfpn_fast.models.boxes import Size, clip_boxes, decode_boxes
 from panfpn_fast.models.config import FPN_STRIDES, PanopticFPNConfig
 from panfpn_fast.models.conv_fusion import conv2d
 from panfpn_fast.models.layers import at_least_float32, init_msra, init_normal, init_xavier
@@ -123,7 +123,7 @@ class BoxHead(nn.Module):
         deltas: Tensor,
         proposals: Tensor,
         proposed: Tensor,
-        size: tuple[int, int],
+        size: Size,
         max_candidates: int,
     ) -> PaddedDetections:
         """Detects as `detect` does, with static shapes and without a host sync.
@@ -133,7 +133,7 @@ class BoxHead(nn.Module):
             deltas: Deltas [N * L, things, 4] or [N * L, 1, 4] from `forward`.
             proposals: Boxes [N, L, 4].
             proposed: Bool [N, L], true for proposals and false for padding.
-            size: Height and width of all images without padding.
+            size: Height and width of all images without padding, or an integer tensor [N, 1, 2] with those of each.
             max_candidates: Largest number of (proposal, class) pairs per image that enter NMS; the best are selected.
 
         Returns:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from panfpn_fast import ops
-from panfpn_fast.models.boxes import clip_boxes, decode_boxes, nonempty
+from panfpn_fast.models.boxes import Size, clip_boxes, decode_boxes, nonempty
 from panfpn_fast.models.config import FPN_STRIDES, PanopticFPNConfig
 from panfpn_fast.models.conv_fusion import conv2d
 from panfpn_fast.models.layers import ExactConstants, at_least_float32, init_normal
@@ -133,7 +133,7 @@ class RPN(ExactConstants):
         anchors: Sequence[Tensor],
         logits: Sequence[Tensor],
         deltas: Sequence[Tensor],
-        sizes: Sequence[tuple[int, int]],
+        sizes: Sequence[tuple[int, int]] | Tensor,
         pre_nms_topk: int | None = None,
         post_nms_topk: int | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -143,7 +143,7 @@ class RPN(ExactConstants):
             anchors: Anchors [M, 4] of each level.
             logits: Objectness logits [N, M] of each level.
             deltas: Deltas [N, M, 4] of each level.
-            sizes: Height and width of each image without padding.
+            sizes: Height and width of each image without padding, or an integer tensor [N, 2].
             pre_nms_topk: Number of best anchors per level that enter NMS; None for the configuration's.
             post_nms_topk: Largest number L of proposals per image; None for the configuration's.
 
@@ -194,7 +194,7 @@ class RPN(ExactConstants):
         return clipped[keep[: self.post_nms_topk]]
 
 
-def _clip(boxes: Tensor, scores: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _clip(boxes: Tensor, scores: Tensor, size: Size) -> tuple[Tensor, Tensor]:
     """Clips boxes [..., 4] to the image; returns them and whether each is valid: finite, scored and not empty."""
     clipped = clip_boxes(boxes, size)
     # Checked before clipping, which would hide an infinite coordinate.

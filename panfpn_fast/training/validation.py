@@ -45,7 +45,10 @@ class Validation:
     def __call__(self, model: PanopticFPN) -> Evaluated:
         """Evaluates the network; every process must call this."""
         config = self.config
-        predictor = Predictor(model, model.device, instances="all" if self.with_ap else "panoptic")
+        # Graphs would keep memory that training needs.
+        predictor = Predictor(
+            model, model.device, instances="all" if self.with_ap else "panoptic", graphs=False
+        )
         found = evaluate(
             predictor, self.dataset, with_ap=self.with_ap, workers=config.workers, skip_bad=config.skip_bad
         )

@@ -7,10 +7,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from panfpn_fast import _load
 from panfpn_fast.models import PanopticFPN, PanopticFPNConfig, PanopticOutput
 from panfpn_fast.models.padded import PaddedPanopticFPN, unpad
 from panfpn_fast.models.roi_heads import BoxHead
+from support.same_outputs import assert_same
 from support.training_samples import make_sample, small_model
 
 FEW: dict[str, Any] = {
@@ -32,20 +37,6 @@ MMDETECTION: dict[str, Any] = {
 
 def images(height: int = 50, width: int = 70) -> Tensor:
     return torch.stack([make_sample(height, width, seed).image for seed in (1, 2)])
-
-
-def assert_same(found: PanopticOutput, expected: PanopticOutput) -> None:
-    """Requires equal integers, and equal boxes and probabilities up to rounding.
-
-    Boxes and probabilities come from matrix products with more rows, whose sums may have a different order. The error
-    is a few units in the last place of numbers up to 100, times a factor of up to 10 from there to the output.
-    """
-    pairs = list(zip(found._replace(segments=None), expected._replace(segments=None), strict=True))  # type: ignore[arg-type]
-    pairs += zip(found.segments, expected.segments, strict=True)
-    for one, other in pairs:
-        if isinstance(one, Tensor):
-            tolerance = 1e-4 if one.is_floating_point() else 0
-            torch.testing.assert_close(one, other, atol=tolerance, rtol=0)
 
 
 def check(
@@ -159,6 +150,81 @@ def test_no_gradients_and_no_copies() -> None:
     padded = PaddedPanopticFPN(model)
     assert padded.model is model
     assert not any(value.requires_grad for value in padded(images()).values())
+
+
+def with_padding(model: PanopticFPN, image: Tensor) -> Tensor:
+    """Returns a batch of an image [3, H, W], padded as the network pads it but with random pixels."""
+    multiple = model.config.size_divisibility
+    shape = [-(-side // multiple) * multiple for side in image.shape[1:]]
+    batch = torch.randint(0, 256, (1, 3, *shape), dtype=torch.uint8)
+    batch[0, :, : image.shape[1], : image.shape[2]] = image
+    return batch
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, MMDETECTION, {"tasks": ("instance",)}, {"tasks": ("semantic",)}, {"size_divisibility": 64}],
+    ids=["default", "mmdetection", "things", "stuff", "multiple-of-64"],
+)
+def test_sizes_in_tensors(settings: dict[str, Any]) -> None:
+    """All images of a padded shape give the same bits as with sizes in integers, and as the eager network."""
+    model = small_model(**{**FEW, **settings}).eval()
+    padded = PaddedPanopticFPN(model)
+    anchors = padded.anchors(64, 96 if model.config.size_divisibility == 32 else 128)
+    for size in ((50, 70), (64, 96), (33, 65), (63, 81)):
+        image = make_sample(*size, seed=size[0]).image
+        for output_size in (size, (81, 47), (20, 300)):
+            expected = PaddedPanopticFPN(model, output_size)(image[None])
+            tensors = torch.tensor([size]), torch.tensor([output_size])
+            found = padded.branches(with_padding(model, image), *tensors, anchors)
+            outputs = padded.merge(*found, size, output_size)
+            assert outputs.keys() == expected.keys()
+            for name, value in expected.items():
+                assert torch.equal(outputs[name], value), (size, output_size, name)
+            [output], [eager] = unpad(outputs), model([image], [output_size])
+            assert_same(output, eager)
+
+
+def test_sizes_of_each_image_in_tensors() -> None:
+    model = small_model(**FEW).eval()
+    padded = PaddedPanopticFPN(model)
+    sizes = (50, 70), (64, 96)
+    given = [make_sample(*size, seed=size[0]).image for size in sizes]
+    batch = torch.cat([with_padding(model, image) for image in given])
+    found, _ = padded.branches(batch, torch.tensor(sizes), torch.tensor([(20, 30), (81, 47)]))
+    for i, eager in enumerate(model(given, [(20, 30), (81, 47)])):
+        count = int(found["count"][i])
+        assert count == len(eager.boxes) > 0
+        torch.testing.assert_close(found["boxes"][i, :count], eager.boxes, atol=1e-4, rtol=0)
+        assert torch.equal(found["classes"][i, :count], eager.classes)
+
+
+class OnTheGpu(TorchDispatchMode):
+    """Requires that each operation computes on the GPU, from what is there."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for value in tree_leaves((args, kwargs, found)):
+            assert not isinstance(value, Tensor) or value.device.type in ("cuda", "meta"), func
+        return found
+
+
+@pytest.mark.parametrize("settings", [{}, MMDETECTION], ids=["detectron2", "mmdetection"])
+def test_no_host_sync(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On fake tensors, whatever the host needs to read is an error, as is an upload."""
+    monkeypatch.setattr(_load, "_cuda_error", None)
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            model = small_model(**{**FEW, **settings}).eval()
+            given = torch.zeros(1, 3, 64, 96, dtype=torch.uint8)
+            size = torch.zeros(1, 2, dtype=torch.int64)
+        padded = PaddedPanopticFPN(model)
+        with OnTheGpu():
+            found = padded.branches(given, size, size)
+            outputs = padded.merge(*found, (50, 70), (81, 47))
+        assert outputs["panoptic"].shape == (1, 81, 47)
+        with pytest.raises(AssertionError), OnTheGpu():
+            size.to("cpu")
 
 
 @pytest.mark.cuda

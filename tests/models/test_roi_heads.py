@@ -48,6 +48,20 @@ def test_box_arithmetic() -> None:
     assert nonempty(torch.empty(0, 4)).shape == (0,)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sizes_in_tensors_give_the_same_bits(dtype: torch.dtype) -> None:
+    boxes = 700 * torch.rand(500, 4, dtype=dtype) - 100
+    boxes[3] = float("nan")
+    for old, new in (((800, 1067), (427, 640)), ((333, 7), (800, 1)), ((3, 3), (3, 3))):
+        sizes = torch.tensor(old), torch.tensor(new)
+        for found, expected in (
+            (clip_boxes(boxes, sizes[0]), clip_boxes(boxes, old)),
+            (scale_boxes(boxes, *sizes), scale_boxes(boxes, old, new)),
+        ):
+            assert found.dtype == dtype
+            assert torch.equal(found.nan_to_num(-1e9), expected.nan_to_num(-1e9))
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_detections_equal_the_oracle(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
