@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from pathlib import Path
 import torch
 
 from cuda_on_host.build import CSRC, CompileError
+from support.machine_code import Loop, listings, loops
 from support.processes import run
 
 SOURCES = sorted((CSRC / "ops" / "cuda").glob("*.cu"))
@@ -20,21 +19,6 @@ SOURCES = sorted((CSRC / "ops" / "cuda").glob("*.cu"))
 _FLAGS = ["-std=c++20", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Xptxas=-v", "-DUSE_CUDA"]
 _FLAGS += ["-DPANFPN_DEVICE=CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL", "-I", str(CSRC)]
 _FLAGS += ["-isystem", str(Path(torch.__file__).parent / "include")]
-
-
-@dataclass(frozen=True)
-class Loop:
-    """The instructions between the target of a backward branch and the branch, with those of inner loops."""
-
-    instructions: Counter[str]
-
-    @property
-    def length(self) -> int:
-        return self.instructions.total()
-
-    def count(self, pattern: str) -> int:
-        """Returns how many instructions match a pattern from their beginning."""
-        return sum(count for name, count in self.instructions.items() if re.match(pattern, name))
 
 
 @dataclass(frozen=True)
@@ -87,15 +71,6 @@ def unfused_sources() -> set[str]:
     return {Path(name).stem for name in found.group(1).split()}
 
 
-def tool(name: str) -> str | None:
-    """Returns a program of the CUDA toolkit, from PATH or from Triton's wheel; None if it is in neither."""
-    spec = importlib.util.find_spec("triton.backends.nvidia")
-    folders = [] if spec is None else list(spec.submodule_search_locations or [])
-    return shutil.which(name) or next(
-        (found for folder in folders if (found := shutil.which(name, path=str(Path(folder, "bin"))))), None
-    )
-
-
 def _readable(names: list[str]) -> dict[str, str]:
     """Maps mangled names of kernels to their names without namespaces and parameters."""
     demangled = run(["c++filt", *names]).stdout.splitlines()
@@ -117,36 +92,6 @@ def _launch_bounds(ptx: str) -> dict[str, tuple[int, int]]:
     return bounds
 
 
-def _listings(cubin: Path) -> dict[str, list[tuple[int, str, str]]]:
-    """Returns address, name and operands of each kernel's instructions; empty without a disassembler."""
-    disassembler = tool("cuobjdump")
-    if disassembler is None:
-        return {}
-    found = {}
-    for part in run([disassembler, "-sass", cubin]).stdout.split("Function : ")[1:]:
-        name, _, body = part.partition("\n")
-        found[name.strip()] = [
-            (int(address, 16), instruction, operands)
-            for address, instruction, operands in re.findall(
-                r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", body
-            )
-        ]
-    return found
-
-
-def _loops(listing: list[tuple[int, str, str]]) -> list[Loop]:
-    """Returns the loops that branches close, except branches to themselves, which fill the end of the code."""
-    bounds = set()
-    for address, name, operands in listing:
-        target = re.search(r"0x([0-9a-f]+)\s*$", operands)
-        if name.startswith("BRA") and target is not None and int(target.group(1), 16) < address:
-            bounds.add((int(target.group(1), 16), address))
-    return [
-        Loop(Counter(name for address, name, _ in listing if first <= address <= last))
-        for first, last in sorted(bounds)
-    ]
-
-
 def compile_source(source: Path, architecture: int, folder: Path) -> CompiledSource:
     """Compiles one CUDA source for an architecture.
 
@@ -163,7 +108,7 @@ def compile_source(source: Path, architecture: int, folder: Path) -> CompiledSou
     if done.returncode != 0:
         raise CompileError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
     ptx = (intermediate / f"{source.stem}.ptx").read_text()
-    bounds, listings = _launch_bounds(ptx), _listings(cubin)
+    bounds, listed = _launch_bounds(ptx), listings(cubin)
     reports = re.findall(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?"
         r"Used (\d+) registers(.*?)\n",
@@ -183,8 +128,8 @@ def compile_source(source: Path, architecture: int, folder: Path) -> CompiledSou
                 int(spills),
                 int(shared.group(1)) if shared else 0,
                 *bounds[name],
-                Counter(instruction for _, instruction, _ in listings.get(name, [])),
-                _loops(listings.get(name, [])),
+                Counter(instruction for _, instruction, _ in listed.get(name, [])),
+                loops(listed.get(name, [])),
             )
         )
     return CompiledSource(source.stem, ptx, kernels)

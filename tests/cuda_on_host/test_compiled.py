@@ -14,7 +14,8 @@ from collections import Counter
 import pytest
 
 from cuda_on_host.build import missing_for_nvcc
-from cuda_on_host.compiled import Compiled, CompiledSource, compile_all, tool, unfused_sources
+from cuda_on_host.compiled import Compiled, CompiledSource, compile_all, unfused_sources
+from support.machine_code import tool
 
 # The oldest architecture that CUDA 13 compiles for, that of the H100, and that of the RTX 50.
 ARCHITECTURES = (75, 90, 120)

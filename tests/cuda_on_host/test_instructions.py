@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from cuda_on_host.build import CSRC, missing_for_nvcc
-from cuda_on_host.compiled import Compiled, Loop, compile_source, tool
+from cuda_on_host.compiled import Compiled, compile_source
+from support.machine_code import Loop, tool
 from support.repository import load_harness
 
 BOXES, BINS, CHANNELS = 1000, 7, 256

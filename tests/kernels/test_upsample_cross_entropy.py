@@ -8,7 +8,7 @@ from torch import Tensor
 
 from panfpn_fast import ops
 from support.compile_kernels import CAPABILITIES, Launch
-from support.kernel_checks import check_compiled, check_op, check_traced
+from support.kernel_checks import check_compiled, check_op, check_traced, machine_code
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -76,6 +76,17 @@ def test_nothing_counted(triton_ops: torch.device) -> None:
     loss = ops.upsample_cross_entropy(logits, target, 2)
     assert loss.isnan()
     assert ops.upsample_cross_entropy(logits, target, 2, reduction="sum") == 0
+
+
+def test_instructions(compiled: dict[str, Any]) -> None:
+    """Fails if the forward kernel needs more instructions than docs/gpu.md says."""
+    whole, loops = machine_code(compiled["COCO, forward"], "_loss_kernel")
+    four, one = sorted((loop for loop in loops if loop.count("MUFU")), key=lambda loop: -loop.length)
+    assert four.count("MUFU") == 40, "the exponentials of four classes, and eight of a change of the maximum"
+    assert four.length <= 345
+    warps, classes = 2 * 2121, _COCO[1]
+    found = whole.length - four.length - one.length + classes // 4 * four.length + classes % 4 * one.length
+    assert warps * found <= 25.5e6
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

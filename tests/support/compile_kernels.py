@@ -25,9 +25,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_map
 
+from support.machine_code import listings, loops, tool
 from support.processes import run
 
 CAPABILITIES = (80, 90, 100)
+LISTED = 90
+"""The compute capability for which machine instructions are counted."""
 
 
 @dataclass(frozen=True)
@@ -120,23 +123,25 @@ def count_traced(launch: Launch) -> int:
     return sum("triton_kernel_wrapper" in node for node in nodes)
 
 
-def _tool(name: str) -> str:
-    import triton.backends.nvidia
+def _machine_code(cubin: bytes, listed: bool) -> dict[str, Any]:
+    """Returns the number of registers and the bytes of stack, which holds spilled registers.
 
-    return str(Path(triton.backends.nvidia.__path__[0]) / "bin" / name)
-
-
-def _resources(cubin: bytes) -> dict[str, int]:
-    """Returns the number of registers and the bytes of stack, which holds spilled registers."""
+    Args:
+        cubin: The kernel.
+        listed: Whether to count its machine instructions by name too: all of them, and those of each loop.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [_tool("cuobjdump"), "-res-usage", file.name]
+        command = [tool("cuobjdump"), "-res-usage", file.name]
         report = run(command).stdout
+        (listing,) = listings(Path(file.name)).values() if listed else ([],)
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", report))
     return {
         "registers": int(found["REG"]),
         "spilled": int(found["STACK"]) + int(found["LOCAL"]),
+        "machine": Counter(name for _, name, _ in listing),
+        "loops": [loop.instructions for loop in loops(listing)],
     }
 
 
@@ -159,7 +164,7 @@ def compile_launch(
         )
         results[capability] = {
             "shared": compiled.metadata.shared,
-            **_resources(compiled.asm["cubin"]),
+            **_machine_code(compiled.asm["cubin"], capability == LISTED),
             "instructions": Counter(instructions),
         }
     return results

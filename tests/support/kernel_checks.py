@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 
 import torch
 
-from support.compile_kernels import Launch
+from support.compile_kernels import LISTED, Launch
+from support.machine_code import Loop
 from support.op_checks import OPS, Sample, assert_agrees, channels_last, check_gradients
 
 # Maximum bytes of shared memory per program, by compute capability (CUDA C++ Programming Guide, table of technical
@@ -95,3 +97,9 @@ def check_compiled(report: dict[str, Any], launch: Launch, capability: int) -> N
 def check_traced(report: dict[str, Any]) -> None:
     """Checks that torch.compile sees every kernel of the call."""
     assert report["traced"] == len(report["kernels"])
+
+
+def machine_code(report: dict[str, Any], kernel: str) -> tuple[Loop, list[Loop]]:
+    """Returns the machine instructions of a kernel, and those of each of its loops by address."""
+    (found,) = (k["targets"][str(LISTED)] for k in report["kernels"] if k["name"] == kernel)
+    return Loop(Counter(found["machine"])), [Loop(Counter(instructions)) for instructions in found["loops"]]

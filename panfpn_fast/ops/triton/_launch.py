@@ -7,6 +7,7 @@ settings only, never by values, so it can be traced by torch.compile and recorde
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -26,6 +27,9 @@ class Recorder(Protocol):
         self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
     ) -> None:
         """Launches a kernel and records the launch."""
+
+    def call(self, function: Callable[[], Tensor]) -> Tensor:
+        """Calls a function, and records that each call of the host function needs a call of it."""
 
 
 class _Recording(threading.local):

@@ -92,7 +92,9 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if self._launching:  # ops of Triton's interpreter, which are part of the launch
+        if (
+            self._launching
+        ):  # ops of Triton's interpreter, which are part of the launch, or of a called function
             return result
         if func is torch.ops.aten.detach.default:  # torch.empty ends with it; the same tensor for a plan
             self._aliases.append(result)
@@ -129,6 +131,16 @@ class _Recorder(TorchDispatchMode):
                 (_STREAM, compiled.function, compiled.packed_metadata, *no_hooks, *args, *constants),
                 None,
             )
+
+    def call(self, function: Callable[[], Tensor]) -> Tensor:
+        """See `_launch.Recorder`."""
+        self._launching = True
+        try:
+            result = function()
+        finally:
+            self._launching = False
+        self._record(function, (), result)
+        return result
 
     def _record(self, function: Callable[..., Any], args: Sequence[Any], result: Tensor | None) -> None:
         self._steps.append((function, [self._index(arg) for arg in args]))

@@ -17,11 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from panfpn_fast.ops.triton import _conv_choice as conv_choice
+from panfpn_fast.ops.triton._counters import counters, is_last
 from panfpn_fast.ops.triton._launch import cdiv, channels_last, empty_channels_last, launch, next_power_of_2
 from panfpn_fast.ops.triton.group_norm_statistics import (
+    combination,
     combine_moments,
     group_norm_statistics,
     largest_unit,
+    merged,
+    store_moments,
     tile_moments,
 )
 
@@ -139,19 +143,23 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if allowed == "tf32" else "float32"
 
 
-@triton.jit(do_not_specialize=["height", "width", "tiles", "column_tiles", "parts"])
+@triton.jit(do_not_specialize=["height", "width", "tiles", "column_tiles"])
 def _conv_kernel(
     x_ptr,
     w_ptr,
     y_ptr,
     means_ptr,
     squares_ptr,
+    mean_ptr,
+    rstd_ptr,
+    counters_ptr,
     height,
     width,
     out_channels,
     tiles,
     column_tiles,
-    parts,
+    num_groups,
+    eps,
     IN_CHANNELS: tl.constexpr,
     PART: tl.constexpr,
     UNIT: tl.constexpr,
@@ -159,6 +167,10 @@ def _conv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    TILES: tl.constexpr,
+    UNITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP_UNITS: tl.constexpr,
 ):
     # Programs with the same pixels are consecutive, so that their input is read from memory once.
     program = tl.program_id(0)
@@ -217,21 +229,20 @@ def _conv_kernel(
     # a thread. In the layout of the product nearly all of it would cross threads. The tile is read in parts because it
     # does not fit into the registers as a whole.
     tl.debug_barrier()
-    for part in range(tile * (BLOCK_M // PART), tl.minimum((tile + 1) * (BLOCK_M // PART), parts)):
-        tile_moments(
-            y_ptr,
-            means_ptr,
-            squares_ptr,
-            image,
-            part,
-            column_tile,
-            area,
-            out_channels,
-            parts,
-            PART,
-            BLOCK_N,
-            UNIT,
-        )
+    count = 0.0
+    mean = tl.zeros([BLOCK_N // UNIT], tl.float32)
+    square = tl.zeros([BLOCK_N // UNIT], tl.float32)
+    PARTS: tl.constexpr = BLOCK_M // PART
+    for part in range(tile * PARTS, tl.minimum((tile + 1) * PARTS, tl.cdiv(area, PART)).to(tl.int32)):
+        of_part = tile_moments(y_ptr, image, part, column_tile, area, out_channels, PART, BLOCK_N, UNIT)
+        count, mean, square = merged(count, mean, square, of_part[0], of_part[1], of_part[2], UNIT)
+    units = out_channels // UNIT
+    store_moments(mean, square, means_ptr, squares_ptr, image, tile, tiles, column_tile, units, BLOCK_N, UNIT)
+    if is_last(counters_ptr + image, tiles * column_tiles):
+        combine_moments(
+            means_ptr, squares_ptr, mean_ptr, rstd_ptr, image, area, tiles, units, num_groups, eps,
+            BLOCK_M, UNIT, TILES, UNITS, GROUPS, GROUP_UNITS,
+        )  # fmt: skip
 
 
 def _triton_implementation(
@@ -243,13 +254,15 @@ def _triton_implementation(
     out_channels, in_channels = (int(size) for size in conv_weight.shape[:2])
     unit = min(largest_unit(out_channels // num_groups), tile.block_n)
     tiles = cdiv(height * width, tile.block_m)
-    parts = cdiv(height * width, tile.part)
     column_tiles = cdiv(out_channels, tile.block_n)
     y = empty_channels_last((batch, out_channels, height, width), x)
     if y.numel() == 0:
         return y, *group_norm_statistics(y, num_groups, eps)
-    means = torch.empty((batch, parts, out_channels // unit), dtype=torch.float32, device=x.device)
+    units = out_channels // unit
+    means = torch.empty((batch, tiles, units), dtype=torch.float32, device=x.device)
     squares = torch.empty_like(means)
+    mean = torch.empty((batch, num_groups), dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
     launch(
         _conv_kernel,
         (batch * tiles * column_tiles,),
@@ -258,12 +271,16 @@ def _triton_implementation(
         y,
         means,
         squares,
+        mean,
+        rstd,
+        counters(x, batch),
         height,
         width,
         out_channels,
         tiles,
         column_tiles,
-        parts,
+        num_groups,
+        eps,
         IN_CHANNELS=in_channels,
         PART=tile.part,
         UNIT=unit,
@@ -271,10 +288,11 @@ def _triton_implementation(
         BLOCK_N=tile.block_n,
         BLOCK_K=min(_BLOCK_K_BYTES // x.element_size(), max(next_power_of_2(in_channels), 16)),
         PRECISION="tf32" if _precision(x.dtype) == "tf32" else "ieee",
+        **combination(units, num_groups, tile.warps),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return y, *combine_moments(means, squares, num_groups, height * width, tile.part, unit, eps)
+    return y, mean, rstd
 
 
 def run(

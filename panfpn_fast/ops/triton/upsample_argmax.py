@@ -1,7 +1,12 @@
-"""Labels pixels by interpolating and comparing one class after the other, in registers.
+"""Labels pixels: at once where one class leads, otherwise by interpolating and comparing one class after the other.
 
-A program labels a few rows of the output over a range of columns. A thread has one column. It interpolates each row of
-the input that it needs along x once, for all of its output rows. If the output is the input upsampled by a whole
+A program labels a tile: a few rows of the output over the columns of one warp. First each thread finds the class with
+the largest logit in some pixels of the input. A pixel of the output is a weighted mean of pixels of the input. If one
+class leads in all of those that the tile reads, by more than rounding errors, it also has the largest logit in all
+pixels of the tile, and the program is done. In a segmentation this holds for most tiles.
+
+Otherwise a thread has one column of the tile. It interpolates each row of the input that it needs along x once, for all
+of its output rows. If the output is the input upsampled by a whole
 factor, the rows of a program are whole cells (see `_upsampling`), so their input rows and weights are compile-time
 constants. Otherwise each row of the output may read every input row of the program.
 
@@ -20,9 +25,12 @@ from panfpn_fast.ops.triton._launch import cdiv, launch
 from panfpn_fast.ops.triton._planar import planar
 from panfpn_fast.ops.triton._upsampling import weights
 
-_COLUMNS = 64  # output columns of a program
+_COLUMNS = 32  # output columns of a program, which is one warp, so that undecided tiles are small
 _ROWS = 8  # output rows of a program, at most
 _MOST_INPUT_ROWS = 6  # a thread has registers for so many, if every output row may read all of them
+_SAFE_LEAD = tl.constexpr(
+    2.0**-18
+)  # least lead of a class relative to its logit; 32 times the largest rounding error
 
 
 @triton.jit
@@ -154,6 +162,53 @@ def _best_classes(
     return best, label, total, finite
 
 
+@triton.jit
+def _common_leader(
+    logits,
+    base,
+    first,
+    last,
+    plane_size,
+    channels,
+    input_height,
+    input_width,
+    INPUT_ROWS: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
+    """Class that leads in the columns [first, last] of INPUT_ROWS rows of the input from row `base` on; -1 if none.
+
+    A class leads if its logit is so much larger than the others that rounding errors cannot change the order of means.
+    The errors are relative to the leader's logit: a class with a much lower logit has larger errors, and more distance.
+    """
+    columns = last - first + 1
+    count = columns * INPUT_ROWS
+    lowest = tl.full((PIXELS,), 0x7FFFFFFF, tl.int32)
+    highest = tl.full((PIXELS,), -1, tl.int32)
+    lead = tl.full((PIXELS,), float("inf"), tl.float32)
+    size = tl.zeros((PIXELS,), tl.float32)
+    for start in range(0, count, PIXELS):
+        pixel = tl.minimum(start + tl.arange(0, PIXELS), count - 1).to(tl.int32)
+        row = tl.minimum(tl.maximum(base + pixel // columns, 0), input_height - 1)
+        position = row.to(plane_size.dtype) * input_width + first + pixel % columns
+        best = tl.full((PIXELS,), float("-inf"), tl.float32)
+        second = tl.full((PIXELS,), float("-inf"), tl.float32)
+        leader = tl.zeros((PIXELS,), tl.int32)
+        for c in tl.range(0, channels, loop_unroll_factor=6):
+            value = tl.load(logits + position).to(tl.float32)
+            position += plane_size
+            leader = tl.where(value > best, c, leader)
+            second = tl.maximum(second, tl.minimum(best, value))
+            best = tl.maximum(best, value, propagate_nan=tl.PropagateNan.ALL)
+        lowest = tl.minimum(lowest, leader)
+        highest = tl.maximum(highest, leader)
+        # NaN if a logit is NaN or the leader is infinite; then no class leads.
+        lead = tl.minimum(lead, best - second, propagate_nan=tl.PropagateNan.ALL)
+        size = tl.maximum(size, tl.abs(best))
+    leads = lead > tl.max(size, axis=0) * _SAFE_LEAD
+    common = tl.min(tl.where(leads, lowest, -1), axis=0)
+    return tl.where(common == tl.max(highest, axis=0), common, -1)
+
+
 # Specialized by size, photographs of all sizes would need 30 variants, each of which takes a second or more to compile.
 @triton.jit(do_not_specialize=["input_height", "input_width", "crop_height", "crop_width", "height", "width"])
 def _label_kernel(
@@ -219,19 +274,32 @@ def _label_kernel(
         column_weights += (tl.where(first - column == k - 2, weight_2, weight),)
 
     plane_size = tl.cast(input_height, column.dtype) * input_width
-    rows = ()
-    for i in tl.static_range(INPUT_ROWS):
-        row = tl.minimum(tl.maximum(base + i, 0), input_height - 1).to(tl.int64)
-        rows += (logits + image * channels * plane_size + row * input_width,)
-    best, label, total, finite = _best_classes(
-        rows, column, plane_size, channels, row_weights, column_weights,
-        SCALE, ROWS, INPUT_ROWS, TAPS, False, WITH_PROB, COLUMNS,
-    )  # fmt: skip
-    if tl.max((finite != finite).to(tl.int32), axis=0) > 0:
+    logits += image * channels * plane_size
+    common = -1
+    if not WITH_PROB:
+        common = _common_leader(
+            logits, base, tl.min(column, axis=0), tl.max(column, axis=0) + (TAPS - 1), plane_size, channels,
+            input_height, input_width, INPUT_ROWS, COLUMNS,
+        )  # fmt: skip
+    best, label, total = (), (), ()
+    for _ in tl.static_range(ROWS):
+        best += (tl.zeros((COLUMNS,), tl.float32),)
+        label += (tl.zeros((COLUMNS,), tl.int32) + common,)
+        total += (tl.zeros((COLUMNS,), tl.float32),)
+    if common < 0:
+        rows = ()
+        for i in tl.static_range(INPUT_ROWS):
+            input_row = tl.minimum(tl.maximum(base + i, 0), input_height - 1).to(tl.int64)
+            rows += (logits + input_row * input_width,)
         best, label, total, finite = _best_classes(
             rows, column, plane_size, channels, row_weights, column_weights,
-            SCALE, ROWS, INPUT_ROWS, TAPS, True, WITH_PROB, COLUMNS,
+            SCALE, ROWS, INPUT_ROWS, TAPS, False, WITH_PROB, COLUMNS,
         )  # fmt: skip
+        if tl.max((finite != finite).to(tl.int32), axis=0) > 0:
+            best, label, total, finite = _best_classes(
+                rows, column, plane_size, channels, row_weights, column_weights,
+                SCALE, ROWS, INPUT_ROWS, TAPS, True, WITH_PROB, COLUMNS,
+            )  # fmt: skip
     for r in tl.static_range(ROWS):
         y = row_block * ROWS - OFFSET + r
         inside = (y >= 0) & (y < height) & (x < width)
@@ -299,6 +367,6 @@ def upsample_argmax(
         WITH_PROB=return_prob,
         WIDE=channels * input_height * input_width >= 2**31,
         COLUMNS=_COLUMNS,
-        num_warps=2,
+        num_warps=1,
     )
     return labels, probabilities

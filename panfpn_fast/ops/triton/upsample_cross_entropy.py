@@ -5,7 +5,8 @@ The outputs between the same four inputs form a cell; cells at the border are cu
 the kernels because the GPU's exponential instruction has base 2.
 
 Forward: a thread has one column of the output and a few rows that form whole cells. It interpolates each row of the
-input that it needs along x once.
+input that it needs along x once. The logits of the targets are read and interpolated separately, because a comparison
+of each class with the target would take two instructions per class and output.
 
 Backward interpolates again. A thread has a cell and sums the gradients that the cell's outputs contribute to its four
 corners. It gets the sums of its neighbor's corners from the next thread. Each row of the input receives contributions
@@ -20,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from panfpn_fast._layout import channels_last_only
+from panfpn_fast.ops.triton._counters import counters, is_last
 from panfpn_fast.ops.triton._launch import cdiv, launch
 from panfpn_fast.ops.triton._planar import planar, sum_to_channels_last
 from panfpn_fast.ops.triton._upsampling import weights
@@ -30,11 +32,11 @@ _LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 _COLUMNS = 64  # output columns of a program of the forward kernel
 _MOST_ROWS = 8  # output rows of such a program
-_CLASSES = 4  # classes per step of the running maximum; half with label smoothing, which needs more registers
+_CLASSES = 4  # classes per step of the running maximum
 _CELLS = 32  # cells of a program of the backward kernel, which is one warp
 _MOST_CLASSES = 32  # classes of a program of the backward kernel; fewer keep more of the GPU busy
 _BLOCK = 4  # outputs of a cell that a thread has in registers at a time, along each axis
-_PARTIALS = 1024
+_PARTIALS = 512  # sums of programs that the last program of the forward kernel loads at once
 
 
 @triton.jit
@@ -73,6 +75,12 @@ def _sum_of_class_weights(weight, channels, WEIGHTED: tl.constexpr):
 
 
 @triton.jit
+def _at_row(upper, lower, lower_weight):
+    """Interpolates between two rows of the input."""
+    return tl.fma(lower_weight, lower, (1.0 - lower_weight) * upper)
+
+
+@triton.jit
 def _add_classes(
     state,
     rows,
@@ -80,10 +88,7 @@ def _add_classes(
     plane_size,
     first,
     stop,
-    labels,
     weight,
-    spread_weight,
-    label_smoothing,
     has_right,
     left_weight,
     right_weight,
@@ -97,13 +102,11 @@ def _add_classes(
 ):
     """Adds the classes [first, stop), whose number is a multiple of CLASSES, to the state of each row.
 
-    The state is the largest logit so far, the sum of exponentials relative to it, and the logit of the target. With
-    SMOOTHED the third is the sum of all logits times their shares in the target distribution times their weights.
+    The state is the largest logit so far, and the sum of exponentials relative to it. With SMOOTHED a third member is
+    the sum of all logits times the weights of their classes.
     """
-    # A second counter in float32: for an integer, LLVM emits two comparisons or adds another counter.
-    number = tl.cast(first, tl.float32)
     for c in range(first, stop, CLASSES):
-        top, total, chosen = state
+        top, total, spread = state
         values = ()
         for k in tl.static_range(CLASSES):
             mixed = ()
@@ -112,22 +115,14 @@ def _add_classes(
                 right = tl.load(rows[i] + position + 1, has_right, other=0.0).to(tl.float32)
                 mixed += (tl.fma(right_weight, right, left_weight * left),)
             position += plane_size
-            if SMOOTHED:
-                class_weight = tl.load(weight + c + k) if WEIGHTED else 1.0
-                other_share = class_weight * spread_weight
-                share = tl.fma(class_weight, 1.0 - label_smoothing, other_share)
-            next_chosen = ()
+            next_spread = ()
             for r in tl.static_range(ROWS):
-                value = (1.0 - lower_weights[r]) * mixed[r // SCALE]
-                value = tl.fma(lower_weights[r], mixed[r // SCALE + 1], value)
+                value = _at_row(mixed[r // SCALE], mixed[r // SCALE + 1], lower_weights[r])
                 values += (value,)
-                is_target = labels[r] == number
                 if SMOOTHED:
-                    next_chosen += (tl.fma(tl.where(is_target, share, other_share), value, chosen[r]),)
-                else:
-                    next_chosen += (tl.where(is_target, value, chosen[r]),)
-            chosen = next_chosen
-            number += 1.0
+                    class_weight = tl.load(weight + c + k) if WEIGHTED else 1.0
+                    next_spread += (tl.fma(value, class_weight, spread[r]),)
+            spread = next_spread
         next_top, next_total = (), ()
         for r in tl.static_range(ROWS):
             highest = top[r]
@@ -138,8 +133,26 @@ def _add_classes(
                 sum_of_powers += tl.exp2(values[k * ROWS + r] - highest)
             next_top += (highest,)
             next_total += (sum_of_powers,)
-        state = (next_top, next_total, chosen)
+        state = (next_top, next_total, spread)
     return state, position
+
+
+@triton.jit
+def _add_partials(
+    partials, loss, total_weight, MEAN: tl.constexpr, REDUCED: tl.constexpr, PARTIALS: tl.constexpr
+):
+    """Adds the sums of all programs, and divides by the sum of weights for a mean."""
+    losses = tl.zeros((PARTIALS,), tl.float32)
+    weights = tl.zeros((PARTIALS,), tl.float32)
+    count = tl.num_programs(0)
+    for start in range(0, count, PARTIALS):
+        index = start + tl.arange(0, PARTIALS)
+        losses += tl.load(partials + index * 2, index < count, other=0.0)
+        weights += tl.load(partials + index * 2 + 1, index < count, other=0.0)
+    all_losses, all_weights = tl.sum(losses, axis=0), tl.sum(weights, axis=0)
+    if REDUCED:
+        tl.store(loss, tl.div_rn(all_losses, all_weights) if MEAN else all_losses)
+    tl.store(total_weight, all_weights)
 
 
 @triton.jit(do_not_specialize=["input_height", "input_width"])
@@ -149,7 +162,9 @@ def _loss_kernel(
     weight,
     losses,
     log_sum_exp,
+    total_weight,
     partials,
+    counter,
     channels,
     input_height,
     input_width,
@@ -161,14 +176,16 @@ def _loss_kernel(
     INPUT_ROWS: tl.constexpr,
     WEIGHTED: tl.constexpr,
     SMOOTHED: tl.constexpr,
+    MEAN: tl.constexpr,
     REDUCED: tl.constexpr,
     WIDE: tl.constexpr,
     CLASSES: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PARTIALS: tl.constexpr,
 ):
     """Computes the losses of whole cells with ROWS rows in total, or of one of PARTS parts of a cell with many rows.
 
-    Each program also sums its losses and weights.
+    Each program also sums its losses and weights. The last program adds these sums in a fixed order.
     """
     height, width = input_height * SCALE, input_width * SCALE
     column_blocks = tl.cdiv(width, COLUMNS)
@@ -197,52 +214,53 @@ def _loss_kernel(
         row = tl.minimum(tl.where(cell + i == 0, 1, cell - 1 + i), input_height - 1).to(tl.int64)
         rows += (logits + image * channels * plane_size + row * input_width,)
 
-    starts, inside_rows, labels, lower_weights = (), (), (), ()
+    starts, inside_rows, lower_weights = (), (), ()
     top, total, zeros = (), (), ()
     for r in tl.static_range(ROWS):
         phase = r % SCALE + row_block % PARTS * ROWS
         y = (cell + r // SCALE - 1) * SCALE + SCALE // 2 + phase
         inside_row = (phase < SCALE) & (y >= 0) & (y < height)
         start = (image * height + y) * width
-        label, _counts, _wrong = _class_of(
-            target + start + x, inside_row & (x < width), ignore_index, channels
-        )
         starts += (start,)
         inside_rows += (inside_row,)
-        labels += (label,)
         lower_weight = tl.cast(_second_weight(phase, SCALE), tl.float32)
         lower_weights += (tl.where(cell + r // SCALE == 0, 1.0, lower_weight),)
         top += (tl.full((COLUMNS,), _LOWEST, tl.float32),)
         total += (tl.zeros((COLUMNS,), tl.float32),)
         zeros += (tl.zeros((COLUMNS,), tl.float32),)
 
-    spread_weight = label_smoothing / tl.cast(channels, tl.float32)
-    state = (top, total, zeros)
+    state = (top, total, zeros if SMOOTHED else ())
     in_groups = channels // CLASSES * CLASSES
-    state, position = _add_classes(
-        state, rows, position, plane_size, 0, in_groups, labels, weight, spread_weight, label_smoothing, has_right,
-        left_weight, right_weight, lower_weights, CLASSES, ROWS, INPUT_ROWS, SCALE, WEIGHTED, SMOOTHED,
+    state, after = _add_classes(
+        state, rows, position, plane_size, 0, in_groups, weight, has_right, left_weight, right_weight, lower_weights,
+        CLASSES, ROWS, INPUT_ROWS, SCALE, WEIGHTED, SMOOTHED,
     )  # fmt: skip
-    state, position = _add_classes(
-        state, rows, position, plane_size, in_groups, channels, labels, weight, spread_weight, label_smoothing,
-        has_right, left_weight, right_weight, lower_weights, 1, ROWS, INPUT_ROWS, SCALE, WEIGHTED, SMOOTHED,
+    state, after = _add_classes(
+        state, rows, after, plane_size, in_groups, channels, weight, has_right, left_weight, right_weight,
+        lower_weights, 1, ROWS, INPUT_ROWS, SCALE, WEIGHTED, SMOOTHED,
     )  # fmt: skip
 
-    top, total, chosen = state
+    top, total, spread = state
+    spread_weight = label_smoothing / tl.cast(channels, tl.float32)
     if SMOOTHED:
         all_weights = _sum_of_class_weights(weight, channels, WEIGHTED)
     sum_of_losses = tl.zeros((COLUMNS,), tl.float32)
     sum_of_weights = tl.zeros((COLUMNS,), tl.float32)
     for r in tl.static_range(ROWS):
         inside = inside_rows[r] & (x < width)
-        _label, counts, wrong = _class_of(target + starts[r] + x, inside, ignore_index, channels)
-        factor = _class_weight(weight, labels[r], counts, wrong, WEIGHTED)
+        label, counts, wrong = _class_of(target + starts[r] + x, inside, ignore_index, channels)
+        factor = _class_weight(weight, label, counts, wrong, WEIGHTED)
         in_bits = top[r] + tl.log2(total[r])
+        chosen = ()
+        for i in tl.static_range(2):
+            source = rows[r // SCALE + i] + (position + label.to(position.dtype) * plane_size)
+            left = tl.load(source, label >= 0, other=0.0).to(tl.float32)
+            right = tl.load(source + 1, has_right & (label >= 0), other=0.0).to(tl.float32)
+            chosen += (tl.fma(right_weight, right, left_weight * left),)
+        loss = factor * (in_bits - _at_row(chosen[0], chosen[1], lower_weights[r]))
         if SMOOTHED:
-            shares = tl.fma(factor, 1.0 - label_smoothing, spread_weight * all_weights)
-            loss = shares * in_bits - chosen[r]
-        else:
-            loss = factor * (in_bits - chosen[r])
+            of_spread = spread_weight * (all_weights * in_bits - spread[r])
+            loss = tl.fma(loss, 1.0 - label_smoothing, of_spread)
         loss = tl.where(wrong, float("nan"), tl.where(counts, loss * _LOG_2, 0.0))
         # The NaN marks an invalid target for backward.
         tl.store(log_sum_exp + starts[r] + x, tl.where(wrong, float("nan"), in_bits * _LOG_2), inside)
@@ -253,23 +271,8 @@ def _loss_kernel(
         sum_of_weights += factor
     tl.store(partials + program * 2, tl.sum(sum_of_losses, axis=0))
     tl.store(partials + program * 2 + 1, tl.sum(sum_of_weights, axis=0))
-
-
-@triton.jit(do_not_specialize=["count"])
-def _add_partials_kernel(
-    partials, count, loss, total_weight, MEAN: tl.constexpr, REDUCED: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Adds the sums of the programs in a fixed order, and divides by the sum of weights for a mean."""
-    losses = tl.zeros((BLOCK,), tl.float32)
-    weights = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, count, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        losses += tl.load(partials + index * 2, index < count, other=0.0)
-        weights += tl.load(partials + index * 2 + 1, index < count, other=0.0)
-    all_losses, all_weights = tl.sum(losses, axis=0), tl.sum(weights, axis=0)
-    if REDUCED:
-        tl.store(loss, tl.div_rn(all_losses, all_weights) if MEAN else all_losses)
-    tl.store(total_weight, all_weights)
+    if is_last(counter, tl.num_programs(0)):
+        _add_partials(partials, losses, total_weight, MEAN, REDUCED, PARTIALS)
 
 
 def upsample_cross_entropy(
@@ -285,52 +288,45 @@ def upsample_cross_entropy(
     images, channels, height, width = logits.shape
     log_sum_exp = torch.empty(target.shape, dtype=torch.float32, device=logits.device)
     total_weight = torch.empty((), dtype=torch.float32, device=logits.device)
+    if target.numel() == 0:
+        total_weight = torch.zeros_like(total_weight)
+        loss = log_sum_exp if reduction == "none" else total_weight
+        return torch.full_like(loss, float("nan") if reduction == "mean" else 0.0), log_sum_exp, total_weight
     loss = torch.empty_like(log_sum_exp if reduction == "none" else total_weight)
     parts = cdiv(scale_factor, _MOST_ROWS)
     cells = max(_MOST_ROWS // scale_factor, 1)
     rows = cells * cdiv(scale_factor, parts)
     programs = images * cdiv(height + 1, cells) * parts * cdiv(width * scale_factor, _COLUMNS)
-    if target.numel() == 0:
-        programs = 0
     partials = torch.empty((programs, 2), dtype=torch.float32, device=logits.device)
-    if programs > 0:
-        launch(
-            _loss_kernel,
-            (programs,),
-            planar(logits),
-            target.contiguous(),
-            None if weight is None else weight.contiguous(),
-            loss,
-            log_sum_exp,
-            partials,
-            channels,
-            height,
-            width,
-            ignore_index,
-            label_smoothing,
-            SCALE=scale_factor,
-            PARTS=parts,
-            ROWS=rows,
-            INPUT_ROWS=cells + 1,
-            WEIGHTED=weight is not None,
-            SMOOTHED=label_smoothing > 0,
-            REDUCED=reduction != "none",
-            WIDE=channels * height * width >= 2**31,
-            CLASSES=_CLASSES // 2 if label_smoothing > 0 else _CLASSES,
-            COLUMNS=_COLUMNS,
-            num_warps=2,
-        )
     launch(
-        _add_partials_kernel,
-        (1,),
-        partials,
-        programs,
+        _loss_kernel,
+        (programs,),
+        planar(logits),
+        target.contiguous(),
+        None if weight is None else weight.contiguous(),
         loss,
+        log_sum_exp,
         total_weight,
+        partials,
+        counters(logits, 1),
+        channels,
+        height,
+        width,
+        ignore_index,
+        label_smoothing,
+        SCALE=scale_factor,
+        PARTS=parts,
+        ROWS=rows,
+        INPUT_ROWS=cells + 1,
+        WEIGHTED=weight is not None,
+        SMOOTHED=label_smoothing > 0,
         MEAN=reduction == "mean",
         REDUCED=reduction != "none",
-        BLOCK=_PARTIALS,
-        num_warps=4,
+        WIDE=channels * height * width >= 2**31,
+        CLASSES=_CLASSES,
+        COLUMNS=_COLUMNS,
+        PARTIALS=_PARTIALS,
+        num_warps=2,
     )
     return loss, log_sum_exp, total_weight
 
