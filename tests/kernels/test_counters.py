@@ -87,7 +87,7 @@ def test_streams_and_captured_launches_have_counters_of_their_own(
         found = _counters._current(device, count)
         assert found.shape == (count,)
         assert found.dtype == torch.int32
-        return id(found._base if found._base is not None else found), found.storage_offset()
+        return id(found._base if found._base is not None else found), int(found.storage_offset())
 
     first = place(2)
     assert place(3) == place(64) == first  # launches on a stream run one after the other
