@@ -33,7 +33,7 @@ def cuda_timer() -> Any:
 
 
 def device_name(device: torch.device) -> str:
-    """Returns the model name of the device."""
+    """Returns the model name of the device; of a CPU also its vector instructions, which some names do not tell."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -41,7 +41,8 @@ def device_name(device: torch.device) -> str:
     except OSError:
         lines = []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name} with {torch.backends.cpu.get_cpu_capability().replace('AVX512', 'AVX-512')}"
 
 
 def _median_seconds(call: Callable[[], Any], device: torch.device) -> float:

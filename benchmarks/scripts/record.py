@@ -29,7 +29,7 @@ def directory_name(device: str, cores: int | None) -> str:
     """
     text = re.sub(r"\((r|tm)\)|\bprocessor\b|\bcpu\b|@", " ", device.lower())
     text = re.sub(r"(\d)0+ghz", r"\1ghz", text)
-    words = re.findall(r"[a-z0-9.]+", text)
+    words = re.findall(r"[a-z0-9.]+", text.replace(" with ", " "))
     return "-".join(words if cores is None else [*words, str(cores), "cores"])
 
 
