@@ -38,7 +38,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def _config(steps: int, seed: int, changes: dict[str, Any]) -> Any:
     from panfpn_fast.demo.scenes import stretch
-
     from panfpn_fast.training.config import get_train_preset
 
     config = stretch(get_train_preset("tiny"), steps)
