@@ -92,9 +92,10 @@ def _plant_end(case: Case) -> None:
         else:
             _end(case.kind)
 
+    optimizer = torch.optim.AdamW if case.command == "demo" else torch.optim.SGD
     owner, method, call = {
         "loading": (SyntheticDataset, "load", 3),
-        "step": (torch.optim.SGD, "step", 2),
+        "step": (optimizer, "step", 2),
         "checkpoint": (Checkpoints, "save", 2),
         "evaluation": (Predictor, "__call__", 2),
         "saving": (Trainer, "save_result", 1),
