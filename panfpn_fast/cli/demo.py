@@ -24,7 +24,7 @@ Predicts the sample images of the package with the network of the package, built
 downloads nothing. Writes NAME_overlay.png for each image, gallery.png (input, truth, prediction) and metrics.json.
 Then times one network against two, and some ops against PyTorch, on this machine's CPU.
 
-With --train, makes synthetic scenes, trains a small network on the CPU in about five minutes, evaluates it on unseen
+With --train, makes synthetic scenes, trains a small network on the CPU in six to twelve minutes, evaluates it on unseen
 scenes, and writes metrics.json, gallery.png and model.pth.
 """
 
@@ -41,9 +41,7 @@ def add_demo(commands: Any) -> None:
     demo.add_argument(
         "--train", action="store_true", help="train a small network on synthetic scenes instead"
     )
-    demo.add_argument(
-        "--steps", type=positive, metavar="N", help="training steps (default: about five minutes)"
-    )
+    demo.add_argument("--steps", type=positive, metavar="N", help="training steps (default: 1600)")
     demo.add_argument(
         "--seed", type=not_negative, metavar="N", help="seed of the weights and the scenes (default: 0)"
     )
