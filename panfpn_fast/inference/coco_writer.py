@@ -49,7 +49,7 @@ Position = tuple[int, int]
 
 
 class Written(NamedTuple):
-    """What a PNG of a writer contains besides the map: its part of the JSON, and which image it was made of."""
+    """The texts in a PNG of a writer: its part of the JSON, and the origin of its image."""
 
     entry: Entry
     origin: str
@@ -127,7 +127,7 @@ class CocoPanopticWriter:
         for part in parts:
             self._added |= part
         if self._is_first:
-            # What this process has found of the others is in the order of names.
+            # This process may have read results of the others from the folder. The gathered ones have positions.
             self._others = {
                 name: entry
                 for name, entry in self._others.items()

@@ -25,7 +25,13 @@ STANDARD_INPUT = "-"
 
 
 class Found(NamedTuple):
-    """What sources name, one message for each source that cannot be read, and one for each with files left out."""
+    """The files, addresses and cameras of several sources.
+
+    Attributes:
+        places: The files, addresses and cameras, without duplicates.
+        problems: A message for each source that cannot be read.
+        skipped: A message for each source with files that are left out.
+    """
 
     places: list[Place]
     problems: list[str]

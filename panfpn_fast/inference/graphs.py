@@ -35,7 +35,7 @@ _MOST_INT16 = torch.iinfo(torch.int16).max
 
 
 class Gpu(Protocol):
-    """What predicting needs of a GPU beyond tensors. Tests have one that computes on the CPU."""
+    """Operations on a GPU that a prediction needs besides those on tensors. The tests implement them on the CPU."""
 
     device: torch.device
     pins_memory: bool
@@ -268,7 +268,7 @@ class GraphPredictor:
         if plan is not None:
             pixels = resize_pixels(pixels, plan, inputs["rows"], inputs["columns"])
         graph.sizes.copy_(inputs["sizes"])
-        # What an earlier image has left around this one is padding, whose values do not matter.
+        # The pixels around this image, of an earlier one, are padding; their values do not matter.
         graph.images[0, :, : size[0], : size[1]].copy_(pixels.permute(2, 0, 1))
 
     def _upload(self, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Tensor]:
