@@ -105,9 +105,9 @@ def test_streams_and_captured_launches_have_counters_of_their_own(
     assert place(1)[0] != captured[0][0]
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU here")
 def test_replays(kernel_device: torch.device) -> None:
-    if kernel_device.type != "cuda":
-        pytest.skip("CUDA graphs need a GPU")
     planned = Planned(_sum)
     x = torch.arange(128.0, device=kernel_device)
     planned(x)
