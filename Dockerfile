@@ -20,7 +20,7 @@ FROM python:${PYTHON}-slim-bookworm
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN --mount=type=bind,from=build,source=/wheels,target=/wheels --mount=type=cache,target=/root/.cache/pip \
-  pip install /wheels/*.whl && useradd --uid 1000 --create-home user && install --directory --owner user /data
+  pip install "$(echo /wheels/*.whl)[video]" && useradd --uid 1000 --create-home user && install --directory --owner user /data
 USER 1000
 WORKDIR /data
 ENTRYPOINT ["panfpn-fast"]

@@ -1,8 +1,9 @@
 """Fuses convolutions with the operations that follow them, to predict with fewer passes over memory.
 
 On the CPU, 3x3 convolutions with stride 1 use `ops.conv3x3`, in training too. oneDNN's other convolutions, which
-torch.compile uses too, add and apply ReLU as they store the result; they require gradients to be off. `for_prediction`
-makes a copy of a network whose batch norms are folded into the convolutions and whose weights are transformed once.
+torch.compile uses too, add and apply ReLU as they store the result; on CUDA, cuDNN's do so before a ReLU. Both require
+gradients to be off. `for_prediction` makes a copy of a network whose batch norms are folded into the convolutions and
+whose weights are transformed once.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from panfpn_fast import ops
 from panfpn_fast._layout import channels_last_only
+from panfpn_fast.models import cudnn_fusion
 from panfpn_fast.models.layers import FrozenBatchNorm2d
 from panfpn_fast.ops._winograd import is_transformed, takes_winograd
 
@@ -160,6 +162,13 @@ def conv2d(conv: nn.Module, x: Tensor, *, relu: bool = False, added: Tensor | No
         return ops.conv3x3(x, conv.weight, conv.bias, relu, added, getattr(conv, "prepared", None))
     if not _can_fuse(conv, x, added):
         return _call(conv, x, relu, added)
+    if x.device.type == cudnn_fusion.DEVICE_TYPE:
+        found = cudnn_fusion.convolve_relu(conv, x, added) if relu else None
+        return _call(conv, x, relu, added) if found is None else found
+    return _in_onednn(conv, x, relu, added)
+
+
+def _in_onednn(conv: nn.Conv2d, x: Tensor, relu: bool, added: Tensor | None) -> Tensor:
     where = (conv.padding, conv.stride, conv.dilation, conv.groups)
     if added is None:
         name = "relu" if relu else "none"
@@ -188,20 +197,30 @@ def _takes_winograd(conv: nn.Conv2d, x: Tensor, added: Tensor | None) -> bool:
 def _can_fuse(conv: nn.Conv2d, x: Tensor, added: Tensor | None) -> bool:
     operands = [x, conv.weight] if added is None else [x, conv.weight, added]
     return (
-        _HAS_FUSED_OPS
-        and type(conv) in (nn.Conv2d, PreparedConv2d)
+        type(conv) in (nn.Conv2d, PreparedConv2d)
         and not torch.is_grad_enabled()
         and not is_transformed()
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+        and x.numel() > 0
+        and all(type(operand) in (Tensor, nn.Parameter) for operand in operands)
+        and all(operand.device == x.device and operand.dtype == x.dtype for operand in operands)
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+        and _has_fused_convolutions(x)
+    )
+
+
+def _has_fused_convolutions(x: Tensor) -> bool:
+    """Whether oneDNN or cuDNN fuses convolutions on the device of `x`, in its dtype."""
+    if x.device.type == cudnn_fusion.DEVICE_TYPE:
+        return cudnn_fusion.has_cudnn(x)
+    return (
+        x.device.type == "cpu"
+        and _HAS_FUSED_OPS
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
         and x.dtype in _FUSED_DTYPES
-        and x.numel() > 0
-        and all(type(operand) in (Tensor, nn.Parameter) for operand in operands)
-        and all(operand.device.type == "cpu" and operand.dtype == x.dtype for operand in operands)
-        and conv.padding_mode == "zeros"
-        and not isinstance(conv.padding, str)
     )
 
 
