@@ -120,7 +120,7 @@ def _is_3x3(conv: nn.Conv2d) -> bool:
     return where == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
     """Whether hooks must see the module called."""
     return bool(
         module._forward_hooks
@@ -140,7 +140,7 @@ def _call(module: nn.Module, x: Tensor, relu: bool, added: Tensor | None) -> Ten
         return y
     # A hook may have kept the result, autograd refuses changes in place behind a backward hook, and a user's module may
     # return its input or need its result for its gradient.
-    is_own = type(module) in (nn.Conv2d, PreparedConv2d, nn.GroupNorm, *_NORMS) and not _is_hooked(module)
+    is_own = type(module) in (nn.Conv2d, PreparedConv2d, nn.GroupNorm, *_NORMS) and not is_hooked(module)
     return F.relu_(y) if is_own else F.relu(y)
 
 
@@ -156,7 +156,7 @@ def conv2d(conv: nn.Module, x: Tensor, *, relu: bool = False, added: Tensor | No
     Returns:
         [N, K, H', W'].
     """
-    if not isinstance(conv, nn.Conv2d) or _is_hooked(conv):
+    if not isinstance(conv, nn.Conv2d) or is_hooked(conv):
         return _call(conv, x, relu, added)
     if _takes_winograd(conv, x, added):
         return ops.conv3x3(x, conv.weight, conv.bias, relu, added, getattr(conv, "prepared", None))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from panfpn_fast import ops
 from panfpn_fast.models.boxes import Size, clip_boxes, decode_boxes
 from panfpn_fast.models.config import FPN_STRIDES, PanopticFPNConfig
-from panfpn_fast.models.conv_fusion import conv2d
+from panfpn_fast.models.conv_fusion import conv2d, is_hooked
 from panfpn_fast.models.layers import at_least_float32, init_msra, init_normal, init_xavier
 
 _SCALES = [1.0 / stride for stride in FPN_STRIDES[:4]]
@@ -195,6 +195,30 @@ def _finite(boxes: Tensor, scores: Tensor) -> Tensor:
     return boxes.isfinite().flatten(1).all(dim=1) & scores.isfinite().all(dim=1)
 
 
+def _upsampled_logits(x: Tensor, deconv: nn.ConvTranspose2d, weight: Tensor, bias: Tensor) -> Tensor:
+    """Applies a 2x2 transposed convolution with stride 2, ReLU and one row of a 1x1 convolution.
+
+    The four outputs of a pixel stay together until they have a single channel, so nothing wider is rearranged.
+
+    Args:
+        x: [K, C, h, w].
+        deconv: The transposed convolution, with D output channels.
+        weight: Rows of the 1x1 convolution, [K, D].
+        bias: [K, 1, 1].
+
+    Returns:
+        [K, 2 * h, 2 * w].
+    """
+    boxes, channels, height, width = x.shape
+    pixels = x.permute(0, 2, 3, 1).reshape(-1, channels)  # a view in channels-last
+    product = deconv.weight.permute(0, 2, 3, 1).flatten(1)  # [C, 2 * 2 * D]
+    shift = product.new_zeros(weight.shape[1]) if deconv.bias is None else deconv.bias
+    hidden = F.relu_(torch.addmm(shift.repeat(4), pixels, product))
+    hidden = hidden.reshape(boxes, height * width * 4, weight.shape[1])
+    logits = torch.baddbmm(bias, hidden, weight[:, :, None]).reshape(boxes, height, width, 2, 2)
+    return logits.transpose(2, 3).reshape(boxes, 2 * height, 2 * width)
+
+
 class MaskHead(nn.Module):
     """Predicts a mask of twice the pooled size inside each detected box.
 
@@ -229,13 +253,28 @@ class MaskHead(nn.Module):
         x = _pool(features, boxes, self.pool_size)
         for conv in self.convs:
             x = conv2d(conv, x, relu=True)
-        x = F.relu_(self.deconv(x))  # [K, C, 28, 28]
-        # The last 1x1 convolution, only for the class of each box.
+        # The last 1x1 convolution is computed for the class of each box alone.
         rows = torch.zeros_like(classes) if self.class_agnostic else classes
         weight = self.logits.weight.flatten(1)[rows]  # [K, C]
         bias = self.logits.bias[rows] if self.logits.bias is not None else weight.new_zeros(len(weight))
-        logits = torch.baddbmm(bias[:, None, None], weight[:, None], x.flatten(2))  # [K, 1, 28 * 28]
-        return logits.reshape(len(x), x.shape[2], x.shape[3]).to(at_least_float32(logits.dtype))
+        bias = bias[:, None, None]
+        if self._trains_by_products(x):
+            logits = _upsampled_logits(x, self.deconv, weight, bias)
+        else:
+            x = F.relu_(self.deconv(x))  # [K, C, 28, 28]
+            logits = torch.baddbmm(bias, weight[:, None], x.flatten(2))  # [K, 1, 28 * 28]
+            logits = logits.reshape(len(x), x.shape[2], x.shape[3])
+        return logits.to(at_least_float32(logits.dtype))
+
+    def _trains_by_products(self, x: Tensor) -> bool:
+        """Whether matrix products replace the transposed convolution, whose gradient is slow on the CPU."""
+        deconv = self.deconv
+        return (
+            torch.is_grad_enabled()
+            and x.device.type == "cpu"
+            and type(deconv) is nn.ConvTranspose2d
+            and not is_hooked(deconv)
+        )
 
     def predict(
         self, features: Sequence[Tensor], detections: Sequence[Detections], counts: Sequence[int]

@@ -47,5 +47,10 @@ def make_optimizer(network: nn.Module, solver: SolverConfig) -> torch.optim.Opti
     ]
     rate = solver.peak_learning_rate
     if solver.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=rate)
-    return torch.optim.SGD(groups, lr=rate, momentum=solver.momentum)
+        return torch.optim.AdamW(groups, lr=rate, fused=True)
+    optimizer = torch.optim.SGD(groups, lr=rate, momentum=solver.momentum, fused=True)
+    if solver.momentum > 0:
+        # Without them, the fused implementation fails if parameters get their first gradients in different steps.
+        for parameter in learning:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer

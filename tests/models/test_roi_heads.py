@@ -146,6 +146,37 @@ def test_mask_logits_belong_to_the_class_of_each_box() -> None:
     torch.testing.assert_close(got, everything[torch.arange(3), classes])
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("boxes", [0, 7])
+def test_masks_and_their_gradients_equal_those_of_the_transposed_convolution(
+    boxes: int, memory_format: torch.memory_format
+) -> None:
+    torch.manual_seed(0)
+    head = MaskHead(CONFIG).double()
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter)
+    features = [f.contiguous(memory_format=memory_format) for f in _features(1, torch.float64)]
+    corners = torch.rand(boxes, 2) * 60
+    places = [torch.cat((corners, corners + 5 + torch.rand(boxes, 2) * 40), dim=1)]
+    classes = torch.arange(boxes) % 3
+    weights = torch.randn(boxes, 28, 28, dtype=torch.float64)
+
+    def gradients() -> list[Tensor]:
+        inputs = [f.clone().requires_grad_() for f in features]
+        logits = head(inputs, places, classes)
+        results.append(logits.detach())
+        return list(torch.autograd.grad((logits * weights).sum(), [*inputs, *head.parameters()]))
+
+    results: list[Tensor] = []
+    found = gradients()
+    calls: list[int] = []
+    with head.deconv.register_forward_hook(lambda *_: calls.append(1)):  # a hook sees the layer called
+        expected = gradients()
+    assert calls == [1]
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(found, expected)
+
+
 def test_half_precision_features_give_float32_predictions() -> None:
     head = BoxHead(CONFIG).to(torch.bfloat16).eval()
     features = [f.bfloat16() for f in _features(1)]
