@@ -144,13 +144,13 @@ def step_seconds(contender: str, arguments: Arguments, device: torch.device) -> 
 
     Returns:
         "load" is one of the photographs of `loading`, resized to the size of the case in this process; it is absent
-        without them. "targets" are proposals, sampled anchors and boxes, and their targets. The optimizer is SGD with
+        without them. "targets" are proposals, sampled anchors and boxes, and their targets. The optimizer is fused SGD with
         momentum, with a learning rate of 0, so that the weights stay.
     """
     image, target = arguments
     network = _network(contender, device)
     weights = [weight for weight in network.parameters() if weight.requires_grad]
-    optimizer = torch.optim.SGD(weights, lr=0.0, momentum=0.9)
+    optimizer = torch.optim.SGD(weights, lr=0.0, momentum=0.9, fused=True)
     parts = _parts(network)
     with_photograph = parts[0].stage == "load"
     dataset = loading.open_photographs() if with_photograph else loading.open_scenes(1)
