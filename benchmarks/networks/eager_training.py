@@ -12,9 +12,10 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from panfpn_fast import ops
+from panfpn_fast.models import backbone
 from panfpn_fast.training.network import TrainingNetwork
 
 from ..harness.peers import torchvision_ops
@@ -44,13 +45,21 @@ def _roi_align(masks: Tensor, boxes: Tensor, size: int, scale: float, ratio: int
     return output
 
 
+def _conv_norm(
+    conv: nn.Module, norm: nn.Module, x: Tensor, *, relu: bool = False, added: Tensor | None = None
+) -> Tensor:
+    y: Tensor = norm(conv(x))
+    y = y if added is None else y + added
+    return F.relu_(y) if relu else y
+
+
 @contextmanager
 def _eager_ops() -> Iterator[None]:
-    """Replaces the ops that training calls outside of the network."""
+    """Replaces the ops that training calls outside of the heads, and the fused convolutions of the backbone."""
     replaced = patch.multiple(
         ops, upsample_cross_entropy=_cross_entropy, nms_padded=_nms_padded, roi_align=_roi_align
     )
-    with replaced, ops.winograd(False):
+    with replaced, patch.object(backbone, "conv_norm", _conv_norm), ops.winograd(False):
         yield
 
 

@@ -144,8 +144,8 @@ def step_seconds(contender: str, arguments: Arguments, device: torch.device) -> 
 
     Returns:
         "load" is one of the photographs of `loading`, resized to the size of the case in this process; it is absent
-        without them. "targets" are proposals, sampled anchors and boxes, and their targets. The optimizer is fused SGD with
-        momentum, with a learning rate of 0, so that the weights stay.
+        without them. "targets" are proposals, sampled anchors and boxes, and their targets. The optimizer is fused SGD
+        with momentum, with a learning rate of 0, so that the weights stay.
     """
     image, target = arguments
     network = _network(contender, device)

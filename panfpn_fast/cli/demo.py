@@ -24,8 +24,8 @@ Predicts the sample images of the package with the network of the package, built
 downloads nothing. Writes NAME_overlay.png for each image, gallery.png (input, truth, prediction) and metrics.json.
 Then times one network against two, and some ops against PyTorch, on this machine's CPU.
 
-With --train, makes synthetic scenes, trains that network to find their shapes on the CPU in about four minutes, evaluates
-it on unseen scenes, and writes metrics.json, gallery.png and model.pth.
+With --train, makes synthetic scenes, trains that network on the CPU to find their shapes in about four minutes,
+evaluates it on unseen scenes, and writes metrics.json, gallery.png and model.pth.
 """
 
 
@@ -38,9 +38,7 @@ def add_demo(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     demo.add_argument("--out", type=path, default=Path("demo"), metavar="DIR", help="default: %(default)s")
-    demo.add_argument(
-        "--train", action="store_true", help="train the network on synthetic scenes instead"
-    )
+    demo.add_argument("--train", action="store_true", help="train the network on synthetic scenes instead")
     demo.add_argument("--steps", type=positive, metavar="N", help="training steps (default: 900)")
     demo.add_argument(
         "--seed", type=not_negative, metavar="N", help="seed of the scenes and of new layers (default: 0)"

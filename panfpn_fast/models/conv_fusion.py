@@ -3,14 +3,14 @@
 On the CPU, 3x3 convolutions with stride 1 use `ops.conv3x3`, in training too. oneDNN's other convolutions, which
 torch.compile uses too, add and apply ReLU as they store the result; on CUDA, cuDNN's do so before a ReLU. Both require
 gradients to be off. `for_prediction` makes a copy of a network whose batch norms are folded into the convolutions and
-whose weights are transformed once.
+whose weights are transformed once. Training folds frozen batch norms in each step.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from panfpn_fast import ops
 from panfpn_fast._layout import channels_last_only
 from panfpn_fast.models import cudnn_fusion
-from panfpn_fast.models.layers import FrozenBatchNorm2d
+from panfpn_fast.models.layers import FrozenBatchNorm2d, at_least_float32
 from panfpn_fast.ops._winograd import is_transformed, takes_winograd
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -185,6 +185,40 @@ def _in_onednn(conv: nn.Conv2d, x: Tensor, relu: bool, added: Tensor | None) -> 
     return F.relu_(sum_of_both) if relu and not with_relu else sum_of_both
 
 
+def conv1x1_of_both(first: nn.Module, second: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Applies two 1x1 convolutions to one input, in one pass over it.
+
+    Args:
+        first: An `nn.Conv2d` with K1 outputs. If one of the modules is anything else, each is called by itself.
+        second: An `nn.Conv2d` with K2 outputs.
+        x: Their input, [N, C, H, W].
+
+    Returns:
+        [N, K1, H, W] and [N, K2, H, W], which may be views of one tensor.
+    """
+    if torch.compiler.is_compiling() or not (_is_plain_1x1(first) and _is_plain_1x1(second)):
+        return conv2d(first, x), conv2d(second, x)
+    if first.bias is None or second.bias is None:
+        return conv2d(first, x), conv2d(second, x)
+    weight, bias = torch.cat([first.weight, second.weight]), torch.cat([first.bias, second.bias])
+    if x.device.type == "cpu" and _can_fuse(first, x, None) and _can_fuse(second, x, None):
+        zeros, ones = (0, 0), (1, 1)
+        both = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, zeros, ones, ones, 1, "none", [], "")
+    else:
+        both = F.conv2d(x, weight, bias)
+    found, others = both.split([first.out_channels, second.out_channels], dim=1)
+    return found, others
+
+
+def _is_plain_1x1(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether a module is a 1x1 convolution with no stride and no hooks."""
+    return (
+        type(conv) is nn.Conv2d
+        and not is_hooked(conv)
+        and (conv.kernel_size, conv.stride, conv.padding, conv.groups) == ((1, 1), (1, 1), (0, 0), 1)
+    )
+
+
 def _takes_winograd(conv: nn.Conv2d, x: Tensor, added: Tensor | None) -> bool:
     return (
         type(conv) in (nn.Conv2d, PreparedConv2d)
@@ -241,7 +275,33 @@ def conv_norm(
     """
     if isinstance(norm, nn.Identity):
         return conv2d(conv, x, relu=relu, added=added)
+    if (
+        torch.is_grad_enabled()
+        and isinstance(conv, nn.Conv2d)
+        and type(conv) in (nn.Conv2d, PreparedConv2d)
+        and type(norm) is FrozenBatchNorm2d
+        and not (is_hooked(conv) or is_hooked(norm))
+    ):
+        return _conv_frozen_norm(conv, norm, x, relu, added)
     return _call(norm, conv2d(conv, x), relu, added)
+
+
+def _conv_frozen_norm(
+    conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor, relu: bool, added: Tensor | None
+) -> Tensor:
+    """Applies a convolution with weights that contain the batch norm, so that the backward pass keeps one map less."""
+    dtype = at_least_float32(conv.weight.dtype)
+    scale = norm.weight.to(dtype) * (norm.running_var.to(dtype) + norm.eps).rsqrt()
+    shift = norm.bias.to(dtype) - norm.running_mean.to(dtype) * scale
+    if conv.bias is not None:
+        shift = shift + conv.bias * scale
+    weight = (conv.weight * scale[:, None, None, None]).to(conv.weight.dtype)
+    bias = shift.to(weight.dtype)
+    if _takes_winograd(conv, x, added):
+        return ops.conv3x3(x, weight, bias, relu, added)
+    y = conv._conv_forward(x, weight, bias)
+    y = y if added is None else y + added
+    return F.relu_(y) if relu else y
 
 
 def for_prediction(network: _Module) -> _Module:

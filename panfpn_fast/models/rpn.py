@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from panfpn_fast import ops
 from panfpn_fast.models.boxes import Size, clip_boxes, decode_boxes, nonempty
 from panfpn_fast.models.config import FPN_STRIDES, PanopticFPNConfig
-from panfpn_fast.models.conv_fusion import conv2d
+from panfpn_fast.models.conv_fusion import conv1x1_of_both, conv2d
 from panfpn_fast.models.layers import ExactConstants, at_least_float32, init_normal
 
 
@@ -88,8 +88,8 @@ class RPN(ExactConstants):
         logits, deltas = [], []
         for feature in features:
             hidden = conv2d(self.conv, feature, relu=True)
-            objectness = conv2d(self.objectness, hidden)  # [N, A, h, w]
-            moves = conv2d(self.deltas, hidden)  # [N, A * 4, h, w]
+            # [N, A, h, w] and [N, A * 4, h, w]
+            objectness, moves = conv1x1_of_both(self.objectness, self.deltas, hidden)
             dtype = at_least_float32(objectness.dtype)
             logits.append(objectness.permute(0, 2, 3, 1).flatten(1).to(dtype))
             deltas.append(moves.permute(0, 2, 3, 1).reshape(len(moves), -1, 4).to(dtype))

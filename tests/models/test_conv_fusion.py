@@ -524,3 +524,71 @@ def test_a_gradient_within_forward_mode_has_its_tangent() -> None:
         tangent = forward_ad.unpack_dual(found).tangent
     expected = F.conv_transpose2d(grad, weight, padding=1)
     torch.testing.assert_close(tangent, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("with_added", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"stride": 2}, {"kernel_size": 1, "padding": 0}, {"bias": True}])
+def test_training_folds_frozen_norms(settings: dict[str, Any], with_added: bool, hooked: bool) -> None:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"kernel_size": 3, "padding": 1, "bias": False, **settings}
+    conv, norm = nn.Conv2d(16, 32, **options).double(), FrozenBatchNorm2d(32).double()
+    for value in norm.buffers():
+        value.uniform_(0.5, 2)
+    calls: list[int] = []
+    if hooked:
+        norm.register_forward_hook(lambda *_: calls.append(1))
+    x = torch.randn(2, 16, 20, 24, dtype=torch.float64, requires_grad=True)
+    y = F.batch_norm(conv(x), norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+    added = torch.randn_like(y).requires_grad_() if with_added else None
+    expected = F.relu(y if added is None else y + added)
+    found = conv_fusion.conv_norm(conv, norm, x, relu=True, added=added)
+    torch.testing.assert_close(found, expected)
+    assert len(calls) == hooked
+    inputs = [x, *conv.parameters(), *([] if added is None else [added])]
+    weights = torch.randn_like(expected)
+    torch.testing.assert_close(
+        torch.autograd.grad((found * weights).sum(), inputs),
+        torch.autograd.grad((expected * weights).sum(), inputs),
+    )
+
+
+def test_training_keeps_one_map_of_a_convolution_and_its_frozen_norm() -> None:
+    conv, norm = nn.Conv2d(32, 32, 3, padding=1, bias=False), FrozenBatchNorm2d(32)
+    kept: set[int] = set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 4 and tensor.shape[2:] == (30, 40):
+            kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    x = torch.randn(1, 32, 30, 40)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = conv_fusion.conv_norm(conv, norm, x, relu=True)
+    assert kept == {x.untyped_storage().data_ptr(), y.untyped_storage().data_ptr()}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_two_1x1_convolutions_in_one_pass(memory_format: torch.memory_format, bias: bool) -> None:
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(16, 3, 1), nn.Conv2d(16, 12, 1, bias=bias)
+    x = torch.randn(2, 16, 20, 24).contiguous(memory_format=memory_format)
+    expected = first(x), second(x)
+    with torch.no_grad():
+        torch.testing.assert_close(conv_fusion.conv1x1_of_both(first, second, x), expected)
+    found = conv_fusion.conv1x1_of_both(first, second, x)
+    torch.testing.assert_close(found, expected)
+    parameters = [*first.parameters(), *second.parameters()]
+    torch.testing.assert_close(
+        torch.autograd.grad(found[0].sum() + found[1].square().sum(), parameters),
+        torch.autograd.grad(expected[0].sum() + expected[1].square().sum(), parameters),
+    )
+
+
+def test_hooks_see_both_1x1_convolutions_called() -> None:
+    first, second = nn.Conv2d(16, 3, 1), nn.Conv2d(16, 12, 1)
+    calls: list[str] = []
+    first.register_forward_hook(lambda *_: calls.append("first"))
+    conv_fusion.conv1x1_of_both(first, second, torch.randn(1, 16, 4, 4))
+    assert calls == ["first"]
