@@ -31,6 +31,7 @@ FLOAT64 = {
     "plan": 64,
     "place": 43,
     "paste_tiles": 57,
+    "find_windows": 57,
 }
 
 # Bytes of local memory: arrays that a kernel indexes at run time, and spilled registers. Kernels that pool have some of

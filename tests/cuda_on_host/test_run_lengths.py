@@ -38,13 +38,14 @@ def assert_equals_the_cpu(
 
 def boxes_around(image_size: tuple[int, int]) -> Tensor:
     """Returns boxes inside, on, across and outside of the edges of an image, flipped boxes and boxes without area."""
-    height, width = image_size
-    x = torch.tensor([[0, width], [-3, width + 4], [0, width / 2], [width / 2, width], [0.3 * width, 0.7 * width]])
-    y = torch.tensor([[0, height], [-4, height + 3], [0, height / 2], [height / 2, height], [0.3 * height, 0.7 * height]])
-    extra = torch.tensor([[width, width + 5], [-9, -2], [width, 0], [1, 1]]), torch.tensor([[height, 2 * height], [-9, -2], [height, 0], [1, 1]])
-    x, y = torch.cat([x, extra[0]]), torch.cat([y, extra[1]])
-    columns, rows = x.repeat_interleave(len(y), 0), y.repeat(len(x), 1)
-    return torch.stack([columns[:, 0], rows[:, 0], columns[:, 1], rows[:, 1]], dim=1)
+
+    def ranges(size: int) -> Tensor:
+        inside = [[0, size], [0, size / 2], [size / 2, size], [0.3 * size, 0.7 * size]]
+        return torch.tensor([*inside, [-3, size + 4], [size, size + 5], [-9, -2], [size, 0], [1, 1]])
+
+    rows, columns = ranges(image_size[0]), ranges(image_size[1])
+    x, y = columns.repeat_interleave(len(rows), 0), rows.repeat(len(columns), 1)
+    return torch.stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]], dim=1)
 
 
 # Columns of whole words and others, one row, one column, more words than lanes.
@@ -52,12 +53,16 @@ SIZES = [(1, 1), (1, 40), (40, 1), (5, 3), (31, 7), (32, 7), (33, 6), (64, 65), 
 
 
 @pytest.mark.parametrize("image_size", SIZES, ids=str)
-def test_runs_at_the_edges_of_images(image_size: tuple[int, int], thread_order: str) -> None:
+def test_runs_at_the_edges_of_images(image_size: tuple[int, int], host_library: ctypes.CDLL) -> None:
     boxes = boxes_around(image_size)
-    count = len(boxes)
-    for masks in (random_masks(count, 6, 5, 0), torch.ones(count, 4, 4), torch.zeros(count, 3, 2)):
-        for threshold in (0.5, 0.0, 1.0):
-            assert_equals_the_cpu(masks, boxes, image_size, threshold)
+    assert_equals_the_cpu(random_masks(len(boxes), 6, 5, 0), boxes, image_size)
+    assert_equals_the_cpu(torch.ones(len(boxes), 4, 4), boxes, image_size)
+
+
+def test_zeros(host_library: ctypes.CDLL) -> None:
+    boxes = boxes_around((40, 33))
+    for threshold in (0.5, 0.0):
+        assert_equals_the_cpu(torch.zeros(len(boxes), 3, 2), boxes, (40, 33), threshold)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1e-30, 0.3, 1.0, 1.5, INF, -1.0, NAN])
@@ -72,7 +77,9 @@ def test_thresholds(threshold: float, host_library: ctypes.CDLL) -> None:
 def test_sizes_of_masks(mask_size: tuple[int, int], host_library: ctypes.CDLL) -> None:
     boxes = torch.cat([DEGENERATE_BOXES, random_boxes(5, (37, 41), 1)])
     for threshold in (0.5, 0.0):
-        assert_equals_the_cpu(torch.rand(len(boxes), *mask_size, generator=generator(2)), boxes, (37, 41), threshold)
+        assert_equals_the_cpu(
+            torch.rand(len(boxes), *mask_size, generator=generator(2)), boxes, (37, 41), threshold
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.bool], ids=str)
@@ -123,7 +130,9 @@ def test_runs_of_exactly_one_round(host_library: ctypes.CDLL) -> None:
 def test_long_numbers(host_library: ctypes.CDLL) -> None:
     """Pixels are counted in 64 bits, and lengths take up to seven characters."""
     masks = random_masks(3, 14, 14, 6)
-    boxes = torch.tensor([[2.0, 1e8, 7.0, 1e8 + 512], [17.0, 3.0, 90.0, 40.0], [19.0, 2.6e8, 30.0, 2.6e8 + 640]])
+    boxes = torch.tensor(
+        [[2.0, 1e8, 7.0, 1e8 + 512], [17.0, 3.0, 90.0, 40.0], [19.0, 2.6e8, 30.0, 2.6e8 + 640]]
+    )
     assert_equals_the_cpu(masks, boxes, (2**28, 20))
 
 

@@ -1,8 +1,8 @@
 // COCO run lengths of pasted masks in five launches. `find_windows` finds the pixels of the image that each
 // mask can reach. `rasterise_columns` pastes the masks into bits: a word is 32 pixels of a column, and the
-// words of an instance are in the order of COCO's runs. `encode_runs`, with one block for each instance, finds
-// the pixels that differ from the one before them; its first launch counts the characters. `add_lengths` sums
-// them, the host allocates the text, and the second launch of `encode_runs` writes it.
+// words of an instance are in the order of COCO's runs. `encode_runs`, with one block for each instance,
+// finds the pixels that differ from the one before them; its first launch counts the characters.
+// `add_lengths` sums them, the host allocates the text, and the second launch of `encode_runs` writes it.
 //
 // The bits of many instances on a large image take much memory. So instances are processed in batches, of
 // which one suffices nearly always. With more of them, the bits are found once for counting and once for
@@ -57,7 +57,8 @@ __global__ void __launch_bounds__(kPlanThreads) find_windows(RleArguments args) 
   const Range rows = zero_is_on ? Range{0, args.height} : sampler.y.window(args.height);
   const Range columns = zero_is_on ? Range{0, args.width} : sampler.x.window(args.width);
   args.windows[n] = {static_cast<int>(rows.begin), static_cast<int>(rows.size()),
-                     static_cast<int>(columns.begin), rows.size() == 0 ? 0 : static_cast<int>(columns.size())};
+                     static_cast<int>(columns.begin),
+                     rows.size() == 0 ? 0 : static_cast<int>(columns.size())};
 }
 
 constexpr int kRasteriseWarps = 8;
@@ -65,7 +66,8 @@ constexpr int kRasteriseThreads = kRasteriseWarps * kWarp;
 constexpr int kLaneColumns = 2;
 constexpr int kStripColumns = kLaneColumns * kWarp;
 
-// Blocks with the same x share an instance. A block takes strips of columns, and a warp rows of words in them.
+// Blocks with the same x share an instance. A block takes strips of columns, and a warp rows of words in
+// them.
 __global__ void __launch_bounds__(kRasteriseThreads) rasterise_columns(RleArguments args, int64_t first) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const Window window = args.windows[first + blockIdx.x];
@@ -189,7 +191,8 @@ class BitStream {
 template <bool kWrite>
 class RunEncoder {
  public:
-  // The arrays are shared: [kEarlierEnds + kMostEnds] and [kEncodeWarps]. `text` is the beginning of the text.
+  // The arrays are shared: [kEarlierEnds + kMostEnds] and [kEncodeWarps]. `text` is the beginning of the
+  // text.
   __device__ RunEncoder(int64_t* ends, Sum* warp_sums, uint8_t* text)
       : ends_(ends), warp_sums_(warp_sums), text_(text) {
     if (thread() < kEarlierEnds) ends_[thread()] = 0;
@@ -244,9 +247,9 @@ class RunEncoder {
   Sum length_ = 0;  // characters of this thread's runs
 };
 
-// A block for each instance. In a round, each thread counts the changes in its words; the ranks of all changes
-// follow. The changes are the ends of the runs. Only noise has more of them in a round than fit in shared
-// memory.
+// A block for each instance. In a round, each thread counts the changes in its words; the ranks of all
+// changes follow. The changes are the ends of the runs. Only noise has more of them in a round than fit in
+// shared memory.
 template <bool kWrite>
 __global__ void __launch_bounds__(kEncodeThreads) encode_runs(RleArguments args, int64_t first) {
   PANFPN_SHARED(int64_t, ends, kEarlierEnds + kMostEnds);
@@ -291,7 +294,7 @@ __global__ void __launch_bounds__(kEncodeThreads) add_lengths(RleArguments args)
   }
 }
 
-constexpr int64_t kBatchBytes = int64_t{128} << 20;  // bits of 900 instances on an image of 800 x 1333
+constexpr int64_t kBatchBytes = int64_t{128} << 20;  // bits of 960 instances on an image of 800 x 1333
 constexpr unsigned kRasteriseBlocks = 16;            // for each instance
 
 // `has_bits` says that `args.bits` has the bits of all instances.
@@ -343,8 +346,7 @@ std::tuple<Tensor, Tensor> paste_masks_rle(const Tensor& masks_in, const Tensor&
   PANFPN_LAUNCH(find_windows, dim3(plan_blocks), dim3(kPlanThreads), 0, stream, args);
   launch_encode</*kWrite=*/false>(args, batch, /*has_bits=*/false, stream);
   PANFPN_LAUNCH(add_lengths, dim3(1), dim3(kEncodeThreads), 0, stream, args);
-  Tensor text =
-      empty({item_int64(torch::stable::narrow(offsets, 0, count, 1))}, ScalarType::Byte, masks);
+  Tensor text = empty({item_int64(torch::stable::narrow(offsets, 0, count, 1))}, ScalarType::Byte, masks);
   args.text = text.mutable_data_ptr<uint8_t>();
   launch_encode</*kWrite=*/true>(args, batch, /*has_bits=*/batch >= count, stream);
   return {text, offsets};
