@@ -119,7 +119,7 @@ def test_runs_of_noise_and_of_many_words(thread_order: str) -> None:
 
 
 def test_runs_of_exactly_one_round(host_library: ctypes.CDLL) -> None:
-    """The change at the end of the last column comes in a round of its own, and the shared memory is exactly full."""
+    """The change at the end of the last column comes in a round of its own."""
     height, width = 32, 4096
     stripes = (torch.arange(width) % 4 == 3).float().repeat(1, height, 1)
     box = torch.tensor([[0.0, 0.0, width, height]])
