@@ -90,13 +90,12 @@ inline void check_mask_boxes(const Tensor& masks, const Tensor& boxes, const cha
   STD_TORCH_CHECK(boxes.device() == masks.device(), op, ": masks and boxes must be on one device");
 }
 
-inline void check_paste_masks_inputs(const Tensor& masks, const Tensor& boxes, int64_t height,
-                                     int64_t width) {
-  check_mask_boxes(masks, boxes, "paste_masks");
-  STD_TORCH_CHECK(height >= 0 && width >= 0, "paste_masks: height and width must be at least 0, got ", height,
+inline void check_paste_masks_inputs(const Tensor& masks, const Tensor& boxes, int64_t height, int64_t width,
+                                     const char* op) {
+  check_mask_boxes(masks, boxes, op);
+  STD_TORCH_CHECK(height >= 0 && width >= 0, op, ": height and width must be at least 0, got ", height,
                   " and ", width);
-  STD_TORCH_CHECK(height < kSideLimit && width < kSideLimit,
-                  "paste_masks: height and width must be below 2^30");
+  STD_TORCH_CHECK(height < kSideLimit && width < kSideLimit, op, ": height and width must be below 2^30");
 }
 
 }  // namespace panfpn::inline PANFPN_ARITHMETIC

@@ -39,14 +39,15 @@ def paste_masks_rle(
             does not have two values, or `threshold` is NaN or negative.
 
     Note:
-        Equals pycocotools.mask.encode of the output of `paste_masks` on the CPU, pixel by pixel. The result is in host
-        memory. Masks and boxes on a GPU are therefore copied to the host first (one host sync, 3 KB for a 28 x 28 mask)
-        and encoded there. The GPU's `paste_masks` sets the same pixels, because it computes in the same order.
-        Deterministic.
+        Equals pycocotools.mask.encode of the output of `paste_masks`, pixel by pixel. Deterministic. On CUDA the
+        strings are made on the GPU and copied to the host. There are three host syncs, for the length of all strings,
+        for the strings and for their ends. The largest temporary has a bit for each pixel of the image and each mask,
+        at most 128 MiB or those of one mask at a time.
 
         Python dictionaries cannot leave a graph. Under torch.compile and torch.export, use the dispatcher op
         torch.ops.panfpn_fast.paste_masks_rle(masks, boxes, height, width, threshold) instead. It takes float32 masks
-        [N, M_h, M_w] on the CPU and returns all strings as one uint8 tensor, and their int64 offsets [N + 1].
+        [N, M_h, M_w] and returns all strings as one uint8 tensor, and their int64 offsets [N + 1], on the device of
+        the masks. On CUDA it has one host sync.
 
     Example:
         >>> import torch
@@ -65,10 +66,8 @@ def paste_masks_rle(
     boxes = boxes.to(masks.dtype)
     if not _load.native(masks.device):
         return reference.paste_masks_rle(masks, boxes, (height, width), threshold)
-    strings, offsets = torch.ops.panfpn_fast.paste_masks_rle(
-        masks.cpu(), boxes.cpu(), height, width, threshold
-    )
-    text, ends = strings.numpy().tobytes(), offsets.tolist()
+    strings, offsets = torch.ops.panfpn_fast.paste_masks_rle(masks, boxes, height, width, threshold)
+    text, ends = strings.cpu().numpy().tobytes(), offsets.tolist()
     return [{"size": [height, width], "counts": text[begin:end]} for begin, end in pairwise(ends)]
 
 

@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 # Names a library that build_ops has made; set for a child process that runs tests with it.
 OPS_VARIABLE = "PANFPN_HOST_OPS"
+# The orders of threads in the host run, as in csrc/testing/scheduler.h.
+ORDERS = {"forward": 0, "reverse": 1, "random": 2}
 
 _FLAGS = ["-std=c++20", "-O1", "-g", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
 _FLAGS += ["-DPANFPN_CUDA_ON_HOST", "-I", str(CSRC)]

@@ -1,7 +1,8 @@
-"""Estimates how many instructions ROIAlign takes on a GPU: the loops of its machine code, and how often each runs.
+"""Estimates how many instructions ROIAlign and paste_masks_rle take on a GPU.
 
-The estimate counts the instructions that the warps of all blocks issue. It needs no GPU: ptxas gives the length of each
-loop, and the boxes of the benchmark give the number of turns.
+The estimate adds up the loops of the machine code, times how often each runs. It counts the instructions that the warps
+of all blocks issue. It needs no GPU: ptxas gives the length of each loop, and the boxes of the benchmark give the
+number of turns.
 """
 
 from __future__ import annotations
@@ -135,15 +136,14 @@ def estimate_nchw(kernel: Compiled, turns: Counter[str]) -> int:
         + turns["column pairs"] * column_pair
         + BOXES * (group - item - bins)
     )
-    # One warp finds the taps; all find the range of the columns, four bins at a time.
+    # One warp finds the taps and the range of their columns, four bins at a time.
     segments = max(
         loop.length
         for loop in loops
         if loop.count("LDG") == 12 and loop.count("STG") == 4 and not loop.count("BAR")
     )
     scan = max(loop.length for loop in loops if loop.count("LDS") == 12 and not loop.count("STG|LDG"))
-    each_warp = segments - group + math.ceil(BINS / 4) * scan
-    setup = block - segments + NCHW_WARPS * each_warp
+    setup = block - segments + (math.ceil(BINS / 4) - 1) * scan + NCHW_WARPS * (segments - group)
     blocks = BOXES * setup + turns["samples"] * SETUP_SAMPLE * sample_length(loops)
     return CHANNELS // NCHW_GROUP * of_group + CHANNELS // NCHW_CHANNELS * blocks
 
@@ -159,17 +159,58 @@ def test_roi_align(
 
 def test_roi_align_nchw(kernels: dict[str, Compiled], turns: Counter[str]) -> None:
     """The same boxes, float32."""
-    millions = 110
+    millions = 91
     found = estimate_nchw(kernels["pool_nchw<float>"], turns) / 1e6
     assert 0.8 * millions < found <= millions
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
+# As in paste_masks_rle.cu: kRasteriseWarps, kStripColumns, kEncodeWarps and kRoundWords.
+PASTED, PASTE_WARPS, STRIP_COLUMNS, ENCODE_WARPS, ROUND_WORDS = 100, 8, 64, 16, 4096
+
+
+def window(low: float, high: float, size: int) -> int:
+    """Returns the number of pixels that a mask of 28 x 28 can reach along one axis, as PasteAxis::window."""
+    rim = (high - low) * 0.5 / 28
+    begin = min(max(math.floor(low - rim) - 2, 0), size)
+    return min(max(math.ceil(high + rim) + 2, begin), size) - begin
+
+
+def test_run_lengths(run_kernels: dict[str, Compiled]) -> None:
+    """100 masks on 800 x 1333. An upper bound for pasting, as if each row of pixels read other cells of the mask.
+
+    Loops within a round of the encoder run once, as they do for most words.
+    """
+    inputs = load_harness("inputs")
+    paste = run_kernels["rasterise_columns"]
+    row = min(loop.length for loop in paste.loops if loop.count("SHFL") and not loop.count("STG"))
+    word = min(loop.length for loop in paste.loops if loop.count("STG") and loop.count("MUFU"))
+    strip = max(loop.length for loop in paste.loops)
+    encoders = [run_kernels[f"encode_runs<{write}>"] for write in ("false", "true")]
+    encode = sum(max(loop.length for loop in kernel.loops) for kernel in encoders)
+    found = 0
+    for x1, y1, x2, y2 in inputs.boxes(PASTED).double().tolist():
+        rows, columns = window(y1, y2, inputs.IMAGE[0]), window(x1, x2, inputs.IMAGE[1])
+        words = math.ceil(rows / 32) if rows == inputs.IMAGE[0] else rows // 32 + 1
+        strips = math.ceil(columns / STRIP_COLUMNS)
+        found += strips * (PASTE_WARPS * (strip - word) + words * (word - row + 32 * row))
+        found += math.ceil((columns * words + 1) / ROUND_WORDS) * ENCODE_WARPS * encode
+    assert 13.5e6 < found <= 16.5e6
+
+
+def compile_kernels(stem: str, temporary: pytest.TempPathFactory) -> dict[str, Compiled]:
     if reason := missing_for_nvcc():
         pytest.skip(reason)
     if shutil.which("c++filt") is None or tool("cuobjdump") is None:
         pytest.skip("c++filt (binutils) or cuobjdump is not installed")
-    source = CSRC / "ops" / "cuda" / "roi_pool.cu"
-    compiled = compile_source(source, 90, tmp_path_factory.mktemp("instructions"))
+    compiled = compile_source(CSRC / "ops" / "cuda" / f"{stem}.cu", 90, temporary.mktemp("instructions"))
     return {kernel.name: kernel for kernel in compiled.kernels}
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
+    return compile_kernels("roi_pool", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def run_kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
+    return compile_kernels("paste_masks_rle", tmp_path_factory)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +11,13 @@ import pytest
 import torch
 
 import panfpn_fast.ops
-from cuda_on_host.build import OPS_VARIABLE, build_ops, cached_folder, missing_for_ops
+from cuda_on_host.build import ORDERS
 from support.op_checks import OPS, assert_agrees, averaging_tolerance
 from support.op_samples import DEGENERATE_BOXES, half_covered, random_rois
 
 NAN = float("nan")
 ROOT = Path(__file__).resolve().parents[2]
 CUDA_OPS = [name for name, op in OPS.items() if op.cuda_in_csrc]
-ORDERS = {"forward": 0, "reverse": 1, "random": 2}
-
-
-@pytest.fixture(scope="session")
-def host_library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """Builds _C_cuda_on_host.so and registers its ops."""
-    path = os.environ.get(OPS_VARIABLE)
-    if path is None:
-        if reason := missing_for_ops():
-            pytest.skip(reason)
-        path = str(build_ops(cached_folder("cuda_on_host", request.config, tmp_path_factory)))
-    torch.ops.load_library(path)
-    library = ctypes.CDLL(path)
-    library.panfpn_host_launch_count.restype = ctypes.c_ulonglong
-    library.panfpn_host_set_order.argtypes = [ctypes.c_int, ctypes.c_ulonglong]
-    return library
-
-
-@pytest.fixture(params=ORDERS)
-def thread_order(request: pytest.FixtureRequest, host_library: ctypes.CDLL) -> Iterator[str]:
-    """Runs the threads of each block in different orders, one of which reveals a missing barrier."""
-    host_library.panfpn_host_set_order(ORDERS[request.param], 1)
-    yield request.param
-    host_library.panfpn_host_set_order(ORDERS["forward"], 0)
 
 
 def op_samples(name: str) -> list[Any]:
@@ -65,7 +39,7 @@ def on_host(monkeypatch: pytest.MonkeyPatch, host_library: ctypes.CDLL) -> None:
         monkeypatch.setattr(torch.ops.panfpn_fast, name, getattr(torch.ops.panfpn_fast_cuda_on_host, name))
 
 
-@pytest.mark.parametrize("name", [name for name in CUDA_OPS if not OPS[name].host_result])
+@pytest.mark.parametrize("name", CUDA_OPS)
 def test_kernels_agree_with_the_reference(
     name: str, thread_order: str, on_host: None, host_library: ctypes.CDLL
 ) -> None:

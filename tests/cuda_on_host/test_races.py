@@ -111,7 +111,7 @@ def test_the_ops_have_no_race(
     folder = cached_folder("races", request.config, tmp_path_factory)
     library = build_ops(folder, "-DPANFPN_RACE_CHECK=ON")
     report = tmp_path / "report.xml"
-    selected = "forward and not padded and (agree_with_the_reference or multiscale or channels_last or wave)"
+    selected = "forward and not padded and (agree_with_the_reference or multiscale or channels_last or wave or noise)"
     command = [
         "-m",
         "pytest",
@@ -124,6 +124,7 @@ def test_the_ops_have_no_race(
         "-k",
         selected,
     ]
-    done = check_races(*command, str(HERE / "test_ops.py"), **{OPS_VARIABLE: str(library)})
+    files = [str(HERE / name) for name in ("test_ops.py", "test_run_lengths.py")]
+    done = check_races(*command, *files, **{OPS_VARIABLE: str(library)})
     assert done.returncode == 0, done.stdout + done.stderr
     assert 'skipped="0"' in report.read_text(), done.stdout

@@ -56,8 +56,8 @@ def test_checks(dtype: torch.dtype, device: torch.device) -> None:
     run_op_checks(OPS["paste_masks_rle"], make_samples(dtype, device))
 
 
-def test_dispatcher_op_works_in_a_graph() -> None:
-    masks, boxes = random_masks(5, 28, 28, 0), random_boxes(5, (67, 93), 0)
+def test_dispatcher_op_works_in_a_graph(device: torch.device) -> None:
+    masks, boxes = random_masks(5, 28, 28, 0).to(device), random_boxes(5, (67, 93), 0).to(device)
     op = torch.ops.panfpn_fast.paste_masks_rle
 
     def total(masks: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,7 +133,7 @@ def assert_equals_pasting(
     assert len(encoded) == len(masks)
     for mask, rle in zip(pasted, encoded, strict=True):
         assert rle["size"] == list(image_size)
-        assert torch.equal(decode(rle), mask)
+        assert torch.equal(decode(rle), mask.cpu())
 
 
 COORDINATE = st.one_of(st.floats(-20, 40, width=32), st.sampled_from([NAN, INF, -INF, 1e30, -1e30, 0.0, 7.0]))
@@ -165,17 +165,17 @@ def test_any_number_of_instances(count: int, image_size: tuple[int, int], seed: 
     assert_equals_pasting(masks, boxes, image_size, 0.5)
 
 
-def test_a_mask_that_touches_all_borders_and_a_noise_mask() -> None:
+def test_a_mask_that_touches_all_borders_and_a_noise_mask(device: torch.device) -> None:
     masks = torch.stack([torch.ones(28, 28), torch.rand(28, 28, generator=generator(1))])
     boxes = torch.tensor([[-3.0, -4.0, 53.0, 47.0], [-3.0, -4.0, 53.0, 47.0]])
-    assert_equals_pasting(masks, boxes, (43, 50), 0.5)
+    assert_equals_pasting(masks.to(device), boxes.to(device), (43, 50), 0.5)
 
 
-def test_pycocotools_reads_and_writes_the_same_bytes() -> None:
+def test_pycocotools_reads_and_writes_the_same_bytes(device: torch.device) -> None:
     coco = pytest.importorskip("pycocotools.mask", reason="pycocotools is not installed")
-    masks, boxes = random_masks(30, 28, 28, 3), random_boxes(30, (480, 640), 3)
+    masks, boxes = random_masks(30, 28, 28, 3).to(device), random_boxes(30, (480, 640), 3).to(device)
     encoded = paste_masks_rle(masks, boxes, (480, 640))
-    pasted = paste_masks(masks, boxes, (480, 640)).permute(1, 2, 0).numpy()
+    pasted = paste_masks(masks, boxes, (480, 640)).permute(1, 2, 0).cpu().numpy()
     assert np.array_equal(coco.decode(encoded), pasted)
     assert encoded == coco.encode(np.asfortranarray(pasted.astype(np.uint8)))
 

@@ -34,7 +34,7 @@ class Op:
     Attributes:
         name: Name of the public function, of the dispatcher op and of the reference.
         differentiable: Names of the arguments that have gradients.
-        host_result: Whether the function returns Python objects, which graphs cannot contain and kernels cannot write.
+        host_result: Whether the function returns Python objects, which graphs cannot contain.
         calls: The dispatcher ops that the function and its backward call for every sample; None means `name` and, if
             the op is differentiable, `<name>_backward`.
         sometimes: The dispatcher ops that it calls only for some dtypes or on some machines.

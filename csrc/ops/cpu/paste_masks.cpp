@@ -64,7 +64,7 @@ void paste(const A* masks, const A* boxes, int64_t count, int64_t mask_height, i
 
 Tensor paste_masks(const Tensor& masks_in, const Tensor& boxes_in, int64_t height, int64_t width,
                    double threshold) {
-  check_paste_masks_inputs(masks_in, boxes_in, height, width);
+  check_paste_masks_inputs(masks_in, boxes_in, height, width, "paste_masks");
   const Tensor masks = torch::stable::contiguous(masks_in), boxes = torch::stable::contiguous(boxes_in);
   const int64_t count = masks.size(0);
   Tensor out = empty({count, height, width}, threshold < 0 ? ScalarType::Byte : ScalarType::Bool, masks);

@@ -7,42 +7,34 @@
 #include <vector>
 
 #include "ops/cpu/mask_window.h"
+#include "ops/paste_masks_rle.h"
 
 namespace panfpn::inline PANFPN_ARITHMETIC {
 namespace {
 
-// The lengths of alternating runs over an image in column order; the first run is off.
+// The ends of alternating runs over an image in column order; the first run is off.
 class Runs {
  public:
   // Sets the pixels from `at` on to `on`, until the next call.
   void set(int64_t at, bool on) {
     if (on == on_) return;
-    lengths_.push_back(at - begin_);
-    begin_ = at;
+    ends_.push_back(at);
     on_ = on;
   }
 
-  // Returns COCO's compressed string. From the fourth on, a length is written as its difference from the
-  // length two before it. It is split into groups of five bits, lowest first; the sixth bit is set if more
-  // groups follow. Adding 48 makes the bytes printable.
+  // Returns COCO's compressed string.
   std::string encode(int64_t pixels) {
-    lengths_.push_back(pixels - begin_);
+    ends_.push_back(pixels);
     std::string text;
-    for (size_t i = 0; i < lengths_.size(); ++i) {
-      int64_t rest = i > 2 ? lengths_[i] - lengths_[i - 2] : lengths_[i];
-      for (bool more = true; more;) {
-        const int64_t group = rest & 31;
-        rest >>= 5;  // keeps the sign, which is the fifth bit of the last group
-        more = rest != ((group & 16) != 0 ? -1 : 0);
-        text.push_back(static_cast<char>(48 + group + (more ? 32 : 0)));
-      }
+    for (size_t i = kEarlierEnds; i < ends_.size(); ++i) {
+      NumberText number(run_number(static_cast<int64_t>(i) - kEarlierEnds, &ends_[i]));
+      while (number.more()) text.push_back(static_cast<char>(number.next()));
     }
     return text;
   }
 
  private:
-  std::vector<int64_t> lengths_;
-  int64_t begin_ = 0;
+  std::vector<int64_t> ends_ = std::vector<int64_t>(kEarlierEnds, 0);
   bool on_ = false;
 };
 
@@ -92,9 +84,7 @@ std::string encode_mask(const MaskWindow<A>& window, int64_t height, int64_t wid
 
 std::tuple<Tensor, Tensor> paste_masks_rle(const Tensor& masks_in, const Tensor& boxes_in, int64_t height,
                                            int64_t width, double threshold) {
-  check_mask_boxes(masks_in, boxes_in, "paste_masks_rle");
-  STD_TORCH_CHECK(height >= 0 && width >= 0, "paste_masks_rle: height and width must be at least 0, got ",
-                  height, " and ", width);
+  check_paste_masks_inputs(masks_in, boxes_in, height, width, "paste_masks_rle");
   const Tensor masks = torch::stable::contiguous(masks_in), boxes = torch::stable::contiguous(boxes_in);
   const int64_t count = masks.size(0), mask_height = masks.size(1), mask_width = masks.size(2);
   std::vector<std::string> strings(static_cast<size_t>(count));

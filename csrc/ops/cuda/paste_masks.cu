@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads) paste_tiles(PasteArguments args) {
 
 Tensor paste_masks(const Tensor& masks_in, const Tensor& boxes_in, int64_t height, int64_t width,
                    double threshold) {
-  check_paste_masks_inputs(masks_in, boxes_in, height, width);
+  check_paste_masks_inputs(masks_in, boxes_in, height, width, "paste_masks");
   STD_TORCH_CHECK(masks_in.scalar_type() == ScalarType::Float,
                   "paste_masks: masks and boxes must be float32 on a GPU");
   const DeviceGuard guard(masks_in.get_device_index());

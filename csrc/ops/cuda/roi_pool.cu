@@ -165,17 +165,31 @@ struct BoxTaps {
   float samples, inverse_samples;
 };
 
+// Divides by the same number again and again, in two instructions each time. The product of numerator and
+// divisor must be below 2^31.
+struct Divisor {
+  unsigned reciprocal;
+
+  __device__ static Divisor of(int divisor) {
+    return {divisor == 0 ? 0 : 0x7FFFFFFFu / static_cast<unsigned>(divisor) + 1};
+  }
+  __device__ unsigned divide(unsigned numerator) const {
+    return static_cast<unsigned>((uint64_t{numerator} * reciprocal) >> 31);
+  }
+};
+
 // Neighbouring columns of bins, and the columns of pixels that they touch: all from `first` on if these are
 // fewer than the taps, otherwise those of the slots.
 struct Segment {
   int first_bin, bins;
   bool dense;
   int first, width;
+  Divisor by_width, by_bins;
 };
 
-__device__ Segment find_segment(const BoxTaps& box, int first_bin, int bins) {
+__device__ Segment all_columns(const BoxTaps& box) {
   int low = 0x7FFFFFFF, high = -1;
-  for (int b = first_bin; b < first_bin + bins; ++b) {
+  for (int b = 0; b < box.pooled_width; ++b) {
     const int count = box.column_counts[b];
     if (count == 0) continue;
     // Taps are in ascending or in descending order.
@@ -183,9 +197,16 @@ __device__ Segment find_segment(const BoxTaps& box, int first_bin, int bins) {
     const int end = box.columns[b * box.column_slots + count - 1].pixel;
     low = min(low, min(begin, end)), high = max(high, max(begin, end));
   }
-  const int range = high < 0 ? 0 : high - low + 1, slots = bins * box.column_slots;
-  return range <= slots ? Segment{first_bin, bins, true, low, range}
-                        : Segment{first_bin, bins, false, 0, slots};
+  const int range = high < 0 ? 0 : high - low + 1, slots = box.pooled_width * box.column_slots;
+  const bool dense = range <= slots;
+  const int width = dense ? range : slots;
+  return {0, box.pooled_width, dense, low, width, Divisor::of(width), Divisor::of(box.pooled_width)};
+}
+
+// One column of bins, with the slots that it uses.
+__device__ Segment one_column(const BoxTaps& box, int bin) {
+  const int count = box.column_counts[bin];
+  return {bin, 1, false, 0, count, Divisor::of(count), Divisor::of(1)};
 }
 
 // One warp pools the bins of a segment in kPlanes channels. First each lane takes a column of pixels in a row
@@ -198,26 +219,27 @@ __device__ void pool_planes(const BoxTaps& box, const Segment& segment, const T*
   const unsigned width = static_cast<unsigned>(segment.width), bins = static_cast<unsigned>(segment.bins);
   const int pitch = segment.width | 1;  // odd, so that rows of bins start in different banks
   const int rows_at_once = kPlaneSums / pitch, all_bins = box.pooled_height * box.pooled_width;
+  const char* planes[kPlanes];
+  PANFPN_UNROLL
+  for (int p = 0; p < kPlanes; ++p) {
+    planes[p] = reinterpret_cast<const char*>(plane + (p < used ? p * plane_size : 0));
+  }
   for (int begin = 0; begin < box.pooled_height; begin += rows_at_once) {
     const int count = min(rows_at_once, box.pooled_height - begin);
     for (unsigned item = lane; item < count * width; item += 32) {
-      const unsigned i = item / width, slot = item - i * width;
-      const T* column =
-          plane + (segment.dense ? segment.first + static_cast<int>(slot) : columns[slot].pixel);
-      const char* planes[kPlanes];
-      PANFPN_UNROLL
-      for (int p = 0; p < kPlanes; ++p) {
-        planes[p] = reinterpret_cast<const char*>(column + (p < used ? p * plane_size : 0));
-      }
+      const unsigned i = segment.by_width.divide(item), slot = item - i * width;
+      const int column = segment.dense ? segment.first + static_cast<int>(slot) : columns[slot].pixel;
+      const unsigned column_bytes = static_cast<unsigned>(column) * sizeof(T);
       const Tap* rows = box.rows + (begin + i) * box.row_slots;
       const Tap* rows_end = rows + box.row_counts[begin + i];
       float sum[kPlanes] = {};
       PANFPN_UNROLL_BY(2)
       for (; rows < rows_end; ++rows) {
         const Tap row = *rows;
+        const unsigned offset = static_cast<unsigned>(row.pixel) + column_bytes;
         PANFPN_UNROLL
         for (int p = 0; p < kPlanes; ++p) {
-          const T* pixel = reinterpret_cast<const T*>(planes[p] + static_cast<unsigned>(row.pixel));
+          const T* pixel = reinterpret_cast<const T*>(planes[p] + offset);
           sum[p] += row.weight * static_cast<float>(*pixel);
         }
       }
@@ -226,7 +248,7 @@ __device__ void pool_planes(const BoxTaps& box, const Segment& segment, const T*
     }
     __syncwarp();
     for (unsigned item = lane; item < count * bins; item += 32) {
-      const unsigned i = item / bins, b = item - i * bins;
+      const unsigned i = segment.by_bins.divide(item), b = item - i * bins;
       const Tap* taps = columns + b * box.column_slots;
       const int column_count = box.column_counts[segment.first_bin + b];
       float sum[kPlanes] = {};
@@ -241,7 +263,7 @@ __device__ void pool_planes(const BoxTaps& box, const Segment& segment, const T*
       T* bin = out + ((begin + i) * box.pooled_width + segment.first_bin + b);
       PANFPN_UNROLL
       for (int p = 0; p < kPlanes; ++p) {
-        if (p < used) bin[int64_t{p} * all_bins] = mean<T>(sum[p], box.samples, box.inverse_samples);
+        if (p < used) bin[p * all_bins] = mean<T>(sum[p], box.samples, box.inverse_samples);
       }
     }
     __syncwarp();
@@ -275,6 +297,7 @@ __global__ void __launch_bounds__(kPoolThreads, 3)
     pool_nchw(const __grid_constant__ Pyramid<const T> pyramid, const float* boxes, int64_t count,
               const __grid_constant__ RoiAlignParams params, T* out) {
   PANFPN_SHARED(BlockBox, box, 1);
+  PANFPN_SHARED(Segment, shared_segment, 1);
   PANFPN_SHARED(Tap, rows, kNchwTaps);
   PANFPN_SHARED(Tap, columns, kNchwTaps);
   PANFPN_SHARED(int, counts, 2 * kNchwTaps);
@@ -282,26 +305,31 @@ __global__ void __launch_bounds__(kPoolThreads, 3)
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int64_t channels = pyramid.channels, bins = params.pooled_height * params.pooled_width;
   bool others = false;
+  const auto box_taps = [&] {
+    const int pooled_height = static_cast<int>(params.pooled_height);
+    return BoxTaps{rows,           columns,
+                   counts,         counts + pooled_height,
+                   box->row_slots, box->column_slots,
+                   pooled_height,  static_cast<int>(params.pooled_width),
+                   box->samples,   box->inverse_samples};
+  };
   for (int64_t k = blockIdx.x; k < count; k += gridDim.x) {
     if (warp == 0) {
       find_box_taps<false>(pyramid, boxes + k * 5, params, {0, params.pooled_width}, box, rows, columns,
                            counts);
+      __syncwarp();
+      if (threadIdx.x == 0 && box->fits) *shared_segment = all_columns(box_taps());
     }
     __syncthreads();
     others |= !box->fits;
     if (box->fits) {
-      const int pooled_height = static_cast<int>(params.pooled_height);
-      const BoxTaps taps{rows,           columns,
-                         counts,         counts + pooled_height,
-                         box->row_slots, box->column_slots,
-                         pooled_height,  static_cast<int>(params.pooled_width),
-                         box->samples,   box->inverse_samples};
+      const BoxTaps taps = box_taps();
       const T* map = pyramid.data[box->level] + box->map;
       // All columns of bins together if their row sums fit, otherwise one after the other.
-      Segment segment = find_segment(taps, 0, taps.pooled_width);
+      Segment segment = *shared_segment;
       const int together = segment.width < kPlaneSums ? taps.pooled_width : 1;
       for (int first_bin = 0; first_bin < taps.pooled_width; first_bin += together) {
-        if (together < taps.pooled_width) segment = find_segment(taps, first_bin, together);
+        if (together < taps.pooled_width) segment = one_column(taps, first_bin);
         for (int64_t first = int64_t{blockIdx.y} * kBlockChannels; first < channels;
              first += int64_t{gridDim.y} * kBlockChannels) {
           const int64_t last = min(first + kBlockChannels, channels);
