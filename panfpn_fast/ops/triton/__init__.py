@@ -17,6 +17,7 @@ from panfpn_fast.ops.triton import (
     group_norm_statistics,
     upsample_argmax,
     upsample_cross_entropy,
+    upsample_cross_entropy_backward,
 )
 from panfpn_fast.ops.triton._launch import kernels_of
 from panfpn_fast.ops.triton._plan import Planned
@@ -32,7 +33,9 @@ IMPLEMENTATIONS = {
     "group_norm_statistics": Planned(group_norm_statistics.group_norm_statistics),
     "upsample_argmax": Planned(upsample_argmax.upsample_argmax),
     "upsample_cross_entropy": Planned(upsample_cross_entropy.upsample_cross_entropy),
-    "upsample_cross_entropy_backward": Planned(upsample_cross_entropy.upsample_cross_entropy_backward),
+    "upsample_cross_entropy_backward": Planned(
+        upsample_cross_entropy_backward.upsample_cross_entropy_backward
+    ),
 }
 """The implementations by the name of their op in `panfpn_fast`."""
 
@@ -47,6 +50,7 @@ KERNELS: list[Any] = [
         group_norm_statistics,
         upsample_argmax,
         upsample_cross_entropy,
+        upsample_cross_entropy_backward,
     )
     for kernel in kernels_of(module)
 ]
