@@ -181,7 +181,7 @@ def pytest_benchmark_update_json(
             break
     output_json["command"] = shlex.join(["pytest", *arguments])
     output_json["versions"] = {}
-    for name in ("torch", "torchvision", "pycocotools", "triton"):
+    for name in ("torch", "torchvision", "pycocotools", "triton", "detectron2"):
         with contextlib.suppress(PackageNotFoundError):
             output_json["versions"][name] = version(name)
     if not config.getoption("benchmark_save_data"):

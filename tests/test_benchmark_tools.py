@@ -9,7 +9,7 @@ import json
 import pkgutil
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -283,6 +283,33 @@ def test_engines_that_cannot_run_are_named(root: Path, monkeypatch: pytest.Monke
     assert problem == "ONNX Runtime has no bfloat16 convolutions on the CPU"
 
 
+def test_a_stage_excludes_the_stages_within_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.harness import stages
+    from benchmarks.harness.stages import Part, stage_seconds
+
+    clock = SimpleNamespace(now=0.0)
+
+    class Network:
+        def inner(self) -> None:
+            clock.now += 2
+
+        def outer(self) -> None:
+            clock.now += 4
+            self.inner()
+            self.inner()
+
+    network = Network()
+
+    def call() -> None:
+        clock.now += 1
+        network.outer()
+        network.inner()
+
+    monkeypatch.setattr(stages, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    parts = [Part(network, "inner", "backbone"), Part(network, "outer", "fpn")]
+    assert stage_seconds(call, parts, torch.device("cpu")) == {"backbone": 6, "fpn": 4, "rest": 1}
+
+
 def test_close_norm(root: Path) -> None:
     from benchmarks.harness.agreement import close_norm
 
@@ -293,6 +320,23 @@ def test_close_norm(root: Path) -> None:
         close_norm(0.0009)(ours, theirs)
     with pytest.raises(AssertionError, match="shape"):
         close_norm(1.0)(ours, (torch.ones(10), torch.ones(1)))
+
+
+def test_readme_shows_the_fastest_peer_and_detectron2(root: Path, tmp_path: Path) -> None:
+    from benchmarks.scripts.report.pages import readme_with_figures
+
+    names = {"ours": 1.0, "eager": 3.0, "OpenVINO": 2.0, "detectron2 0.6": 4.0}
+    rows = [
+        make_row("prediction", "R-50", name, ms, parameters=10**6, highlight=True)
+        for name, ms in names.items()
+    ]
+    (tmp_path / "cpu.json").write_text(json.dumps(make_results(rows)))
+    written = readme_with_figures("<!-- begin figures: cpu.json -->\n<!-- end figures -->\n", tmp_path)
+    lines = [line for line in written.splitlines() if line.startswith("| prediction |")]
+    assert lines == [
+        "| prediction | R-50 | 1.00 | OpenVINO | 2.00 | 2.00 |",
+        "| prediction | R-50 | 1.00 | detectron2 0.6 | 4.00 | 4.00 |",
+    ]
 
 
 def test_readme_is_changed_between_its_markers_only(root: Path, results: Path) -> None:

@@ -63,9 +63,10 @@ def _once(call: Callable[[], Any], parts: Sequence[Part], device: torch.device) 
 
     def timed(function: Callable[..., Any], stage: str) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            start = now()
+            start, before = now(), sum(seconds.values())
             result = function(*args, **kwargs)
-            seconds[stage] += now() - start
+            within = sum(seconds.values()) - before  # of the parts that the function calls
+            seconds[stage] += now() - start - within
             return result
 
         return run
@@ -87,8 +88,8 @@ def stage_seconds(call: Callable[[], Any], parts: Sequence[Part], device: torch.
     the stages therefore exceeds the time of the plain call.
 
     Args:
-        call: Calls each function any number of times; no function calls another one.
-        parts: The functions to time.
+        call: Calls each function any number of times.
+        parts: The functions to time. The time of a function does not include the other ones that it calls.
         device: The device that the functions run on.
 
     Returns:

@@ -1,6 +1,8 @@
 """Whole predictions, from an image in host memory to a panoptic map in host memory, and the time of each stage.
 
 The engines run the dense part, the box head and the mask head; the rest of their predictions is eager PyTorch.
+An installed detectron2 predicts with its own model. Its result has more than ours: the masks of all detections, pasted
+into the image, and the semantic logits at the image's size.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from ..harness.comparison import OURS, Arguments, Case, Comparison, Cost, Peer, 
 from ..harness.flops import Boxes, network_flops
 from ..harness.measuring import bfloat16_problem
 from ..harness.stages import Part, parts_of, stage_seconds
+from . import detectron2_network
 from .eager_network import EagerPanopticFPN
 from .engine_network import engine_network
 from .stand_in import stand_in
@@ -106,6 +109,10 @@ def _predict(contender: str) -> Callable[..., Result]:
     return call
 
 
+def _detectron2(backbone: str, where: Tensor, *images: Image) -> Result:
+    return detectron2_network.predict(backbone, where.device, [torch.from_numpy(image) for image in images])
+
+
 def _arguments(backbone: str, size: tuple[int, int], batch: int, dtype: torch.dtype) -> Arguments:
     # NumPy arrays stay in host memory, where an application has its images; the empty tensor moves to the device.
     images = [inputs.image(size, seed=seed).numpy() for seed in range(batch)]
@@ -122,6 +129,9 @@ def _cost(arguments: Arguments, output: Result) -> Cost:
     weights = nbytes(list(_ours(backbone, where).parameters()))
     read = sum(image.nbytes for image in images) + weights
     return Cost(bytes=read + nbytes(output), flops=sum(flops.values()))
+
+
+_DETECTRON2 = Peer(detectron2_network.NAME, _detectron2, detectron2_network.problem)
 
 
 def _peers(dtype: torch.dtype) -> list[Peer]:
@@ -167,7 +177,7 @@ def _identical(ours: Result, theirs: Result) -> None:
 COMPARISON = Comparison(
     op="prediction",
     ours=_predict(OURS),
-    peers=_peers(torch.float32),
+    peers=[*_peers(torch.float32), _DETECTRON2],
     cases=[
         _case("R-50", "resnet50", inputs.IMAGE, 1, torch.float32, full=False, highlight=True),
         _case("R-50", "resnet50", _CITYSCAPES, 1, torch.float32, full=True),
@@ -199,8 +209,11 @@ def _note(row: Row, benchmark: Any) -> None:
     arguments = to_device(row.case.arguments(), row.device)
     backbone, where, *images = arguments
     if row.contender not in engines.NAMES:
-        parts = parts_of(_NETWORKS[row.contender](backbone, where))
-        parts.append(Part(sys.modules[__name__], "copy_to_host", "copy"))
+        if row.peer is _DETECTRON2:
+            parts = detectron2_network.parts_of(backbone, where.device)
+        else:
+            parts = parts_of(_NETWORKS[row.contender](backbone, where))
+            parts.append(Part(sys.modules[__name__], "copy_to_host", "copy"))
         seconds = stage_seconds(lambda: row.call(*arguments), parts, row.device)
         benchmark.extra_info["stages_ms"] = {stage: 1e3 * each for stage, each in seconds.items()}
     benchmark.extra_info["images"] = len(images)

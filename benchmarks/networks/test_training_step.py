@@ -1,6 +1,7 @@
 """A training step: the losses of an image and the gradients of all weights, without the optimizer, which is torch's.
 
-The parts of a whole step, with the loading of an image and the optimizer, are timed too.
+The parts of a whole step, with the loading of an image and the optimizer, are timed too, except for an installed
+detectron2.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from panfpn_fast.data.loader import Batch
 from panfpn_fast.data.sample import Target
@@ -25,7 +26,7 @@ from ..harness.activations import saved_bytes
 from ..harness.comparison import OURS, Arguments, Case, Comparison, Cost, Peer, Row, nbytes, to_device
 from ..harness.flops import count_flops
 from ..harness.stages import Part, stage_seconds
-from . import loading
+from . import detectron2_network, loading
 from .eager_network import EagerPanopticFPN
 from .eager_training import EagerTrainingNetwork
 from .stand_in import stand_in
@@ -49,13 +50,32 @@ def _network(contender: str, device: torch.device) -> TrainingNetwork:
     return EagerTrainingNetwork(stand_in(_BACKBONE, device, kind=EagerPanopticFPN, memory_format=layout))
 
 
+def _module(contender: str, device: torch.device) -> nn.Module:
+    """Returns the module that computes a contender's losses."""
+    if contender == detectron2_network.NAME:
+        return detectron2_network.network(_BACKBONE, device, training=True)
+    return _network(contender, device)
+
+
+def _losses(contender: str, image: Tensor, target: Target) -> dict[str, Tensor]:
+    if contender == detectron2_network.NAME:
+        return detectron2_network.losses(_BACKBONE, image, target)
+    return _network(contender, image.device)([image], [target], [0])
+
+
+def _weights(contender: str, device: torch.device) -> list[list[Tensor]]:
+    """Returns the weights of each part of the network."""
+    if contender == detectron2_network.NAME:
+        return detectron2_network.weights(_BACKBONE, device)
+    return [list(part.parameters()) for part in _network(contender, device).model.children()]
+
+
 def _step(contender: str) -> Callable[[Tensor, Target], tuple[Tensor, ...]]:
     """Returns a function that returns the losses and the norms of the gradients of the network's parts."""
 
     def call(image: Tensor, target: Target) -> tuple[Tensor, ...]:
-        network = _network(contender, image.device)
-        losses = network([image], [target], [0])
-        parts = [list(part.parameters()) for part in network.model.children()]
+        losses = _losses(contender, image, target)
+        parts = _weights(contender, image.device)
         gradients = torch.autograd.grad(total(losses), [weight for part in parts for weight in part])
         by_part = torch.split(torch.stack([gradient.norm() for gradient in gradients]), list(map(len, parts)))
         norms = [of_part.norm() for of_part in by_part if len(of_part)]
@@ -67,6 +87,17 @@ def _step(contender: str) -> Callable[[Tensor, Target], tuple[Tensor, ...]]:
 def _close(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
     # A score in another order of summation may select another box out of a thousand.
     torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-5)
+
+
+def _similar(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+    """Compares with detectron2, which samples other anchors and boxes of the background.
+
+    Both sample all objects, so the losses of boxes, masks and stuff agree, and the gradients of the mask head and the
+    semantic head. The losses of the two classifications and the other gradients depend on the samples.
+    """
+    for number, pair in enumerate(zip(ours, theirs, strict=True)):
+        sampled = number in (1, 4, 6, 7, 8, 9)  # loss_cls, loss_rpn_cls, backbone, fpn, rpn and box_head
+        torch.testing.assert_close(*pair, rtol=0.5 if sampled else 1e-2, atol=1e-5)
 
 
 def _arguments(size: tuple[int, int]) -> Arguments:
@@ -85,6 +116,12 @@ COMPARISON = Comparison(
     peers=[
         Peer("eager", _step("eager"), peers.torchvision_problem),
         Peer("eager, channels-last", _step("eager, channels-last"), peers.torchvision_problem, full=True),
+        Peer(
+            detectron2_network.NAME,
+            _step(detectron2_network.NAME),
+            detectron2_network.problem,
+            agree=_similar,
+        ),
     ],
     cases=[
         Case("R-50, 480 x 640, float32", partial(_arguments, (480, 640)), highlight=True),
@@ -175,10 +212,12 @@ def step_seconds(contender: str, arguments: Arguments, device: torch.device) -> 
 def test_training_step(row: Row, time_row: Callable[[Row], None], benchmark: Any) -> None:
     time_row(row)
     image, target = to_device(row.case.arguments(), row.device)
-    network = _network(row.contender, row.device)
+    module = _module(row.contender, row.device)
     benchmark.extra_info.update(
-        parameters=sum(weight.numel() for weight in network.parameters()),
-        saved_for_backward_bytes=saved_bytes([network], lambda: total(network([image], [target], [0]))),
+        parameters=sum(weight.numel() for weight in module.parameters()),
+        saved_for_backward_bytes=saved_bytes([module], lambda: total(_losses(row.contender, image, target))),
     )
+    if row.contender == detectron2_network.NAME:
+        return
     seconds = step_seconds(row.contender, row.case.arguments(), row.device)
     benchmark.extra_info["step_ms"] = {part: 1e3 * each for part, each in seconds.items()}

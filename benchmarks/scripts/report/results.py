@@ -14,6 +14,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 _SHARED = "shared network"
 _TWO = "two networks"
 _OURS = "ours"
+_DETECTRON2 = "detectron2 0.6"  # the installed package; its algorithms alone are named "detectron2"
 
 
 class ResultsError(ValueError):
@@ -83,6 +84,11 @@ class Group:
     def fastest(self) -> Row:
         """The fastest peer; the group must have one."""
         return min(self.peers, key=self.ratio)
+
+    @property
+    def featured(self) -> list[Row]:
+        """The peers that README shows: the fastest one, and the installed detectron2 if it was timed."""
+        return [peer for peer in self.peers if peer is self.fastest or peer.contender == _DETECTRON2]
 
     @property
     def two(self) -> Row | None:
