@@ -24,8 +24,8 @@ Predicts the sample images of the package with the network of the package, built
 downloads nothing. Writes NAME_overlay.png for each image, gallery.png (input, truth, prediction) and metrics.json.
 Then times one network against two, and some ops against PyTorch, on this machine's CPU.
 
-With --train, makes synthetic scenes, trains that network on the CPU to find their shapes in about four minutes,
-evaluates it on unseen scenes, and writes metrics.json, gallery.png and model.pth.
+With --train, makes synthetic scenes and trains that network on the CPU to find their shapes, in three to five minutes.
+Then evaluates it on unseen scenes, and writes metrics.json, gallery.png and model.pth.
 """
 
 
