@@ -25,7 +25,7 @@ class NumberText {
  public:
   PANFPN_HOST_DEVICE explicit NumberText(int64_t number) : rest_(number) {}
 
-  // Whether the text goes on.
+  // Whether another character follows.
   PANFPN_HOST_DEVICE bool more() const { return more_; }
 
   PANFPN_HOST_DEVICE uint8_t next() {

@@ -81,8 +81,8 @@ def train_on_scenes(
 def _recipe(seed: int) -> TrainConfig:
     """Returns the preset `tiny` with anchors that fit the shapes, and a schedule that ends with a useful network.
 
-    Shapes have 20 to 64 pixels, for which P2 and P3 have fine features. Boxes are the last class that is learned.
-    From random weights, the network tells them from disks only after about a thousand steps.
+    Shapes have 20 to 64 pixels, for which P2 and P3 have fine features. Boxes are the last class that is learned:
+    a network with random initial weights needs about a thousand steps to distinguish them from disks.
     """
     config = get_train_preset("tiny")
     return dataclasses.replace(

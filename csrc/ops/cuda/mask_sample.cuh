@@ -28,6 +28,13 @@ struct MaskSampler {
   }
 };
 
+// The taps that another lane has. All lanes of the warp call this together.
+__device__ inline PasteTaps<float> taps_of_lane(const PasteTaps<float>& own, int lane) {
+  constexpr unsigned int kAllLanes = 0xFFFFFFFFu;
+  return {__shfl_sync(kAllLanes, own.low, lane), __shfl_sync(kAllLanes, own.low_weight, lane),
+          __shfl_sync(kAllLanes, own.high_weight, lane)};
+}
+
 // `kCount` columns of a thread, `kStep` apart, so that neighbouring threads process neighbouring pixels.
 template <int kCount, int kStep>
 class ColumnStrip {

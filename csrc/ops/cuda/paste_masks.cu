@@ -7,7 +7,6 @@
 namespace panfpn::inline PANFPN_ARITHMETIC {
 namespace {
 
-constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 constexpr int kWarp = 32;
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarp * kWarps;
@@ -66,11 +65,8 @@ __device__ void paint(const PasteArguments& args, const Tile& tile, const MaskSa
     ColumnStrip<kColumns, kWarp> strip(sampler, left);
     const int height = min(kWarp, bottom - y);
     for (int i = 0; i < height; ++i) {
-      const PasteTaps<float> row{__shfl_sync(kFullWarp, own.low, i),
-                                 __shfl_sync(kFullWarp, own.low_weight, i),
-                                 __shfl_sync(kFullWarp, own.high_weight, i)};
       float values[kColumns];
-      strip.values_at(row, values);
+      strip.values_at(taps_of_lane(own, i), values);
       PANFPN_UNROLL
       for (int j = 0; j < kColumns; ++j) {
         const int byte = line + i * width + j * kWarp;

@@ -20,7 +20,7 @@ namespace {
 constexpr unsigned int kAllLanes = 0xFFFFFFFFu;
 constexpr int kWarp = 32;
 
-// The pixels that an instance can set; no columns if there are none.
+// The rectangle of pixels that a mask can set. It has no columns if there are no such pixels.
 struct Window {
   int first_row, rows, first_column, columns;
 
@@ -87,11 +87,8 @@ __global__ void __launch_bounds__(kRasteriseThreads) rasterise_columns(RleArgume
       if (row > last_row && !whole_columns) own.low = kOutside;
       unsigned int found[kLaneColumns] = {};
       for (int i = 0; i < kWarp; ++i) {
-        const PasteTaps<float> taps{__shfl_sync(kAllLanes, own.low, i),
-                                    __shfl_sync(kAllLanes, own.low_weight, i),
-                                    __shfl_sync(kAllLanes, own.high_weight, i)};
         float values[kLaneColumns];
-        strip.values_at(taps, values);
+        strip.values_at(taps_of_lane(own, i), values);
         PANFPN_UNROLL
         for (int j = 0; j < kLaneColumns; ++j) found[j] |= (values[j] >= args.threshold ? 1u : 0u) << i;
       }

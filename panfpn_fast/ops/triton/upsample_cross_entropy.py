@@ -50,7 +50,11 @@ def second_weight(phase, SCALE: tl.constexpr):
 
 @triton.jit
 def class_of(target, inside, ignore_index, channels):
-    """Loads targets: class in int32, -1 if there is none; whether the pixel counts; whether the target is invalid."""
+    """Loads targets.
+
+    Returns the class of each pixel in int32 (-1 if it has none), whether the pixel counts, and whether its target is
+    invalid.
+    """
     value = tl.load(target, inside, other=0).to(tl.int64)
     counts = inside & (value != ignore_index)
     is_class = (value >= 0) & (value < channels)
@@ -100,7 +104,7 @@ def _upper_bound(
     SCALE: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Largest logit of all classes in the inputs that each thread reads; whether all of the program's are finite.
+    """Returns the largest logit that each thread reads, and whether all logits of the program are finite.
 
     Each thread finds the largest logit of one or a few inputs, and gets those of its own inputs from the others.
     """
@@ -145,7 +149,7 @@ def _sums_below(
     WEIGHTED: tl.constexpr,
     SMOOTHED: tl.constexpr,
 ):
-    """For each row of the output: the sums of all exponentials and of all logits, relative to the bound."""
+    """Returns, for each row of the output, the sums of all exponentials and of all logits, relative to the bound."""
     total, spread = (), ()
     for _ in tl.static_range(ROWS):
         total += (tl.zeros(position.shape, tl.float32),)
@@ -188,7 +192,7 @@ def _sums_of_any(
     WEIGHTED: tl.constexpr,
     SMOOTHED: tl.constexpr,
 ):
-    """For each row of the output: the largest logit, and the sums of all exponentials and logits relative to it.
+    """Returns, for each row of the output, the largest logit and the sums of exponentials and logits relative to it.
 
     Any logits are allowed, also infinities and NaN.
     """
